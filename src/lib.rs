@@ -1,0 +1,2 @@
+//! masque: learning from images by looking at part of them.
+pub mod error;
