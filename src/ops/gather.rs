@@ -1,0 +1,127 @@
+//! Choosing tokens, and choosing patches before they are projected.
+//!
+//!   gather          y[b, t] = x[b, ids[b, t]]            dx[b, ids[b, t]] = dy[b, t], 0 elsewhere
+//!   gather_patches  rows of pixels of the chosen patches, in the order of a convolution's weight (channel, row, column)
+//!
+//! x [B, N, C]; ids [B, K], distinct in a row, so each row of dx has one writer. Patches come from images, to which no gradient flows.
+
+use super::case::Case;
+use crate::device::{parallel, simd::Real};
+use crate::error::Result;
+use crate::tape::Var;
+use crate::tensor::{Dtype, Element, Tensor};
+use crate::{by_real, ensure};
+
+impl Var {
+    pub fn gather(&self, ids: &Tensor) -> Result<Var> {
+        let x = self.value();
+        let &[batch, n, _] = x.shape() else { crate::bail!("gather: x is {x:?} but [B, N, C] is needed") };
+        check_ids("gather", ids, batch, n)?;
+        let y = by_real!("gather", x.dtype(), rows_at(x, ids))?;
+        let (ids, dtype) = (ids.clone(), x.dtype());
+        Var::record("gather", [self], y, move |dy, need| {
+            let mut dx = need.out(0)?;
+            by_real!("gather", dtype, put_back(&dy, &ids, &mut dx))?;
+            Ok([Some(dx)])
+        })
+    }
+}
+
+/// Refuses ids that are not [B, K] of u32, lie beyond n, or name a token of an image twice.
+pub(crate) fn check_ids(op: &str, ids: &Tensor, batch: usize, n: usize) -> Result<()> {
+    let fits = matches!(ids.shape(), &[b, k] if b == batch && k <= n) && ids.dtype() == Dtype::U32;
+    ensure!(fits, "{op}: ids are {ids:?} but there are {batch} images of {n} tokens");
+    let k = ids.last().max(1);
+    let mut seen = vec![usize::MAX; n];
+    for (image, row) in ids.data::<u32>().chunks_exact(k).enumerate() {
+        for &id in row {
+            ensure!((id as usize) < n, "{op}: image {image} asks for token {id} but has {n}");
+            ensure!(std::mem::replace(&mut seen[id as usize], image) != image, "{op}: image {image} asks for token {id} twice");
+        }
+    }
+    Ok(())
+}
+
+fn rows_at<T: Real + Element>(x: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let (n, c, k) = (x.shape()[1], x.last(), ids.last());
+    let mut y = Tensor::empty(&[x.shape()[0], k, c], x.dtype())?;
+    let (x, ids) = (x.data::<T>(), ids.data::<u32>());
+    parallel::rows(y.data_mut::<T>(), c, |first, y| {
+        for (j, y) in y.chunks_exact_mut(c.max(1)).enumerate() {
+            let i = first + j;
+            y.copy_from_slice(&x[(i / k * n + ids[i] as usize) * c..][..c]);
+        }
+    });
+    Ok(y)
+}
+
+fn put_back<T: Real + Element>(dy: &Tensor, ids: &Tensor, dx: &mut Tensor) -> Result<()> {
+    let (n, c, k) = (dx.shape()[1], dx.last(), ids.last());
+    let (dy, ids, dx) = (dy.data::<T>(), ids.data::<u32>(), dx.data_mut::<T>());
+    dx.fill(T::ZERO);
+    for (i, (dy, &id)) in dy.chunks_exact(c.max(1)).zip(ids).enumerate() {
+        dx[(i / k * n + id as usize) * c..][..c].copy_from_slice(dy);
+    }
+    Ok(())
+}
+
+/// Pixels of the chosen patches (all of them if `ids` is None) of images [B, channels, H, W]: [B, K, channels * ph * pw].
+pub fn gather_patches(images: &Tensor, (ph, pw): (usize, usize), ids: Option<&Tensor>) -> Result<Tensor> {
+    let &[batch, channels, h, w] = images.shape() else { crate::bail!("patches: images are {images:?} but [B, C, H, W] is needed") };
+    ensure!(
+        ph > 0 && pw > 0 && h.is_multiple_of(ph) && w.is_multiple_of(pw),
+        "patches: images of {h} x {w} do not split into patches of {ph} x {pw}"
+    );
+    let n = (h / ph) * (w / pw);
+    if let Some(ids) = ids {
+        check_ids("patches", ids, batch, n)?;
+    }
+    let mut rows = Tensor::empty(&[batch, ids.map_or(n, Tensor::last), channels * ph * pw], images.dtype())?;
+    by_real!("patches", images.dtype(), copy_patches(images, (ph, pw), ids, &mut rows))?;
+    Ok(rows)
+}
+
+fn copy_patches<T: Real + Element>(images: &Tensor, (ph, pw): (usize, usize), ids: Option<&Tensor>, rows: &mut Tensor) -> Result<()> {
+    let (channels, h, w) = (images.shape()[1], images.shape()[2], images.shape()[3]);
+    let (k, p, grid) = (rows.shape()[1], rows.last(), w / pw);
+    let (images, ids) = (images.data::<T>(), ids.map(|ids| ids.data::<u32>()));
+    parallel::rows(rows.data_mut::<T>(), p, |first, rows| {
+        for (j, row) in rows.chunks_exact_mut(p.max(1)).enumerate() {
+            let i = first + j;
+            let patch = ids.map_or(i % k, |ids| ids[i] as usize);
+            let corner = (patch / grid * ph) * w + patch % grid * pw;
+            for (line, pixels) in row.chunks_exact_mut(pw).enumerate() {
+                let (channel, y) = (line / ph, line % ph);
+                let start = ((i / k) * channels + channel) * h * w + corner + y * w;
+                pixels.copy_from_slice(&images[start..start + pw]);
+            }
+        }
+    });
+    Ok(())
+}
+
+pub fn cases() -> Vec<Case> {
+    let ids = Tensor::from_slice(&[2, 3], &[4u32, 0, 2, 2, 1, 4]).expect("six numbers");
+    let one = Tensor::from_slice(&[1, 1], &[0u32]).expect("one number");
+    vec![
+        Case::new("gather: 3 of 5 tokens, C = 37", &[&[2, 5, 37]], move |x| x[0].gather(&ids)),
+        Case::new("gather: one token", &[&[1, 1, 3]], move |x| x[0].gather(&one)),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patches_come_in_the_order_of_a_convolutions_weight() {
+        let pixels: Vec<f32> = (0..2 * 4 * 6).map(|i| i as f32).collect();
+        let images = Tensor::from_slice(&[1, 2, 4, 6], &pixels).unwrap();
+        let ids = Tensor::from_slice(&[1, 1], &[4u32]).unwrap();
+        let rows = gather_patches(&images, (2, 2), Some(&ids)).unwrap();
+        assert_eq!(rows.data::<f32>(), [14.0, 15.0, 20.0, 21.0, 38.0, 39.0, 44.0, 45.0]);
+        let all = gather_patches(&images, (2, 2), None).unwrap();
+        assert_eq!((all.shape(), &all.data::<f32>()[32..40]), (&[1, 6, 8][..], rows.data::<f32>()));
+        assert!(gather_patches(&images, (3, 2), None).is_err());
+    }
+}

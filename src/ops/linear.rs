@@ -1,0 +1,139 @@
+//! The linear layer, with the GELU that follows it on request.
+//!
+//!   y  = x W^T + b            or  y = gelu(x W^T + b)
+//!   dx = dh W,   dW = dh^T x,   db = sum_rows(dh)        dh = dy, or dy gelu'(h) with h = x W^T + b
+//!
+//! x [.., K]; W [N, ..] with K numbers a row (a convolution's weight serves as it is); b [N]; y [.., N]. Saved for backward: x, W, and with GELU
+//! its derivative, which takes the place of h.
+
+use super::case::Case;
+use crate::device::gemm::{self, Into, View};
+use crate::device::parallel::{self, Panel};
+use crate::device::simd::Real;
+use crate::error::Result;
+use crate::tape::{Need, Var};
+use crate::tensor::{Element, Tensor};
+use crate::{by_real, ensure, vectorised};
+
+impl Var {
+    /// x W^T + b.
+    pub fn linear(&self, w: &Var, b: Option<&Var>) -> Result<Var> {
+        let (x, weight) = (self.value().clone(), w.value().clone());
+        let (h, _) = by_real!("linear", x.dtype(), forward(&x, &weight, b.map(Var::value), false))?;
+        let none = Var::constant(h.clone());
+        Var::record("linear", [self, w, b.unwrap_or(&none)], h, move |dy, need| {
+            by_real!("linear", x.dtype(), backward(&dy, &x, &weight, need))
+        })
+    }
+
+    /// gelu(x W^T + b).
+    pub fn linear_gelu(&self, w: &Var, b: Option<&Var>) -> Result<Var> {
+        let (x, weight) = (self.value().clone(), w.value().clone());
+        let (y, slope) = by_real!("linear", x.dtype(), forward(&x, &weight, b.map(Var::value), true))?;
+        let none = Var::constant(y.clone());
+        Var::record("linear_gelu", [self, w, b.unwrap_or(&none)], y, move |dy, need| {
+            let dh = by_real!("linear", x.dtype(), times(dy, &slope))?;
+            by_real!("linear", x.dtype(), backward(&dh, &x, &weight, need))
+        })
+    }
+}
+
+vectorised! {
+    fn add_bias<T: Real>(h: &mut [T], bias: &[T]) {
+        h.chunks_exact_mut(bias.len()).for_each(|row| row.iter_mut().zip(bias).for_each(|(h, &b)| *h += b));
+    }
+    /// y = gelu(h + bias), and h becomes the derivative there.
+    fn bias_gelu<T: Real>(h: &mut [T], bias: &[T], y: &mut [T]) {
+        for (h, y) in h.chunks_exact_mut(bias.len()).zip(y.chunks_exact_mut(bias.len())) {
+            for ((h, y), &b) in h.iter_mut().zip(y).zip(bias) {
+                let x = *h + b;
+                let (probability, density) = x.normal();
+                *y = x * probability;
+                *h = x.mul_add(density, probability);
+            }
+        }
+    }
+    fn multiply<T: Real>(a: &mut [T], b: &[T]) {
+        a.iter_mut().zip(b).for_each(|(a, &b)| *a *= b);
+    }
+    fn sum_rows<T: Real>(rows: &[T], columns: usize, first: usize, sum: &mut [T]) {
+        sum.fill(T::ZERO);
+        for row in rows.chunks_exact(columns) {
+            sum.iter_mut().zip(&row[first..]).for_each(|(sum, &x)| *sum += x);
+        }
+    }
+}
+
+/// (y, derivative of the GELU or y again).
+fn forward<T: Real + Element>(x: &Tensor, w: &Tensor, b: Option<&Tensor>, gelu: bool) -> Result<(Tensor, Tensor)> {
+    let (k, n) = (x.last(), w.shape().first().copied().unwrap_or(1));
+    ensure!(
+        w.numel() == n * k && w.dtype() == x.dtype() && k > 0 && n > 0,
+        "linear: weight is {w:?} but x is {x:?}; the weight needs as many numbers a row as x has"
+    );
+    if let Some(b) = b {
+        ensure!(b.shape() == [n] && b.dtype() == x.dtype(), "linear: bias is {b:?} but weight is {w:?}");
+    }
+    let mut shape = x.shape().to_vec();
+    *shape.last_mut().expect("k > 0 means an axis") = n;
+    let mut h = Tensor::empty(&shape, x.dtype())?;
+    let weight = View::rows(w.data::<T>(), k).transposed();
+    gemm::parallel(&mut Panel::of(h.data_mut::<T>(), n), k, View::rows(x.data(), k), weight, Into::Replace);
+    let zeros = Tensor::zeros(&[if b.is_some() { 0 } else { n }], x.dtype())?;
+    let bias = b.unwrap_or(&zeros).data::<T>();
+    if !gelu {
+        if b.is_some() {
+            parallel::rows(h.data_mut::<T>(), n, |_, h| add_bias(h, bias));
+        }
+        return Ok((h.clone(), h));
+    }
+    let mut y = Tensor::empty(&shape, x.dtype())?;
+    parallel::rows2(h.data_mut::<T>(), n, y.data_mut::<T>(), n, |_, h, y| bias_gelu(h, bias, y));
+    Ok((y, h))
+}
+
+fn backward<T: Real + Element>(dh: &Tensor, x: &Tensor, w: &Tensor, need: &mut Need) -> Result<[Option<Tensor>; 3]> {
+    let (k, n, rows) = (x.last(), dh.last(), x.rows());
+    let dx = need.give(0, |dx| {
+        gemm::parallel(&mut Panel::of(dx.data_mut::<T>(), k), n, View::rows(dh.data(), n), View::rows(w.data(), k), Into::Replace);
+        Ok(())
+    })?;
+    let dw = need.give(1, |dw| {
+        let dh = View::rows(dh.data::<T>(), n).transposed();
+        gemm::parallel(&mut Panel::of(dw.data_mut::<T>(), k), rows, dh, View::rows(x.data(), k), Into::Replace);
+        Ok(())
+    })?;
+    let db = need.give(2, |db| {
+        column_sums(dh.data::<T>(), n, db.data_mut());
+        Ok(())
+    })?;
+    Ok([dx, dw, db])
+}
+
+fn times<T: Real + Element>(dy: Tensor, slope: &Tensor) -> Result<Tensor> {
+    let mut dh = dy.into_unique()?;
+    let slope = slope.data::<T>();
+    parallel::rows(dh.data_mut::<T>(), 1, |first, dh| multiply(dh, &slope[first..first + dh.len()]));
+    Ok(dh)
+}
+
+/// Sum over the rows of a matrix, each column from top to bottom.
+pub(crate) fn column_sums<T: Real>(rows: &[T], columns: usize, sums: &mut [T]) {
+    use rayon::prelude::*;
+    const STRIPE: usize = 64;
+    if rows.len() < 1 << 14 {
+        return sum_rows(rows, columns, 0, sums);
+    }
+    sums.par_chunks_mut(STRIPE).enumerate().for_each(|(i, sums)| sum_rows(rows, columns, i * STRIPE, sums));
+}
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new("linear: 2 x 5 rows, 37 to 19", &[&[2, 5, 37], &[19, 37], &[19]], |x| x[0].linear(&x[1], Some(&x[2]))),
+        Case::new("linear: one row, no bias", &[&[1, 16], &[8, 16]], |x| x[0].linear(&x[1], None)),
+        Case::new("linear: a convolution's weight", &[&[3, 12], &[5, 3, 2, 2], &[5]], |x| x[0].linear(&x[1], Some(&x[2]))),
+        Case::new("linear: enough rows for several pieces", &[&[300, 64], &[70, 64], &[70]], |x| x[0].linear(&x[1], Some(&x[2]))),
+        Case::new("linear_gelu: 2 x 5 rows, 37 to 19", &[&[2, 5, 37], &[19, 37], &[19]], |x| x[0].linear_gelu(&x[1], Some(&x[2]))),
+        Case::new("linear_gelu: no bias", &[&[4, 8], &[3, 8]], |x| x[0].linear_gelu(&x[1], None)),
+    ]
+}

@@ -1,0 +1,256 @@
+//! Floor 3: the numbers that are learned, under the names of the official state dicts.
+//!
+//! All values of a model lie one behind the other in one buffer, in the order in which they were registered, and so do the gradients of
+//! those that are trained. An optimiser, a clip or an exchange between machines sees ranges of flat buffers and never a layer.
+
+use crate::error::{Error, Result};
+use crate::rng::Rng;
+use crate::tape::{Tape, Var};
+use crate::tensor::{Dtype, Shape, Tensor};
+use crate::ensure;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Position of a parameter in its set.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct ParamId(usize);
+
+/// How a parameter starts.
+#[derive(Clone, Debug)]
+pub enum Init {
+    Constant(f32),
+    /// Uniform in [-a, a).
+    Uniform(f32),
+    /// Normal with this deviation, redrawn outside +-2 absolute: at the deviations in use, a plain normal.
+    Normal(f32),
+    Table(Vec<f32>),
+}
+
+impl Init {
+    /// Xavier: a = sqrt(6 / (fan_in + fan_out)).
+    pub fn xavier(fan_in: usize, fan_out: usize) -> Self {
+        Init::Uniform((6.0 / (fan_in + fan_out) as f64).sqrt() as f32)
+    }
+
+    /// What PyTorch gives a convolution's weight and bias: a = 1 / sqrt(fan_in).
+    pub fn fan_in(fan_in: usize) -> Self {
+        Init::Uniform((1.0 / fan_in as f64).sqrt() as f32)
+    }
+
+    fn draw(&self, rng: &Rng, name: &str, n: usize) -> Result<Vec<f32>> {
+        Ok(match self {
+            Init::Constant(value) => vec![*value; n],
+            Init::Uniform(bound) => rng.uniform(name, n)?.into_iter().map(|u| (2.0 * u - 1.0) * bound).collect(),
+            Init::Normal(deviation) => rng.normal(name, n).into_iter().map(|z| (z * deviation).clamp(-2.0, 2.0)).collect(),
+            Init::Table(table) => table.clone(),
+        })
+    }
+}
+
+/// What may happen to an entry of the state dict.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    Trained,
+    /// Fixed: a sin-cos table, a frozen backbone.
+    Frozen,
+    /// Written by the forward pass: running statistics.
+    Buffer,
+}
+
+struct Entry {
+    name: String,
+    role: Role,
+    /// None: lent to the tape at this moment, or never allocated.
+    gradient: Option<Tensor>,
+    has_gradient: bool,
+}
+
+pub struct Params {
+    set: u64,
+    dtype: Dtype,
+    entries: Vec<Entry>,
+    values: Vec<Tensor>,
+    by_name: HashMap<String, ParamId>,
+    gradients_allocated: bool,
+}
+
+/// Collects names, shapes and starting values; [`ParamsBuilder::build`] lays them out.
+#[derive(Default)]
+pub struct ParamsBuilder {
+    entries: Vec<(String, Shape, Init, Role)>,
+}
+
+impl ParamsBuilder {
+    pub fn add(&mut self, name: impl Into<String>, shape: &[usize], init: Init) -> Result<ParamId> {
+        self.add_as(name, shape, init, Role::Trained)
+    }
+
+    pub fn add_as(&mut self, name: impl Into<String>, shape: &[usize], init: Init, role: Role) -> Result<ParamId> {
+        let (name, shape) = (name.into(), Shape::new(shape)?);
+        if let Init::Table(table) = &init {
+            ensure!(table.len() == shape.numel(), "parameter {name} is {shape:?} but its table has {} numbers", table.len());
+        }
+        self.entries.push((name, shape, init, role));
+        Ok(ParamId(self.entries.len() - 1))
+    }
+
+    /// Lays all parameters out and draws their starting values, each from the generator's stream of its name.
+    pub fn build(self, dtype: Dtype, rng: &Rng) -> Result<Params> {
+        static SETS: AtomicU64 = AtomicU64::new(0);
+        let values = Tensor::slab(self.entries.iter().map(|(_, shape, _, _)| &shape[..]), dtype)?;
+        let mut params =
+            Params { set: SETS.fetch_add(1, Ordering::Relaxed), dtype, entries: Vec::new(), values, by_name: HashMap::new(), gradients_allocated: false };
+        for (i, (name, shape, init, role)) in self.entries.into_iter().enumerate() {
+            ensure!(params.by_name.insert(name.clone(), ParamId(i)).is_none(), "parameter {name} is registered twice");
+            let start = init.draw(rng, &name, shape.numel())?;
+            params.write(ParamId(i), &start);
+            params.entries.push(Entry { name, role, gradient: None, has_gradient: false });
+        }
+        Ok(params)
+    }
+}
+
+impl Params {
+    pub(crate) fn set(&self) -> u64 {
+        self.set
+    }
+
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// All entries in the order of the state dict.
+    pub fn ids(&self) -> impl Iterator<Item = ParamId> + use<> {
+        (0..self.entries.len()).map(ParamId)
+    }
+
+    pub fn trained(&self) -> impl Iterator<Item = ParamId> + '_ {
+        self.ids().filter(|&id| self.role(id) == Role::Trained)
+    }
+
+    pub fn name(&self, id: ParamId) -> &str {
+        &self.entries[id.0].name
+    }
+
+    pub fn role(&self, id: ParamId) -> Role {
+        self.entries[id.0].role
+    }
+
+    pub fn value(&self, id: ParamId) -> &Tensor {
+        &self.values[id.0]
+    }
+
+    /// The gradient, if backward has reached this parameter since the last [`Params::clear_gradients`].
+    pub fn gradient(&self, id: ParamId) -> Option<&Tensor> {
+        let entry = &self.entries[id.0];
+        entry.gradient.as_ref().filter(|_| entry.has_gradient)
+    }
+
+    pub fn find(&self, name: &str) -> Result<ParamId> {
+        self.by_name.get(name).copied().ok_or_else(|| Error::new(format!("the model has no parameter {name}")))
+    }
+
+    /// How many numbers are trained.
+    pub fn count_trained(&self) -> usize {
+        self.trained().map(|id| self.value(id).numel()).sum()
+    }
+
+    /// The parameter as an op's input: tracked if it is trained and the tape is on.
+    pub fn var(&self, tape: &Tape, id: ParamId) -> Var {
+        let value = self.values[id.0].clone();
+        if self.role(id) == Role::Trained { tape.param(value, self.set, id) } else { Var::constant(value) }
+    }
+
+    /// Stops training every parameter whose name does not satisfy `trained`.
+    pub fn train_only(&mut self, trained: impl Fn(&str) -> bool) {
+        for entry in self.entries.iter_mut().filter(|entry| entry.role == Role::Trained && !trained(&entry.name)) {
+            (entry.role, entry.gradient, entry.has_gradient) = (Role::Frozen, None, false);
+        }
+    }
+
+    /// Replaces a value; the number of elements must agree.
+    pub fn set_value(&mut self, id: ParamId, value: &Tensor) -> Result<()> {
+        let own = &self.values[id.0];
+        ensure!(value.shape() == own.shape(), "{} is {:?}, the model wants {:?}", self.name(id), value.shape(), own.shape());
+        let value = value.cast(self.dtype)?;
+        match self.dtype {
+            Dtype::F64 => self.value_mut(id)?.data_mut::<f64>().copy_from_slice(value.data()),
+            _ => self.value_mut(id)?.data_mut::<f32>().copy_from_slice(value.data()),
+        }
+        Ok(())
+    }
+
+    /// The value, to be written; refused while a tape or another handle still reads it.
+    pub fn value_mut(&mut self, id: ParamId) -> Result<&mut Tensor> {
+        ensure!(self.values[id.0].is_unique(), "{} is still in use by a recorded forward pass", self.name(id));
+        Ok(&mut self.values[id.0])
+    }
+
+    /// Value and gradient of one parameter for an optimiser; None where backward gave no gradient.
+    pub fn value_and_gradient(&mut self, id: ParamId) -> Result<Option<(&mut Tensor, &mut Tensor)>> {
+        ensure!(self.values[id.0].is_unique(), "{} is still in use by a recorded forward pass", self.name(id));
+        let entry = &mut self.entries[id.0];
+        Ok(entry.gradient.as_mut().filter(|_| entry.has_gradient).map(|gradient| (&mut self.values[id.0], gradient)))
+    }
+
+    /// Forgets all gradients; their memory stays.
+    pub fn clear_gradients(&mut self) {
+        self.entries.iter_mut().for_each(|entry| entry.has_gradient = false);
+    }
+
+    /// Allocates the gradients of everything that is trained, in one buffer.
+    fn allocate_gradients(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.gradients_allocated, true) {
+            return Ok(());
+        }
+        let ids: Vec<ParamId> = self.trained().collect();
+        let shapes = ids.iter().map(|&id| self.values[id.0].shape());
+        let gradients = Tensor::slab(shapes, self.dtype)?;
+        for (id, gradient) in ids.into_iter().zip(gradients) {
+            self.entries[id.0].gradient = Some(gradient);
+        }
+        Ok(())
+    }
+
+    /// The gradient's own memory, if nothing has been written to it.
+    pub(crate) fn lend(&mut self, id: ParamId) -> Result<Option<Tensor>> {
+        if self.entries[id.0].has_gradient {
+            return Ok(None);
+        }
+        self.allocate_gradients()?;
+        Ok(self.entries[id.0].gradient.take())
+    }
+
+    pub(crate) fn give_back(&mut self, id: ParamId, range: Tensor) {
+        self.entries[id.0].gradient = Some(range);
+    }
+
+    /// Takes a gradient from the tape: the lent range itself, or something to copy or add.
+    pub(crate) fn accept(&mut self, id: ParamId, gradient: Tensor) -> Result<()> {
+        self.allocate_gradients()?;
+        let entry = &mut self.entries[id.0];
+        entry.gradient = Some(match entry.gradient.take() {
+            None => gradient,
+            Some(own) if entry.has_gradient => own.accumulate(&gradient)?,
+            Some(own) => own.replace(&gradient)?,
+        });
+        entry.has_gradient = true;
+        Ok(())
+    }
+
+    fn write(&mut self, id: ParamId, numbers: &[f32]) {
+        let value = &mut self.values[id.0];
+        match self.dtype {
+            Dtype::F64 => value.data_mut::<f64>().iter_mut().zip(numbers).for_each(|(value, &x)| *value = x as f64),
+            _ => value.data_mut::<f32>().copy_from_slice(numbers),
+        }
+    }
+}

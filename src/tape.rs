@@ -1,0 +1,296 @@
+//! Floor 3: the whole of automatic differentiation.
+//!
+//! A [`Var`] is a tensor that may be on a [`Tape`]. Ops put their result there through one door, [`Var::record`], whose argument is the
+//! backward; what is not on a tape is a constant. [`Tape::backward`] walks the tape once from the end, consuming it, so memory falls as it goes.
+//!
+//! Gradients are written once: an op that asks [`Need::out`] for the memory of a parameter's gradient gets that parameter's own range of the
+//! flat buffer the first time, and scratch memory that the tape adds afterwards.
+
+use crate::ensure;
+use crate::error::{Context, Error, Result};
+use crate::param::{ParamId, Params};
+use crate::tensor::{Dtype, Shape, Tensor};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+/// Where ops record themselves; [`Tape::off`] records nothing.
+#[derive(Clone)]
+pub struct Tape(Option<Rc<RefCell<Recording>>>);
+
+#[derive(Default)]
+struct Recording {
+    nodes: Vec<Node>,
+    /// Where each parameter stands: it is on the tape once, however often it is used.
+    parameters: HashMap<(u64, ParamId), usize>,
+}
+
+struct Node {
+    name: &'static str,
+    inputs: Vec<Option<usize>>,
+    shape: Shape,
+    dtype: Dtype,
+    kind: Kind,
+}
+
+enum Kind {
+    Op(Box<dyn FnOnce(Tensor, &mut Need) -> Result<Vec<Option<Tensor>>>>),
+    /// A parameter of the set with this number.
+    Param { set: u64, id: ParamId },
+    /// An input whose gradient the caller wants.
+    Leaf,
+}
+
+/// A tensor, and its place on a tape if it has one.
+#[derive(Clone)]
+pub struct Var {
+    value: Tensor,
+    place: Option<(Tape, usize)>,
+}
+
+/// What a backward is asked for: gradients of some of its inputs.
+pub struct Need {
+    wanted: Vec<bool>,
+    lent: Vec<Option<Tensor>>,
+    shapes: Vec<Option<(Shape, Dtype)>>,
+}
+
+impl Need {
+    /// Whether input i wants a gradient; answering None is right only where this is false.
+    pub fn wants(&self, i: usize) -> bool {
+        self.wanted[i]
+    }
+
+    /// Memory for the gradient of input i, which must be wanted. Its content is arbitrary; what is written there must be answered.
+    pub fn out(&mut self, i: usize) -> Result<Tensor> {
+        if let Some(lent) = self.lent[i].take() {
+            return Ok(lent);
+        }
+        let (shape, dtype) = self.shapes[i].expect("out is asked only for a wanted input");
+        Tensor::empty(&shape, dtype)
+    }
+
+    /// The gradient of input i as `f` makes it, or None if it is not wanted.
+    pub fn give(&mut self, i: usize, f: impl FnOnce(&mut Tensor) -> Result<()>) -> Result<Option<Tensor>> {
+        if !self.wants(i) {
+            return Ok(None);
+        }
+        let mut out = self.out(i)?;
+        f(&mut out)?;
+        Ok(Some(out))
+    }
+}
+
+/// Gradients of the leaves that a backward walk reached.
+pub struct Gradients(Vec<(usize, Tensor)>);
+
+impl Gradients {
+    pub fn of(&self, leaf: &Var) -> Option<&Tensor> {
+        let (_, place) = leaf.place.as_ref()?;
+        self.0.iter().find(|(node, _)| node == place).map(|(_, gradient)| gradient)
+    }
+}
+
+impl Tape {
+    pub fn new() -> Self {
+        Self(Some(Rc::default()))
+    }
+
+    /// Records nothing: for teachers and evaluation.
+    pub fn off() -> Self {
+        Self(None)
+    }
+
+    /// A tensor whose gradient is wanted.
+    pub fn leaf(&self, value: Tensor) -> Var {
+        self.push("leaf", Vec::new(), value, Kind::Leaf)
+    }
+
+    pub(crate) fn param(&self, value: Tensor, set: u64, id: ParamId) -> Var {
+        let Some(recording) = &self.0 else { return Var::constant(value) };
+        if let Some(&place) = recording.borrow().parameters.get(&(set, id)) {
+            return Var { value, place: Some((self.clone(), place)) };
+        }
+        let next = recording.borrow().nodes.len();
+        recording.borrow_mut().parameters.insert((set, id), next);
+        self.push("parameter", Vec::new(), value, Kind::Param { set, id })
+    }
+
+    fn push(&self, name: &'static str, inputs: Vec<Option<usize>>, value: Tensor, kind: Kind) -> Var {
+        let Some(recording) = &self.0 else { return Var::constant(value) };
+        let nodes = &mut recording.borrow_mut().nodes;
+        let shape = Shape::new(value.shape()).expect("a tensor's shape is a shape");
+        nodes.push(Node { name, inputs, shape, dtype: value.dtype(), kind });
+        Var { value, place: Some((self.clone(), nodes.len() - 1)) }
+    }
+
+    fn same(&self, other: &Tape) -> bool {
+        matches!((&self.0, &other.0), (Some(a), Some(b)) if Rc::ptr_eq(a, b))
+    }
+
+    /// Gradients of `loss`, one number, with respect to everything on this tape. Those of `params` are added to what their gradient buffers hold.
+    pub fn backward(&self, loss: &Var, params: &mut [&mut Params]) -> Result<Gradients> {
+        ensure!(loss.value.numel() == 1, "backward: the loss is {:?}, not one number", loss.value.shape());
+        let mut one = Tensor::scalar(1.0, loss.value.dtype())?;
+        if !loss.value.shape().is_empty() {
+            one = one.reshape(loss.value.shape())?;
+        }
+        self.backward_from(loss, one, params)
+    }
+
+    /// The same from a given gradient of `output`.
+    pub fn backward_from(&self, output: &Var, gradient: Tensor, params: &mut [&mut Params]) -> Result<Gradients> {
+        let place = output.place.as_ref().filter(|(tape, _)| tape.same(self)).map(|(_, place)| *place);
+        ensure!(place.is_some(), "backward: the loss is not on this tape, nothing that leads to it was recorded");
+        ensure!(
+            gradient.shape() == output.value.shape(),
+            "backward: the gradient is {:?} but the output is {:?}",
+            gradient.shape(),
+            output.value.shape()
+        );
+        let last = place.expect("checked above");
+        let recording = self.0.as_ref().map(|recording| recording.take()).expect("a tape with a place on it is on");
+        let nodes = recording.nodes;
+        let facts: Vec<(Shape, Dtype)> = nodes.iter().map(|node| (node.shape, node.dtype)).collect();
+        let owners: Vec<Option<(u64, ParamId)>> = nodes
+            .iter()
+            .map(|node| match node.kind {
+                Kind::Param { set, id } => Some((set, id)),
+                _ => None,
+            })
+            .collect();
+        let mut gradients: Vec<Option<Tensor>> = vec![None; nodes.len()];
+        gradients[last] = Some(gradient);
+        let mut leaves = Vec::new();
+        for (place, node) in nodes.into_iter().enumerate().rev() {
+            let Some(gradient) = gradients[place].take() else { continue };
+            match node.kind {
+                Kind::Leaf => leaves.push((place, gradient)),
+                Kind::Param { set, id } => owner(params, set)?.accept(id, gradient)?,
+                Kind::Op(backward) => {
+                    let mut need = need(&node.inputs, &facts, &owners, &gradients, params)?;
+                    let answers = backward(gradient, &mut need).with_context(|| format!("the backward of {}", node.name))?;
+                    give_back(need, &node.inputs, &owners, params)?;
+                    for (i, (input, answer)) in node.inputs.iter().zip(answers).enumerate() {
+                        let Some(input) = *input else { continue };
+                        let Some(answer) = answer else {
+                            crate::bail!("the backward of {} gave no gradient for its input {i}", node.name);
+                        };
+                        let (shape, dtype) = facts[input];
+                        ensure!(
+                            answer.shape() == &*shape && answer.dtype() == dtype,
+                            "the backward of {} gave {answer:?} for its input {i}, which is {dtype} {shape:?}",
+                            node.name
+                        );
+                        gradients[input] = Some(match gradients[input].take() {
+                            None => answer,
+                            Some(sum) => sum.accumulate(&answer)?,
+                        });
+                    }
+                }
+            }
+        }
+        Ok(Gradients(leaves))
+    }
+}
+
+impl Default for Tape {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn owner<'a>(params: &'a mut [&mut Params], set: u64) -> Result<&'a mut Params> {
+    let found = params.iter_mut().find(|params| params.set() == set);
+    found.map(|params| &mut **params).ok_or_else(|| Error::new("backward: a parameter on the tape belongs to a set that was not handed in"))
+}
+
+/// Lends each wanted parameter's own gradient range, where nothing has been written to it and this is its first gradient on this walk.
+fn need(
+    inputs: &[Option<usize>],
+    facts: &[(Shape, Dtype)],
+    owners: &[Option<(u64, ParamId)>],
+    gradients: &[Option<Tensor>],
+    params: &mut [&mut Params],
+) -> Result<Need> {
+    let mut lent = Vec::with_capacity(inputs.len());
+    for input in inputs {
+        let free = input.filter(|&place| gradients[place].is_none()).and_then(|place| owners[place]);
+        lent.push(match free {
+            Some((set, id)) => owner(params, set)?.lend(id)?,
+            None => None,
+        });
+    }
+    let shapes = inputs.iter().map(|input| input.map(|place| facts[place])).collect();
+    Ok(Need { wanted: inputs.iter().map(Option::is_some).collect(), lent, shapes })
+}
+
+/// Ranges that were lent and not used go back.
+fn give_back(need: Need, inputs: &[Option<usize>], owners: &[Option<(u64, ParamId)>], params: &mut [&mut Params]) -> Result<()> {
+    for (lent, input) in need.lent.into_iter().zip(inputs) {
+        if let (Some(range), Some((set, id))) = (lent, input.and_then(|place| owners[place])) {
+            owner(params, set)?.give_back(id, range);
+        }
+    }
+    Ok(())
+}
+
+impl Var {
+    /// A tensor that no gradient flows through.
+    pub fn constant(value: Tensor) -> Self {
+        Self { value, place: None }
+    }
+
+    /// The only way to make a tracked Var: no backward, no op. The backward takes the result's gradient and answers for each input.
+    pub fn record<const N: usize>(
+        name: &'static str,
+        inputs: [&Var; N],
+        value: Tensor,
+        backward: impl FnOnce(Tensor, &mut Need) -> Result<[Option<Tensor>; N]> + 'static,
+    ) -> Result<Var> {
+        Self::record_many(name, &inputs, value, move |gradient, need| Ok(backward(gradient, need)?.into()))
+    }
+
+    /// The same for a number of inputs known only when the program runs.
+    pub fn record_many(
+        name: &'static str,
+        inputs: &[&Var],
+        value: Tensor,
+        backward: impl FnOnce(Tensor, &mut Need) -> Result<Vec<Option<Tensor>>> + 'static,
+    ) -> Result<Var> {
+        let Some((tape, _)) = inputs.iter().find_map(|input| input.place.as_ref()) else { return Ok(Var::constant(value)) };
+        let one_tape = inputs.iter().filter_map(|input| input.place.as_ref()).all(|(other, _)| other.same(tape));
+        ensure!(one_tape, "{name}: its inputs are on different tapes");
+        let places = inputs.iter().map(|input| input.place.as_ref().map(|(_, place)| *place)).collect();
+        Ok(tape.push(name, places, value, Kind::Op(Box::new(backward))))
+    }
+
+    pub fn value(&self) -> &Tensor {
+        &self.value
+    }
+
+    pub fn shape(&self) -> &[usize] {
+        self.value.shape()
+    }
+
+    pub fn dtype(&self) -> Dtype {
+        self.value.dtype()
+    }
+
+    /// Whether a gradient will flow to it.
+    pub fn tracked(&self) -> bool {
+        self.place.is_some()
+    }
+
+    /// The same value as a constant: stops the gradient on purpose.
+    pub fn detach(&self) -> Self {
+        Self::constant(self.value.clone())
+    }
+
+    /// The same numbers under another shape.
+    pub fn reshape(&self, shape: &[usize]) -> Result<Var> {
+        let before = Shape::new(self.shape())?;
+        let value = self.value.reshape(shape)?;
+        Var::record("reshape", [self], value, move |gradient, _| Ok([Some(gradient.reshape(&before)?)]))
+    }
+}
