@@ -3,11 +3,11 @@
 //! All values of a model lie one behind the other in one buffer, in the order in which they were registered, and so do the gradients of
 //! those that are trained. An optimiser, a clip or an exchange between machines sees ranges of flat buffers and never a layer.
 
+use crate::ensure;
 use crate::error::{Error, Result};
 use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Dtype, Shape, Tensor};
-use crate::ensure;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -98,8 +98,14 @@ impl ParamsBuilder {
     pub fn build(self, dtype: Dtype, rng: &Rng) -> Result<Params> {
         static SETS: AtomicU64 = AtomicU64::new(0);
         let values = Tensor::slab(self.entries.iter().map(|(_, shape, _, _)| &shape[..]), dtype)?;
-        let mut params =
-            Params { set: SETS.fetch_add(1, Ordering::Relaxed), dtype, entries: Vec::new(), values, by_name: HashMap::new(), gradients_allocated: false };
+        let mut params = Params {
+            set: SETS.fetch_add(1, Ordering::Relaxed),
+            dtype,
+            entries: Vec::new(),
+            values,
+            by_name: HashMap::new(),
+            gradients_allocated: false,
+        };
         for (i, (name, shape, init, role)) in self.entries.into_iter().enumerate() {
             ensure!(params.by_name.insert(name.clone(), ParamId(i)).is_none(), "parameter {name} is registered twice");
             let start = init.draw(rng, &name, shape.numel())?;

@@ -36,7 +36,10 @@ struct Node {
 enum Kind {
     Op(Box<dyn FnOnce(Tensor, &mut Need) -> Result<Vec<Option<Tensor>>>>),
     /// A parameter of the set with this number.
-    Param { set: u64, id: ParamId },
+    Param {
+        set: u64,
+        id: ParamId,
+    },
     /// An input whose gradient the caller wants.
     Leaf,
 }

@@ -32,7 +32,8 @@ fn moved(case: &Case, directions: &[Vec<f64>], step: f64, weights: &[f64]) -> Re
 #[test]
 fn every_gradient_is_the_derivative() {
     for case in ops::cases() {
-        let (_, weights, gradients) = run(&case, case.tensors(Dtype::F64).unwrap()).unwrap_or_else(|e| panic!("{}: {}", case.name, e.chain()));
+        let (_, weights, gradients) =
+            run(&case, case.tensors(Dtype::F64).unwrap()).unwrap_or_else(|e| panic!("{}: {}", case.name, e.chain()));
         // Each input by itself, so that no error hides behind another's size.
         for i in 0..case.inputs.len() {
             let direction = |j: usize, input: &ops::case::Input| {

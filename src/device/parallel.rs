@@ -72,7 +72,10 @@ impl<'a, T> Panel<'a, T> {
 
     /// Matrices of `rows` x `columns` lying one behind the other, each cut into panels of `width` columns, matrix by matrix.
     pub fn split(data: &'a mut [T], rows: usize, columns: usize, width: usize) -> Vec<Panel<'a, T>> {
-        assert!(width > 0 && columns.is_multiple_of(width) && data.len().is_multiple_of((rows * columns).max(1)), "panels of {width} in {columns}");
+        assert!(
+            width > 0 && columns.is_multiple_of(width) && data.len().is_multiple_of((rows * columns).max(1)),
+            "panels of {width} in {columns}"
+        );
         let matrices = data.chunks_mut((rows * columns).max(1));
         matrices
             .flat_map(|matrix| {

@@ -24,11 +24,7 @@ impl Var {
         let x = self.value();
         let &[batch, tokens, c] = x.shape() else { crate::bail!("add_positions: x is {x:?} but [B, T, C] is needed") };
         let rows = table.value().rows();
-        ensure!(
-            table.value().last() == c && table.dtype() == x.dtype(),
-            "add_positions: the table is {:?} but x is {x:?}",
-            table.value()
-        );
+        ensure!(table.value().last() == c && table.dtype() == x.dtype(), "add_positions: the table is {:?} but x is {x:?}", table.value());
         match ids {
             None => ensure!(rows == skip + tokens, "add_positions: the table has {rows} rows but x has {skip} + {tokens} tokens"),
             Some(ids) => {
@@ -40,8 +36,7 @@ impl Var {
         let y = by_real!("add_positions", x.dtype(), with_rows(x, table.value(), skip, ids))?;
         let (ids, dtype) = (ids.cloned(), x.dtype());
         Var::record("add_positions", [self, table], y, move |dy, need| {
-            let dtable =
-                need.give(1, |dtable| by_real!("add_positions", dtype, table_gradient(&dy, skip, ids.as_ref(), dtable)))?;
+            let dtable = need.give(1, |dtable| by_real!("add_positions", dtype, table_gradient(&dy, skip, ids.as_ref(), dtable)))?;
             Ok([Some(dy), dtable])
         })
     }

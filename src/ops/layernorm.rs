@@ -104,13 +104,7 @@ fn forward<T: Real + Element>(x: &Tensor, affine: Option<(&Tensor, &Tensor)>, ep
 /// Rows of one partial sum of dw and db.
 const BLOCK: usize = 64;
 
-fn backward<T: Real + Element>(
-    dy: &Tensor,
-    x: &Tensor,
-    w: Option<&Tensor>,
-    saved: &Saved,
-    need: &mut Need,
-) -> Result<[Option<Tensor>; 3]> {
+fn backward<T: Real + Element>(dy: &Tensor, x: &Tensor, w: Option<&Tensor>, saved: &Saved, need: &mut Need) -> Result<[Option<Tensor>; 3]> {
     let (c, rows) = (x.last(), x.rows());
     let mut dx = if need.wants(0) { need.out(0)? } else { Tensor::empty(x.shape(), x.dtype())? };
     let blocks = rows.div_ceil(BLOCK).max(1);
