@@ -35,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 try:
@@ -42,7 +43,8 @@ try:
     import torch.nn.functional as F
     from torch import nn
 except ImportError:
-    sys.exit(print("bench_torch.py: PyTorch is not installed for this Python.", file=sys.stderr) or 2)
+    print("bench_torch.py: PyTorch is not installed for this Python.", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,6 +81,7 @@ def attention_sdpa(qkv, heads):
 
 ATTENTION = {"eager": attention_eager, "sdpa": attention_sdpa}
 ADAMW = {"default": {}, "fused": {"fused": True}}
+PARTS = ("forward", "backward", "update")
 
 
 def chosen(option, variants):
@@ -237,7 +240,6 @@ def golden_model(norm_pix, attention):
 def self_check():
     """Compares loss and gradients with the golden micro-model; returns what it found, a line a variant."""
     at = torch.arange(3 * 32 * 32, dtype=torch.float64)
-    at = (at // 1024) * 1024 + at % 1024
     images = torch.stack([(0.05 * at + n).sin().reshape(3, 32, 32) for n in range(2)])
     place = torch.arange(1, 17, dtype=torch.float64)
     noise = torch.stack([(0.6180339887 * place * k).frac() for k in (1, 2)])
@@ -375,7 +377,7 @@ def torch_step_variant(name, batch, attention, adamw, options):
     optimiser = torch.optim.AdamW(parameter_groups(model), lr=1e-4, betas=(0.9, 0.95), **ADAMW[adamw])
     images = torch.randn(batch, 3, options.image_size, options.image_size)
     rows, loss = time_steps(model, optimiser, images, options)
-    parts = dict(zip(("forward", "backward", "update"), map(statistics.median, zip(*rows))))
+    parts = dict(zip(PARTS, map(statistics.median, zip(*rows))))
     return {"ms": statistics.median(map(sum, rows)), "parts": parts, "loss": loss}
 
 
@@ -459,7 +461,10 @@ def masque_step(program, name, batch, options):
     require(row, "what", "step")
     require(row, "model", name)
     require(row, "batch", batch)
-    return {"ms": positive(row, "ms_per_step"), "parts": row.get("parts", {}), "loss": row.get("loss")}
+    if not isinstance(row.get("parts"), dict):
+        raise Failure(f"masque's row has no parts: {json.dumps(row)}")
+    parts = {part: positive(row["parts"], part) for part in PARTS}
+    return {"ms": positive(row, "ms_per_step"), "parts": parts, "loss": row.get("loss")}
 
 
 # ---- side by side ------------------------------------------------------------------------------------------------------
@@ -519,7 +524,7 @@ def summarise(name, case, ours, theirs):
         row["masque_ms"] = statistics.median(r["ms"] for r in ours)
         row["ratio"] = row["torch_ms"] / row["masque_ms"]
         row["round_ratios"] = [b["ms"] / a["ms"] for a, b in zip(ours, theirs)]
-        if ours[0].get("parts"):
+        if "parts" in ours[0]:
             row["masque_parts"] = median_dict([r["parts"] for r in ours])
     return row
 
@@ -545,12 +550,11 @@ def measure(options):
     program = None if options.torch_only else find_masque()
     entries = []
     if options.what != "step":
-        entries += [(op, lambda op=op: op_round(program, op, options)) for op in options.only]
+        entries += [(op, partial(op_round, program, op, options)) for op in options.only]
     if options.what != "ops":
         self_check()
         for name, batch in options.model:
-            run = lambda name=name, batch=batch: step_round(program, name, batch, options)
-            entries.append((f"step {name} batch {batch}", run))
+            entries.append((f"step {name} batch {batch}", partial(step_round, program, name, batch, options)))
     return collect(entries, options.rounds)
 
 
@@ -671,6 +675,8 @@ def floors(text):
         try:
             out[group] = float(value)
         except ValueError:
+            out[group] = math.nan
+        if not 0 <= out[group] < math.inf:
             raise argparse.ArgumentTypeError(f"`{part}` is neither a ratio nor GROUP=RATIO")
     return out
 
