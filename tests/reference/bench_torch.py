@@ -17,7 +17,9 @@ The program is $MASQUE, else `masque` on PATH, else target/release/masque of thi
 `masque measure ops ... --json` and `masque measure step ... --json`, and its rows say which cases are compared:
 the torch side repeats each case as often as the row's `runs` says. `--attention` and `--adamw` choose what
 PyTorch is measured with: by default plain eager attention as in the MAE code, and the default AdamW; `best` takes
-the faster variant of each row. The variants of an op are all measured and shown, whichever is chosen.
+the faster variant of each row. The variants of an op are all measured and shown, whichever is chosen. Products
+write into a buffer made beforehand, so that allocation is no part of them; the other ops run forward and backward
+through autograd and allocate as they do in training.
 
 The model is a plain statement of MAE (arXiv 2111.06377) with torch alone. Before a step is timed it must
 reproduce the golden micro-model's losses and gradient norms in float64.
@@ -53,7 +55,7 @@ class Failure(Exception):
     """Something a user has to put right; printed as one sentence, exit code 2."""
 
 
-# ---- attention and optimiser variants --------------------------------------------------------------------------
+# ---- attention and optimiser variants ----
 
 
 def split_heads(qkv, heads):
@@ -89,7 +91,7 @@ def chosen(option, variants):
     return list(variants) if option == "best" else [option]
 
 
-# ---- the model ---------------------------------------------------------------------------------------------------
+# ---- the model ----
 
 # name: width, depth, heads
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
@@ -220,7 +222,7 @@ class Mae(nn.Module):
         return (per_patch * mask).sum() / mask.sum()
 
 
-# ---- the golden micro-model ----------------------------------------------------------------------------------------
+# ---- the golden micro-model ----
 
 # norm_pix: loss, L2 norm of all gradients
 GOLDEN = {False: (0.5125649486173123, 0.18690577743774228), True: (1.0056227797735364, 0.25950250193894425)}
@@ -257,7 +259,7 @@ def self_check():
     return lines
 
 
-# ---- timing in torch -----------------------------------------------------------------------------------------------
+# ---- timing in torch ----
 
 
 def median_ms(work, runs):
@@ -289,12 +291,11 @@ def there_and_back(function, inputs, like):
 
 
 def matmul_work(op, m, n, k):
+    """The product alone: it writes into memory that is already there."""
     x, w, dy = torch.randn(m, k), torch.randn(n, k), torch.randn(m, n)
-    return {
-        "matmul_forward": lambda: torch.mm(x, w.t()),
-        "matmul_input": lambda: torch.mm(dy, w),
-        "matmul_weight": lambda: torch.mm(dy.t(), x),
-    }[op]
+    left, right = {"matmul_forward": (x, w.t()), "matmul_input": (dy, w), "matmul_weight": (dy.t(), x)}[op]
+    out = torch.empty(left.shape[0], right.shape[1])
+    return lambda: torch.mm(left, right, out=out)
 
 
 def layernorm_work(rows, c):
@@ -390,7 +391,7 @@ def torch_step(name, batch, options):
     return {**best, "variants": {variant: result["ms"] for variant, result in results.items()}}
 
 
-# ---- running masque --------------------------------------------------------------------------------------------------
+# ---- running masque ----
 
 
 def find_masque():
@@ -461,13 +462,16 @@ def masque_step(program, name, batch, options):
     require(row, "what", "step")
     require(row, "model", name)
     require(row, "batch", batch)
+    for key in ("threads",) + STEP_SIZES:
+        if key in row:
+            require(row, key, getattr(options, key))
     if not isinstance(row.get("parts"), dict):
         raise Failure(f"masque's row has no parts: {json.dumps(row)}")
     parts = {part: positive(row["parts"], part) for part in PARTS}
     return {"ms": positive(row, "ms_per_step"), "parts": parts, "loss": row.get("loss")}
 
 
-# ---- side by side ------------------------------------------------------------------------------------------------------
+# ---- side by side ----
 
 OPS = ("matmul_forward", "matmul_input", "matmul_weight", "layernorm", "gelu", "softmax", "attention", "adamw")
 STEP_SIZES = ("image_size", "patch_size", "mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads")
@@ -558,7 +562,7 @@ def measure(options):
     return collect(entries, options.rounds)
 
 
-# ---- the table -----------------------------------------------------------------------------------------------------------
+# ---- the table ----
 
 
 def case_text(case):
@@ -627,7 +631,7 @@ def write_json(path, rows, options):
         raise Failure(f"{path} cannot be written: {error.strerror}.")
 
 
-# ---- arguments -----------------------------------------------------------------------------------------------------------
+# ---- arguments ----
 
 
 class Parser(argparse.ArgumentParser):
@@ -717,7 +721,8 @@ def check(options):
     if options.image_size % options.patch_size:
         raise Failure(f"image size {options.image_size} is not a multiple of patch size {options.patch_size}.")
     if options.decoder_dim % options.decoder_heads or options.decoder_dim % 4:
-        raise Failure(f"decoder dim {options.decoder_dim} must be a multiple of 4 and of its {options.decoder_heads} heads.")
+        dim, heads = options.decoder_dim, options.decoder_heads
+        raise Failure(f"decoder dim {dim} must be a multiple of 4 and of its {heads} heads.")
     if options.min_ratio and options.torch_only:
         raise Failure("--min-ratio needs masque; leave out --torch-only.")
     measured = {group_of(op) for op in options.only} if options.what != "step" else set()
