@@ -1,0 +1,2 @@
+//! Parts of a vision transformer.
+pub mod position;
