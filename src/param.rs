@@ -94,6 +94,16 @@ impl ParamsBuilder {
         Ok(ParamId(self.entries.len() - 1))
     }
 
+    /// How many numbers have been registered.
+    pub fn count(&self) -> usize {
+        self.entries.iter().map(|(_, shape, _, _)| shape.numel()).sum()
+    }
+
+    /// How many of them will be trained.
+    pub fn count_trained(&self) -> usize {
+        self.entries.iter().filter(|(.., role)| *role == Role::Trained).map(|(_, shape, _, _)| shape.numel()).sum()
+    }
+
     /// Lays all parameters out and draws their starting values, each from the generator's stream of its name.
     pub fn build(self, dtype: Dtype, rng: &Rng) -> Result<Params> {
         static SETS: AtomicU64 = AtomicU64::new(0);

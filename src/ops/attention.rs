@@ -9,7 +9,7 @@
 //! Two requests: only some keys (`keys`, [B, K] token numbers, distinct in a row) take part; the first query's row of P is handed out.
 
 use super::case::Case;
-use crate::device::gemm::{self, Into, View};
+use crate::device::gemm::{self, Finish, Product, View};
 use crate::device::parallel::Panel;
 use crate::device::simd::{Real, lane_max, lane_sum};
 use crate::error::Result;
@@ -103,7 +103,7 @@ struct Head<'a, T> {
 }
 
 /// k and v of one head at the chosen tokens, one behind the other.
-fn gathered<T: Real + Element>(qkv: &[T], ids: &[u32], s: &Sizes, head: usize) -> Result<Tensor> {
+fn gathered<T: Product + Element>(qkv: &[T], ids: &[u32], s: &Sizes, head: usize) -> Result<Tensor> {
     let mut both = Tensor::empty(&[2, ids.len(), s.width], T::DTYPE)?;
     let (k, v) = both.data_mut::<T>().split_at_mut(ids.len() * s.width);
     for (which, rows) in [(1, k), (2, v)] {
@@ -115,7 +115,7 @@ fn gathered<T: Real + Element>(qkv: &[T], ids: &[u32], s: &Sizes, head: usize) -
     Ok(both)
 }
 
-impl<'a, T: Real + Element> Head<'a, T> {
+impl<'a, T: Product + Element> Head<'a, T> {
     fn new(qkv: &'a [T], gathered: Option<&'a Tensor>, s: &Sizes, head: usize) -> Self {
         let part = |which: usize| View::rows(&qkv[which * s.channels() + head * s.width..], 3 * s.channels());
         let Some(both) = gathered else { return Self { q: part(0), k: part(1), v: part(2) } };
@@ -159,7 +159,7 @@ fn ids_of(keys: Option<&Tensor>, image: usize, s: &Sizes) -> Option<Vec<u32>> {
     keys.map(|keys| keys.data::<u32>()[image * s.keys..][..s.keys].to_vec())
 }
 
-fn forward<T: Real + Element>(qkv: &Tensor, keys: Option<&Tensor>, s: &Sizes, class_rows: bool) -> Result<Done> {
+fn forward<T: Product + Element>(qkv: &Tensor, keys: Option<&Tensor>, s: &Sizes, class_rows: bool) -> Result<Done> {
     let scale = T::of(1.0 / (s.width as f64).sqrt());
     let mut y = Tensor::empty(&[s.batch, s.n, s.channels()], T::DTYPE)?;
     let mut lse = Tensor::empty(&[s.batch, s.heads, s.n], T::DTYPE)?;
@@ -178,9 +178,9 @@ fn forward<T: Real + Element>(qkv: &Tensor, keys: Option<&Tensor>, s: &Sizes, cl
         let h = Head::new(qkv, both.as_ref(), s, head);
         let mut scores = Tensor::empty(&[s.n, s.keys], T::DTYPE)?;
         let p = scores.data_mut::<T>();
-        gemm::serial(&mut Panel::of(p, s.keys), s.width, h.q, h.k.transposed(), Into::Replace);
+        gemm::serial(&mut Panel::of(p, s.keys), s.width, h.q, h.k.transposed(), Finish::replace());
         softmax_rows(p, s.keys, scale, lse);
-        gemm::serial(&mut y, s.keys, View::rows(p, s.keys), h.v, Into::Replace);
+        gemm::serial(&mut y, s.keys, View::rows(p, s.keys), h.v, Finish::replace());
         if let Some(row) = class_row {
             row.copy_from_slice(&p[..s.keys]);
         }
@@ -189,7 +189,7 @@ fn forward<T: Real + Element>(qkv: &Tensor, keys: Option<&Tensor>, s: &Sizes, cl
     Ok(Done { y, lse, class_rows: rows })
 }
 
-fn backward<T: Real + Element>(
+fn backward<T: Product + Element>(
     dy: &Tensor,
     qkv: &Tensor,
     y: &Tensor,
@@ -220,21 +220,21 @@ fn backward<T: Real + Element>(
         let mut scratch = Tensor::empty(&[2 * s.n * s.keys + s.n], T::DTYPE)?;
         let (p, rest) = scratch.data_mut::<T>().split_at_mut(s.n * s.keys);
         let (ds, delta) = rest.split_at_mut(s.n * s.keys);
-        gemm::serial(&mut Panel::of(p, s.keys), s.width, h.q, h.k.transposed(), Into::Replace);
+        gemm::serial(&mut Panel::of(p, s.keys), s.width, h.q, h.k.transposed(), Finish::replace());
         probabilities(p, s.keys, scale, &lse[i * s.n..][..s.n]);
-        gemm::serial(&mut Panel::of(ds, s.keys), s.width, dout, h.v.transposed(), Into::Replace);
+        gemm::serial(&mut Panel::of(ds, s.keys), s.width, dout, h.v.transposed(), Finish::replace());
         dot_rows(dy, y, s.channels(), head * s.width, s.width, delta);
         score_gradients(ds, p, s.keys, scale, delta);
-        gemm::serial(&mut dq, s.keys, View::rows(ds, s.keys), h.k, Into::Replace);
+        gemm::serial(&mut dq, s.keys, View::rows(ds, s.keys), h.k, Finish::replace());
         let (p, ds) = (View::rows(&*p, s.keys).transposed(), View::rows(&*ds, s.keys).transposed());
         let Some(ids) = ids else {
-            gemm::serial(&mut dv, s.n, p, dout, Into::Replace);
-            gemm::serial(&mut dk, s.n, ds, h.q, Into::Replace);
+            gemm::serial(&mut dv, s.n, p, dout, Finish::replace());
+            gemm::serial(&mut dk, s.n, ds, h.q, Finish::replace());
             return Ok(());
         };
         for (into, left, right) in [(&mut dv, p, dout), (&mut dk, ds, h.q)] {
             let mut part = Tensor::empty(&[s.keys, s.width], T::DTYPE)?;
-            gemm::serial(&mut Panel::of(part.data_mut::<T>(), s.width), s.n, left, right, Into::Replace);
+            gemm::serial(&mut Panel::of(part.data_mut::<T>(), s.width), s.n, left, right, Finish::replace());
             (0..s.n).for_each(|token| into.row(token).fill(T::ZERO));
             part.data::<T>().chunks_exact(s.width).zip(&ids).for_each(|(row, &id)| into.row(id as usize).copy_from_slice(row));
         }
@@ -246,7 +246,7 @@ fn backward<T: Real + Element>(
 pub fn mean_over_heads(class_rows: &Tensor) -> Result<Tensor> {
     let &[batch, heads, keys] = class_rows.shape() else { crate::bail!("mean over heads: {class_rows:?} is not [B, H, K]") };
     let mut mean = Tensor::zeros(&[batch, keys], class_rows.dtype())?;
-    fn add<T: Real + Element>(rows: &Tensor, mean: &mut Tensor, heads: usize, keys: usize) -> Result<()> {
+    fn add<T: Product + Element>(rows: &Tensor, mean: &mut Tensor, heads: usize, keys: usize) -> Result<()> {
         let scale = T::of(1.0 / heads as f64);
         for (mean, rows) in mean.data_mut::<T>().chunks_exact_mut(keys).zip(rows.data::<T>().chunks_exact(heads * keys)) {
             rows.chunks_exact(keys).for_each(|row| mean.iter_mut().zip(row).for_each(|(mean, &p)| *mean += p));

@@ -7,7 +7,7 @@
 //! its derivative, which takes the place of h.
 
 use super::case::Case;
-use crate::device::gemm::{self, Into, View};
+use crate::device::gemm::{self, Finish, Product, View};
 use crate::device::parallel::{self, Panel};
 use crate::device::simd::Real;
 use crate::error::Result;
@@ -39,20 +39,6 @@ impl Var {
 }
 
 vectorised! {
-    fn add_bias<T: Real>(h: &mut [T], bias: &[T]) {
-        h.chunks_exact_mut(bias.len()).for_each(|row| row.iter_mut().zip(bias).for_each(|(h, &b)| *h += b));
-    }
-    /// y = gelu(h + bias), and h becomes the derivative there.
-    fn bias_gelu<T: Real>(h: &mut [T], bias: &[T], y: &mut [T]) {
-        for (h, y) in h.chunks_exact_mut(bias.len()).zip(y.chunks_exact_mut(bias.len())) {
-            for ((h, y), &b) in h.iter_mut().zip(y).zip(bias) {
-                let x = *h + b;
-                let (probability, density) = x.normal();
-                *y = x * probability;
-                *h = x.mul_add(density, probability);
-            }
-        }
-    }
     fn multiply<T: Real>(a: &mut [T], b: &[T]) {
         a.iter_mut().zip(b).for_each(|(a, &b)| *a *= b);
     }
@@ -65,7 +51,7 @@ vectorised! {
 }
 
 /// (y, derivative of the GELU or y again).
-fn forward<T: Real + Element>(x: &Tensor, w: &Tensor, b: Option<&Tensor>, gelu: bool) -> Result<(Tensor, Tensor)> {
+fn forward<T: Product + Element>(x: &Tensor, w: &Tensor, b: Option<&Tensor>, gelu: bool) -> Result<(Tensor, Tensor)> {
     let (k, n) = (x.last(), w.shape().first().copied().unwrap_or(1));
     ensure!(
         w.numel() == n * k && w.dtype() == x.dtype() && k > 0 && n > 0,
@@ -77,30 +63,22 @@ fn forward<T: Real + Element>(x: &Tensor, w: &Tensor, b: Option<&Tensor>, gelu: 
     let mut shape = x.shape().to_vec();
     *shape.last_mut().expect("k > 0 means an axis") = n;
     let mut h = Tensor::empty(&shape, x.dtype())?;
+    let mut y = if gelu { Some(Tensor::empty(&shape, x.dtype())?) } else { None };
+    let finish = Finish { bias: b.map(|b| b.data()), gelu: y.as_mut().map(|y| y.data_mut()), ..Finish::replace() };
     let weight = View::rows(w.data::<T>(), k).transposed();
-    gemm::parallel(&mut Panel::of(h.data_mut::<T>(), n), k, View::rows(x.data(), k), weight, Into::Replace);
-    let zeros = Tensor::zeros(&[if b.is_some() { 0 } else { n }], x.dtype())?;
-    let bias = b.unwrap_or(&zeros).data::<T>();
-    if !gelu {
-        if b.is_some() {
-            parallel::rows(h.data_mut::<T>(), n, |_, h| add_bias(h, bias));
-        }
-        return Ok((h.clone(), h));
-    }
-    let mut y = Tensor::empty(&shape, x.dtype())?;
-    parallel::rows2(h.data_mut::<T>(), n, y.data_mut::<T>(), n, |_, h, y| bias_gelu(h, bias, y));
-    Ok((y, h))
+    gemm::parallel(&mut Panel::of(h.data_mut::<T>(), n), k, View::rows(x.data(), k), weight, finish);
+    Ok((y.unwrap_or_else(|| h.clone()), h))
 }
 
-fn backward<T: Real + Element>(dh: &Tensor, x: &Tensor, w: &Tensor, need: &mut Need) -> Result<[Option<Tensor>; 3]> {
+fn backward<T: Product + Element>(dh: &Tensor, x: &Tensor, w: &Tensor, need: &mut Need) -> Result<[Option<Tensor>; 3]> {
     let (k, n, rows) = (x.last(), dh.last(), x.rows());
     let dx = need.give(0, |dx| {
-        gemm::parallel(&mut Panel::of(dx.data_mut::<T>(), k), n, View::rows(dh.data(), n), View::rows(w.data(), k), Into::Replace);
+        gemm::parallel(&mut Panel::of(dx.data_mut::<T>(), k), n, View::rows(dh.data(), n), View::rows(w.data(), k), Finish::replace());
         Ok(())
     })?;
     let dw = need.give(1, |dw| {
         let dh = View::rows(dh.data::<T>(), n).transposed();
-        gemm::parallel(&mut Panel::of(dw.data_mut::<T>(), k), rows, dh, View::rows(x.data(), k), Into::Replace);
+        gemm::parallel(&mut Panel::of(dw.data_mut::<T>(), k), rows, dh, View::rows(x.data(), k), Finish::replace());
         Ok(())
     })?;
     let db = need.give(2, |db| {

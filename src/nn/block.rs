@@ -1,0 +1,93 @@
+//! A pre-norm transformer block.
+//!
+//!   x = x + dp(g1 * attention(norm1(x)));   x = x + dp(g2 * mlp(norm2(x)))
+//!
+//! dp is stochastic depth, drawn for each branch; g1, g2 are the gains of layer scale, where there are any.
+
+use super::attention::Attention;
+use super::linear::Linear;
+use super::norm::Norm;
+use super::{Scope, Start};
+use crate::error::Result;
+use crate::ops::attention::Request;
+use crate::param::{Init, ParamId, ParamsBuilder};
+use crate::tape::Var;
+use crate::tensor::Tensor;
+
+/// The sizes of one block.
+#[derive(Clone, Debug)]
+pub struct BlockConfig {
+    pub width: usize,
+    pub heads: usize,
+    pub hidden: usize,
+    pub eps: f64,
+    pub qkv_bias: bool,
+    /// Starting value of layer scale, if there is one.
+    pub layer_scale: Option<f32>,
+    pub drop_path: f64,
+}
+
+pub struct Block {
+    name: String,
+    gains: Option<[ParamId; 2]>,
+    norm1: Norm,
+    attention: Attention,
+    norm2: Norm,
+    fc1: Linear,
+    fc2: Linear,
+    drop_path: f64,
+}
+
+impl Block {
+    pub fn new(b: &mut ParamsBuilder, name: &str, c: &BlockConfig, start: Start) -> Result<Self> {
+        let gains = match c.layer_scale {
+            Some(gain) => {
+                let mut add = |key: &str| b.add(format!("{name}.{key}"), &[c.width], Init::Constant(gain));
+                Some([add("gamma_1")?, add("gamma_2")?])
+            }
+            None => None,
+        };
+        Ok(Self {
+            name: name.to_string(),
+            gains,
+            norm1: Norm::new(b, &format!("{name}.norm1"), c.width, c.eps)?,
+            attention: Attention::new(b, &format!("{name}.attn"), c.width, c.heads, c.qkv_bias, start)?,
+            norm2: Norm::new(b, &format!("{name}.norm2"), c.width, c.eps)?,
+            fc1: Linear::new(b, &format!("{name}.mlp.fc1"), c.width, c.hidden, start.linear(c.width, c.hidden))?,
+            fc2: Linear::new(b, &format!("{name}.mlp.fc2"), c.hidden, c.width, start.linear(c.hidden, c.width))?,
+            drop_path: c.drop_path,
+        })
+    }
+
+    pub fn forward(&self, s: &Scope, x: &Var) -> Result<Var> {
+        Ok(self.forward_with(s, x, &Request::default())?.0)
+    }
+
+    /// The output, and what was requested of the attention.
+    pub fn forward_with(&self, s: &Scope, x: &Var, request: &Request) -> Result<(Var, Option<Tensor>)> {
+        let (y, class_rows) = self.attention.forward(s, &self.norm1.forward(s, x)?, request)?;
+        let x = self.residual(s, x, y, 0)?;
+        let y = self.fc2.forward(s, &self.fc1.forward_gelu(s, &self.norm2.forward(s, &x)?)?)?;
+        Ok((self.residual(s, &x, y, 1)?, class_rows))
+    }
+
+    /// Packed queries, keys and values that the block would attend with, [B, N, 3 C]; the rest of the block is not run.
+    pub fn qkv(&self, s: &Scope, x: &Var) -> Result<Var> {
+        self.attention.qkv(s, &self.norm1.forward(s, x)?)
+    }
+
+    fn residual(&self, s: &Scope, x: &Var, branch: Var, which: usize) -> Result<Var> {
+        let branch = match self.gains {
+            Some(gains) => branch.scale_channels(&s.param(gains[which]))?,
+            None => branch,
+        };
+        let branch = match s.noise {
+            Some(rng) if self.drop_path > 0.0 => {
+                let u = rng.uniform(&format!("{}.drop_path.{which}", self.name), x.shape()[0])?;
+                branch.drop_path(&u, self.drop_path)?
+            }
+            _ => branch,
+        };
+        x.add(&branch)
+    }
+}

@@ -1,0 +1,2 @@
+//! Optimisation: how parameters move. `schedule` says how fast.
+pub mod schedule;

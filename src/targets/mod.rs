@@ -1,0 +1,2 @@
+//! What a masked model regresses.
+pub mod pixels;
