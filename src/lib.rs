@@ -1,2 +1,3 @@
 //! masque: learning from images by looking at part of them.
 pub mod error;
+pub mod formats;
