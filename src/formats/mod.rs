@@ -16,7 +16,7 @@ mod zip;
 mod zip_write;
 
 pub use bytes::Bytes;
-pub use pth::{Checkpoint, write_pth};
+pub use pth::{Checkpoint, OptimizerState, write_pth};
 pub use safetensors::{parse_safetensors, write_safetensors};
 pub use tensor::{FileDtype, FileTensor};
 pub use value::{StoredTensor, Value};

@@ -5,21 +5,26 @@
 //! `torch._utils._rebuild_parameter` and the storage classes. Any other global is refused where it is looked up.
 //!
 //! Objects live in one arena and name each other by number, so shared and circular references cost nothing and no drop recurses. The
-//! arena becomes a tree of [`Value`]s by a walk of limited depth and limited size. Each opcode does work in proportion to the bytes and
+//! arena becomes a tree of values by a walk of limited depth and limited size. Each opcode does work in proportion to the bytes and
 //! stack items that it consumes, so time and memory are bounded by the file's size.
 
-use std::collections::{HashMap, HashSet};
+mod global;
+mod tree;
+
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+pub(super) use global::storage_class;
+
+use self::global::Global;
 use super::tensor::numel;
-use super::{FileDtype, StoredTensor, Value, quoted};
+use super::{FileDtype, quoted};
 use crate::error::{Context, Error, Result};
 use crate::{bail, ensure};
 
 /// The opcode that starts every pickle of protocol 2 and later.
 pub(super) const FIRST_BYTE: u8 = 0x80;
-const DEEPEST: usize = 100;
 const MOST_DIMENSIONS: usize = 16;
 /// Keys are hashed again at each mention, so they may not be long.
 const LONGEST_KEY: usize = 1024;
@@ -78,66 +83,6 @@ enum Node {
     Namespace { state: Option<Item> },
     Storage(usize),
     Tensor(usize),
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum Global {
-    OrderedDict,
-    Namespace,
-    RebuildTensor,
-    RebuildParameter,
-    Storage(FileDtype),
-}
-
-const STORAGE_CLASSES: [(&str, FileDtype); 10] = [
-    ("torch.FloatStorage", FileDtype::F32),
-    ("torch.DoubleStorage", FileDtype::F64),
-    ("torch.HalfStorage", FileDtype::F16),
-    ("torch.BFloat16Storage", FileDtype::BF16),
-    ("torch.LongStorage", FileDtype::I64),
-    ("torch.IntStorage", FileDtype::I32),
-    ("torch.ShortStorage", FileDtype::I16),
-    ("torch.CharStorage", FileDtype::I8),
-    ("torch.ByteStorage", FileDtype::U8),
-    ("torch.BoolStorage", FileDtype::Bool),
-];
-
-/// The storage class of a dtype, where PyTorch's classic storages have one.
-pub(super) fn storage_class(dtype: FileDtype) -> Option<&'static str> {
-    STORAGE_CLASSES.iter().find(|(_, of)| *of == dtype).map(|(name, _)| *name)
-}
-
-impl Global {
-    fn find(module: &str, name: &str) -> Result<Self> {
-        let full = format!("{module}.{name}");
-        match full.as_str() {
-            "collections.OrderedDict" => return Ok(Self::OrderedDict),
-            "argparse.Namespace" => return Ok(Self::Namespace),
-            "torch._utils._rebuild_tensor_v2" => return Ok(Self::RebuildTensor),
-            "torch._utils._rebuild_parameter" => return Ok(Self::RebuildParameter),
-            _ => {}
-        }
-        if let Some((_, dtype)) = STORAGE_CLASSES.iter().find(|(class, _)| *class == full) {
-            return Ok(Self::Storage(*dtype));
-        }
-        let advice = match module.split('.').next() {
-            Some("pathlib") => "; in PyTorch, turn paths into str and save again",
-            Some("numpy") => "; in PyTorch, turn NumPy values into Python numbers or tensors and save again",
-            Some("torch") => "; in PyTorch, save tensors of an ordinary dtype in a plain dict",
-            _ => "; in PyTorch, save only tensors and plain Python data",
-        };
-        bail!("the global {} is not one that a checkpoint needs, and nothing was executed{advice}", quoted(&full));
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::OrderedDict => "collections.OrderedDict",
-            Self::Namespace => "argparse.Namespace",
-            Self::RebuildTensor => "torch._utils._rebuild_tensor_v2",
-            Self::RebuildParameter => "torch._utils._rebuild_parameter",
-            Self::Storage(dtype) => storage_class(dtype).unwrap_or("torch.Storage"),
-        }
-    }
 }
 
 /// Reads the pickle that starts at `start`; it may end before the bytes do.
@@ -565,97 +510,4 @@ fn size(item: Item) -> Result<usize> {
         Item::Int(i) => usize::try_from(i).map_err(|_| Error::new(format!("{i} is negative"))),
         _ => bail!("a number is missing"),
     }
-}
-
-impl Pickle {
-    /// The root as a tree. `tensors` are those of `self.tensors`, in the same order.
-    pub fn tree(&self, tensors: &[Arc<StoredTensor>]) -> Result<Value> {
-        // Shared parts are repeated in the tree, which a real checkpoint does with little more than a few tuples.
-        let mut walk = Walk { pickle: self, tensors, left: (2 * self.size).max(1 << 14) };
-        walk.value(self.root, 0)
-    }
-}
-
-struct Walk<'a> {
-    pickle: &'a Pickle,
-    tensors: &'a [Arc<StoredTensor>],
-    left: usize,
-}
-
-impl Walk<'_> {
-    fn value(&mut self, item: Item, depth: usize) -> Result<Value> {
-        ensure!(depth < DEEPEST, "its objects are nested more than {DEEPEST} deep, or contain themselves");
-        ensure!(self.left > 0, "its shared objects multiply beyond reason");
-        self.left -= 1;
-        let number = match item {
-            Item::None => return Ok(Value::None),
-            Item::Bool(b) => return Ok(Value::Bool(b)),
-            Item::Int(i) => return Ok(Value::Int(i)),
-            Item::Float(x) => return Ok(Value::Float(x)),
-            Item::Global(global) => return Ok(Value::Global(global.name())),
-            Item::Node(number) => number,
-        };
-        Ok(match &self.pickle.nodes[number as usize] {
-            Node::BigInt(bytes) => Value::BigInt(bytes.clone()),
-            Node::Str(text) => Value::Str(text.clone()),
-            Node::Bytes(bytes) => Value::Bytes(bytes.clone()),
-            Node::List(items) => Value::List(self.values(items, depth)?),
-            Node::Tuple(items) => Value::Tuple(self.values(items, depth)?),
-            Node::Dict { pairs, .. } => Value::Dict(self.pairs(pairs, depth)?),
-            Node::Namespace { state } => Value::Namespace(self.attributes(*state, depth)?),
-            Node::Tensor(tensor) => Value::Tensor(self.tensors[*tensor].clone()),
-            Node::Storage(_) => bail!("a storage stands where a tensor or plain data is expected"),
-        })
-    }
-
-    fn values(&mut self, items: &[Item], depth: usize) -> Result<Vec<Value>> {
-        items.iter().map(|&item| self.value(item, depth + 1)).collect()
-    }
-
-    fn pairs(&mut self, pairs: &[(Item, Item)], depth: usize) -> Result<Vec<(Value, Value)>> {
-        // Neither is sized beforehand: a dict that contains itself would have its size reserved at each level of the walk.
-        let mut seen = HashSet::new();
-        let mut out = Vec::new();
-        for &(key, value) in pairs {
-            let key = self.value(key, depth + 1)?;
-            ensure!(seen.insert(hashable(&key)?), "a dict has the same key twice");
-            out.push((key, self.value(value, depth + 1)?));
-        }
-        Ok(out)
-    }
-
-    fn attributes(&mut self, state: Option<Item>, depth: usize) -> Result<Vec<(Arc<str>, Value)>> {
-        let Some(state) = state else { return Ok(Vec::new()) };
-        let Value::Dict(pairs) = self.value(state, depth + 1)? else { bail!("a Namespace's state is not a dict") };
-        let named = pairs.into_iter().map(|(key, value)| match key {
-            Value::Str(name) => Ok((name, value)),
-            other => bail!("a Namespace has {} as an attribute's name", other.kind()),
-        });
-        named.collect()
-    }
-}
-
-/// A dict's key in a form that Rust can hash.
-#[derive(PartialEq, Eq, Hash)]
-enum Key {
-    None,
-    Int(i64),
-    Float(u64),
-    Str(Arc<str>),
-    Tuple(Vec<Key>),
-    Global(&'static str),
-}
-
-fn hashable(value: &Value) -> Result<Key> {
-    Ok(match value {
-        Value::None => Key::None,
-        Value::Bool(b) => Key::Int((*b).into()),
-        Value::Int(i) => Key::Int(*i),
-        Value::Float(x) => Key::Float(x.to_bits()),
-        Value::Str(text) if text.len() <= LONGEST_KEY => Key::Str(text.clone()),
-        Value::Str(text) => bail!("the key of a dict has {} bytes (at most {LONGEST_KEY})", text.len()),
-        Value::Tuple(items) => Key::Tuple(items.iter().map(hashable).collect::<Result<_>>()?),
-        Value::Global(name) => Key::Global(name),
-        other => bail!("{} cannot be the key of a dict", other.kind()),
-    })
 }

@@ -12,15 +12,19 @@ use std::sync::Arc;
 use serde_json::{Map, Value as Json};
 
 use super::pickle::{self, Pickle, StorageSpec, TensorSpec};
+use super::tensor::numel;
 use super::value::contiguous_strides;
 use super::zip_write::ZipWriter;
-use super::{Bytes, FileTensor, StoredTensor, Value, atomic, pickle_write, quoted, zip};
+use super::{Bytes, FileDtype, FileTensor, StoredTensor, Value, atomic, pickle_write, quoted, zip};
 use crate::error::{Context, Error, Result};
 use crate::{bail, ensure};
 
 /// 0x1950a86a20f9469cfc6c, little-endian.
 const LEGACY_MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
 const LEGACY_PROTOCOL: i64 = 1001;
+
+/// For each parameter index the optimizer's tensors by name (`step`, `exp_avg`, ...).
+pub type OptimizerState = Vec<(usize, Vec<(String, FileTensor)>)>;
 
 /// A `.pth` file, read.
 #[derive(Clone, Debug)]
@@ -129,9 +133,8 @@ impl Checkpoint {
         groups.iter().map(Value::to_json_map).collect::<Result<_>>().with_context(|| format!("{}: param_groups", self.source))
     }
 
-    /// For each parameter index the optimizer's tensors by name (`step`, `exp_avg`, ...); a plain number becomes a tensor of shape
-    /// [], and what is None is left out.
-    pub fn optimizer_state(&self) -> Result<Vec<(usize, Vec<(String, FileTensor)>)>> {
+    /// The optimizer's state; a plain number becomes a tensor of shape [], and what is None is left out.
+    pub fn optimizer_state(&self) -> Result<OptimizerState> {
         let Some(state) = self.root.get("optimizer").and_then(|optimizer| optimizer.get("state")) else { return Ok(Vec::new()) };
         let Value::Dict(pairs) = state else { bail!("{}: the optimizer's state is {} and no dict", self.source, state.kind()) };
         let entries = pairs.iter().map(|(index, entry)| {
@@ -234,55 +237,68 @@ fn plain(pickle: &Pickle) -> Result<Value> {
 fn assemble(mut pickle: Pickle, storages: &[Bytes], file_len: usize) -> Result<Value> {
     const ALWAYS_ALLOWED: usize = 64 << 20;
     const MULTIPLE: usize = 64;
-    let mut budget = file_len.saturating_mul(MULTIPLE).max(ALWAYS_ALLOWED);
+    let specs = std::mem::take(&mut pickle.tensors);
+    let mut left = file_len.saturating_mul(MULTIPLE).max(ALWAYS_ALLOWED);
+    for spec in specs.iter().filter(|spec| !is_contiguous(spec)) {
+        let len = byte_len(spec, pickle.storages[spec.storage].dtype)?;
+        let shape = &spec.shape;
+        ensure!(len <= left, "expanded and strided tensors such as one of shape {shape:?} would take far more memory than the file");
+        left -= len;
+    }
+
     let mut tensors = Vec::new();
-    for spec in std::mem::take(&mut pickle.tensors) {
+    for spec in specs {
         let dtype = pickle.storages[spec.storage].dtype;
-        let data = contents(&spec, &storages[spec.storage], dtype.size(), &mut budget)?;
+        let (storage, len) = (&storages[spec.storage], byte_len(&spec, dtype)?);
+        let data = if len == 0 {
+            Vec::new().into()
+        } else if is_contiguous(&spec) {
+            let start = spec.offset * dtype.size();
+            storage.slice(start..start + len).ok_or_else(|| Error::new("a tensor leaves its storage"))?
+        } else {
+            copy_out(&spec, storage, dtype.size(), len).into()
+        };
         let tensor = FileTensor::new(dtype, spec.shape, data)?;
         tensors.push(Arc::new(StoredTensor { tensor, storage: Some(spec.storage), strides: spec.strides }));
     }
     pickle.tree(&tensors)
 }
 
-/// The elements of a view in row-major order: a slice of the storage where they already stand so, else a copy.
-fn contents(spec: &TensorSpec, storage: &Bytes, size: usize, budget: &mut usize) -> Result<Bytes> {
-    let TensorSpec { offset, shape, strides, .. } = spec;
-    let overflow = || Error::new(format!("a tensor of shape {shape:?} is too large"));
-    let len = super::tensor::numel(shape).and_then(|count| count.checked_mul(size)).ok_or_else(overflow)?;
-    if len == 0 {
-        return Ok(Vec::new().into());
-    }
-    let natural = |((stride, wanted), size): ((&usize, usize), &usize)| *size == 1 || *stride == wanted;
-    if len <= storage.len() && strides.iter().zip(contiguous_strides(shape)).zip(shape).all(natural) {
-        let start = offset * size;
-        return storage.slice(start..start + len).ok_or_else(|| Error::new("a tensor leaves its storage"));
-    }
-    ensure!(len <= *budget, "expanded and strided tensors such as one of shape {shape:?} would take far more memory than the file");
-    *budget -= len;
+fn byte_len(spec: &TensorSpec, dtype: FileDtype) -> Result<usize> {
+    let len = numel(&spec.shape).and_then(|count| count.checked_mul(dtype.size()));
+    len.ok_or_else(|| Error::new(format!("a tensor of shape {:?} is too large", spec.shape)))
+}
 
-    let (Some((&row, outer_shape)), Some((&step, outer_strides))) = (shape.split_last(), strides.split_last()) else {
-        return Err(overflow());
-    };
+/// Whether the elements already stand in row-major order, one after the other.
+fn is_contiguous(spec: &TensorSpec) -> bool {
+    let natural = contiguous_strides(&spec.shape);
+    let fits = |((size, stride), natural): ((&usize, &usize), &usize)| *size == 1 || stride == natural;
+    spec.shape.contains(&0) || spec.shape.iter().zip(&spec.strides).zip(&natural).all(fits)
+}
+
+/// The elements of a view in row-major order. The view lies inside its storage, has an axis and is not empty.
+fn copy_out(spec: &TensorSpec, storage: &[u8], size: usize, len: usize) -> Vec<u8> {
+    let last = spec.shape.len() - 1;
+    let (row, step) = (spec.shape[last], spec.strides[last]);
     let mut out = Vec::with_capacity(len);
-    let mut index = vec![0; outer_shape.len()];
-    let mut start = *offset;
+    let mut index = vec![0; last];
+    let mut start = spec.offset;
     while out.len() < len {
         for i in 0..row {
             let at = (start + i * step) * size;
             out.extend_from_slice(&storage[at..at + size]);
         }
-        for axis in (0..index.len()).rev() {
+        for axis in (0..last).rev() {
             index[axis] += 1;
-            start += outer_strides[axis];
-            if index[axis] < outer_shape[axis] {
+            start += spec.strides[axis];
+            if index[axis] < spec.shape[axis] {
                 break;
             }
-            start -= outer_shape[axis] * outer_strides[axis];
+            start -= spec.shape[axis] * spec.strides[axis];
             index[axis] = 0;
         }
     }
-    Ok(out.into())
+    out
 }
 
 /// Writes what `torch.load` reads, in the zip container; the file at `path` is replaced as a whole or not at all.

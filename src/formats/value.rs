@@ -187,7 +187,7 @@ impl From<bool> for Value {
 
 /// Row-major strides in elements, as PyTorch counts them: an empty dimension counts as one.
 pub(super) fn contiguous_strides(shape: &[usize]) -> Vec<usize> {
-    let mut strides = vec![1; shape.len()];
+    let mut strides = vec![1usize; shape.len()];
     for i in (1..shape.len()).rev() {
         strides[i - 1] = strides[i].saturating_mul(shape[i].max(1));
     }
