@@ -8,6 +8,9 @@ use super::Bytes;
 use crate::error::{Error, Result};
 use crate::{bail, ensure};
 
+#[cfg(target_endian = "big")]
+compile_error!("files hold little-endian numbers, which this code takes to be the machine's own");
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FileDtype {
     F64,
@@ -87,15 +90,15 @@ impl FileTensor {
     }
 
     pub fn from_f32(values: &[f32], shape: &[usize]) -> Result<Self> {
-        Self::from_bytes(FileDtype::F32, shape, values.iter().flat_map(|x| x.to_le_bytes()).collect())
+        Self::from_bytes(FileDtype::F32, shape, bytemuck::cast_slice(values).to_vec())
     }
 
     pub fn from_f64(values: &[f64], shape: &[usize]) -> Result<Self> {
-        Self::from_bytes(FileDtype::F64, shape, values.iter().flat_map(|x| x.to_le_bytes()).collect())
+        Self::from_bytes(FileDtype::F64, shape, bytemuck::cast_slice(values).to_vec())
     }
 
     pub fn from_i64(values: &[i64], shape: &[usize]) -> Result<Self> {
-        Self::from_bytes(FileDtype::I64, shape, values.iter().flat_map(|x| x.to_le_bytes()).collect())
+        Self::from_bytes(FileDtype::I64, shape, bytemuck::cast_slice(values).to_vec())
     }
 
     pub fn from_u8(values: &[u8], shape: &[usize]) -> Result<Self> {

@@ -9,17 +9,20 @@ use crate::cases;
 
 #[test]
 fn every_hostile_file_is_refused_in_a_sentence_that_names_it() {
+    let mut wrong = Vec::new();
     for (name, bytes, reason) in cases::all() {
         let start = Instant::now();
-        let error = match formats::parse(bytes.into(), "some/file") {
-            Ok(file) => panic!("{name}: loaded {file:?}"),
-            Err(error) => error.chain(),
+        let Err(error) = formats::parse(bytes.into(), "some/file") else {
+            wrong.push(format!("{name}: loaded"));
+            continue;
         };
-        assert!(start.elapsed() < Duration::from_secs(2), "{name}: {:?}", start.elapsed());
-        assert!(error.contains("some/file"), "{name}: {error}");
-        assert!(reason.split('|').any(|reason| error.contains(reason)), "{name}: {error}");
-        assert!(error.len() < 600 && !error.contains('\n'), "{name}: {error}");
+        let (error, took) = (error.chain(), start.elapsed());
+        let fits = error.contains("some/file") && error.contains(reason) && error.len() < 600 && !error.contains('\n');
+        if !fits || took > Duration::from_secs(2) {
+            wrong.push(format!("{name} ({took:?}): {error}"));
+        }
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]
@@ -122,7 +125,7 @@ fn valid_files() -> Vec<Vec<u8>> {
 #[test]
 fn a_file_cut_short_anywhere_does_not_load() {
     for file in valid_files() {
-        let step = 1 + file.len() / 4000;
+        let step = 1 + file.len() / 2000;
         for len in (0..file.len()).step_by(step) {
             assert!(formats::parse(file[..len].to_vec().into(), "some/file").is_err(), "{len} of {} bytes", file.len());
         }
@@ -137,7 +140,7 @@ fn a_file_with_any_byte_changed_never_panics() {
         (state >> 33) as u8
     };
     for file in valid_files() {
-        let step = 1 + file.len() / 9000;
+        let step = 1 + file.len() / 4000;
         for at in (0..file.len()).step_by(step) {
             let mut changed = file.clone();
             changed[at] = random();

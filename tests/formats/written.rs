@@ -1,7 +1,7 @@
 //! What is written comes back, here and in PyTorch.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use masque::formats::{self, Checkpoint, FileDtype, FileTensor, Value, write_pth, write_safetensors};
@@ -154,12 +154,22 @@ fn numbers_convert_between_dtypes_and_refuse_what_they_cannot_hold() {
     assert!(FileTensor::from_bytes(FileDtype::F32, &[usize::MAX, 2], vec![]).is_err());
 }
 
+fn python_with_torch() -> Option<String> {
+    let python = std::env::var("MASQUE_TORCH_PYTHON").ok();
+    if python.is_none() {
+        println!("skipped: MASQUE_TORCH_PYTHON names no Python with torch");
+    }
+    python
+}
+
+fn run(python: &str, script: &str, path: &Path) {
+    let output = Command::new(python).arg("-c").arg(script).arg(path).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 #[test]
 fn pytorch_loads_what_is_written_with_weights_only() {
-    let Ok(python) = std::env::var("MASQUE_TORCH_PYTHON") else {
-        println!("skipped: MASQUE_TORCH_PYTHON names no Python with torch");
-        return;
-    };
+    let Some(python) = python_with_torch() else { return };
     let scratch = Scratch::folder("torch");
     let path = scratch.file("x.pth");
     write_pth(&path, &training_checkpoint()).unwrap();
@@ -180,6 +190,74 @@ for name, dtype in list(dtypes.items()) + [('BOOL', 'bool')]:
     assert bytes(t.contiguous().view(torch.uint8).flatten().tolist()) == bytes(i % 2 for i in range(15 * t.element_size()))
 c = torch.load(sys.argv[1], weights_only=True, mmap=True)
 ";
-    let output = Command::new(python).arg("-c").arg(script).arg(&path).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    run(&python, script, &path);
+}
+
+#[test]
+fn files_that_pytorch_has_just_written_load_exactly_or_are_refused() {
+    let Some(python) = python_with_torch() else { return };
+    let scratch = Scratch::folder("fresh");
+    let script = "
+import argparse, collections, pathlib, sys, numpy, torch
+from safetensors.torch import save_file
+torch.manual_seed(0)
+out = pathlib.Path(sys.argv[1])
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Linear(300, 200, bias=False))
+opt = torch.optim.AdamW(net.parameters(), lr=1e-3)
+for p in net.parameters(): p.grad = torch.randn_like(p)
+opt.step()
+model = net.state_dict()
+base = torch.randn(12, 10)
+model['bf16'], model['half_t'] = base.bfloat16(), base.half().t()
+model['view'], model['same'], model['wide'] = base[3:, 2:7], base, base[0, :1].expand(50, 4)
+model['chan'] = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+model['ints'], model['flags'], model['none'] = torch.arange(-5, 5, dtype=torch.int16)[::3], base > 0, torch.zeros(3, 0)
+args = argparse.Namespace(lr=1e-3, betas=(.9, .95), name='x', nested={'a': [1, None]}, big=1 << 62)
+save_file({k: v.contiguous().clone() for k, v in model.items()}, out / 'expected.safetensors')
+whole = {'model': model, 'optimizer': opt.state_dict(), 'epoch': 3, 'args': args}
+torch.save(whole, out / 'ok_zip.pth')
+torch.save(whole, out / 'ok_legacy.pth', _use_new_zipfile_serialization=False)
+torch.save(whole, out / 'ok_zip_p4.pth', pickle_protocol=4)
+torch.save(whole, out / 'ok_zip_p5.pth', pickle_protocol=5)
+torch.save(whole, out / 'ok_legacy_p4.pth', pickle_protocol=4, _use_new_zipfile_serialization=False)
+torch.save({'module.' + k: torch.nn.Parameter(v) if v.dtype.is_floating_point else v for k, v in model.items()}, out / 'ok_bare.pth')
+torch.save({'model': model, 'acc': numpy.float64(1.5)}, out / 'numpy_scalar.pth')
+torch.save({'model': model, 'acc': numpy.zeros(3)}, out / 'numpy_array.pth')
+torch.save({'model': model, 'args': argparse.Namespace(p=pathlib.Path('/x'))}, out / 'pathlib.pth')
+torch.save({'model': model, 'd': torch.float32}, out / 'dtype.pth')
+torch.save({'c': torch.zeros(2, dtype=torch.complex64)}, out / 'complex.pth')
+torch.save({'c': torch.zeros(2, dtype=torch.uint16)}, out / 'uint16.pth')
+torch.save({'c': torch.zeros(2, 2).to_sparse()}, out / 'sparse.pth')
+torch.save(net, out / 'module.pth')
+";
+    run(&python, script, &scratch.0);
+    let expected = formats::open(scratch.file("expected.safetensors")).unwrap();
+    for file in ["ok_zip", "ok_legacy", "ok_zip_p4", "ok_zip_p5", "ok_legacy_p4", "ok_bare"] {
+        let checkpoint = Checkpoint::open(scratch.file(&format!("{file}.pth"))).unwrap_or_else(|error| panic!("{}", error.chain()));
+        let model = checkpoint.state_dict().unwrap();
+        assert_eq!(model.len(), expected.tensors().len());
+        for (name, got) in model {
+            let want = expected.get(&name).unwrap();
+            assert_eq!((got.dtype(), got.shape(), got.bytes()), (want.dtype(), want.shape(), want.bytes()), "{file} {name}");
+        }
+        if file != "ok_bare" {
+            assert_eq!(checkpoint.epoch().unwrap(), Some(3));
+            let args = serde_json::json!({"lr": 1e-3, "betas": [0.9, 0.95], "name": "x", "nested": {"a": [1, null]}, "big": 1i64 << 62});
+            assert_eq!(serde_json::Value::from(checkpoint.args().unwrap().unwrap()), args);
+            assert_eq!(checkpoint.optimizer_state().unwrap().len(), 5);
+        }
+    }
+    for (file, named) in [
+        ("numpy_scalar", "multiarray.scalar"),
+        ("numpy_array", "multiarray._reconstruct"),
+        ("pathlib", "pathlib"),
+        ("dtype", "torch.float32"),
+        ("complex", "torch.ComplexFloatStorage"),
+        ("uint16", "torch"),
+        ("sparse", "torch._utils._rebuild_sparse_tensor"),
+        ("module", "torch.nn.modules.container.Sequential"),
+    ] {
+        let error = Checkpoint::open(scratch.file(&format!("{file}.pth"))).unwrap_err().chain();
+        assert!(error.contains(&format!("{file}.pth")) && error.contains(named) && error.contains("nothing was executed"), "{error}");
+    }
 }
