@@ -24,6 +24,7 @@
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod formats;
 pub mod masking;
 pub mod nn;
 pub mod ops;
