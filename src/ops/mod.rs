@@ -5,14 +5,26 @@
 
 pub mod add;
 pub mod attention;
+pub mod batchnorm;
+pub mod bce;
 pub mod case;
+pub mod conv;
+pub mod cross_entropy;
+pub mod distill_kl;
+pub mod feature_loss;
 pub mod gather;
 pub mod gelu;
+pub mod l2_normalise;
 pub mod layernorm;
 pub mod linear;
+pub mod masked_mse;
+pub mod matmul;
+pub mod relation_kl;
 pub mod scale;
 pub mod scatter;
+pub mod softmax;
 pub mod tokens;
+pub mod total;
 
 use case::Case;
 
@@ -28,6 +40,18 @@ pub fn cases() -> Vec<Case> {
         gather::cases(),
         scatter::cases(),
         tokens::cases(),
+        softmax::cases(),
+        l2_normalise::cases(),
+        matmul::cases(),
+        conv::cases(),
+        batchnorm::cases(),
+        masked_mse::cases(),
+        feature_loss::cases(),
+        cross_entropy::cases(),
+        bce::cases(),
+        distill_kl::cases(),
+        relation_kl::cases(),
+        total::cases(),
     ]
     .into_iter()
     .flatten()

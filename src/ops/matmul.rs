@@ -1,0 +1,239 @@
+//! Batched matrix products, and the heads they work on.
+//!
+//!   bmm         y = a b                                      da = dy b^T,  db = a^T dy        a [.., M, K], b [.., K, N]
+//!   bmm_nt      y = a b^T                                    da = dy b,    db = dy^T a        a [.., M, K], b [.., N, K]
+//!   take_heads  y[b, h, t] = x[b, t, part C + h D ..][..D]   dx = dy there, 0 elsewhere       x [B, N, parts C], y [B, H, N, D]
+//!   merge_heads y[b, t, h D + d] = x[b, h, t, d]             the same way back                x [B, H, N, D], y [B, N, H D]
+//!   mix_heads   y[b, g] = sum_h w[g, h] x[b, h] + c[g]       dx = w^T dy, dw = sum_b dy x^T, dc = sum dy        x [B, H, N, M], w [G, H]
+//!
+//! Leading axes are equal. Saved: the factors.
+
+use super::case::Case;
+use super::linear::column_sums;
+use crate::device::gemm::{self, Into, View};
+use crate::device::parallel::Panel;
+use crate::device::simd::{Real, lane_sum};
+use crate::error::Result;
+use crate::tape::Var;
+use crate::tensor::{Element, Tensor};
+use crate::{by_real, ensure, vectorised};
+use rayon::prelude::*;
+
+impl Var {
+    pub fn bmm(&self, b: &Var) -> Result<Var> {
+        let (a, b_value) = (self.value().clone(), b.value().clone());
+        let (lead, m, k) = matrices("bmm", &a)?;
+        let (other, rows, n) = matrices("bmm", &b_value)?;
+        ensure!(lead == other && rows == k && a.dtype() == b_value.dtype(), "bmm: a is {a:?} but b is {b_value:?}");
+        let mut y = Tensor::empty(&shape(lead, m, n), a.dtype())?;
+        by_real!("bmm", a.dtype(), products(&mut y, [m, n, k], (&a, false), (&b_value, false)))?;
+        Var::record("bmm", [self, b], y, move |dy, need| {
+            let da = need.give(0, |da| by_real!("bmm", a.dtype(), products(da, [m, k, n], (&dy, false), (&b_value, true))))?;
+            let db = need.give(1, |db| by_real!("bmm", a.dtype(), products(db, [k, n, m], (&a, true), (&dy, false))))?;
+            Ok([da, db])
+        })
+    }
+
+    pub fn bmm_nt(&self, b: &Var) -> Result<Var> {
+        let (a, b_value) = (self.value().clone(), b.value().clone());
+        let (lead, m, k) = matrices("bmm_nt", &a)?;
+        let (other, n, columns) = matrices("bmm_nt", &b_value)?;
+        ensure!(lead == other && columns == k && a.dtype() == b_value.dtype(), "bmm_nt: a is {a:?} but b is {b_value:?}");
+        let mut y = Tensor::empty(&shape(lead, m, n), a.dtype())?;
+        by_real!("bmm_nt", a.dtype(), products(&mut y, [m, n, k], (&a, false), (&b_value, true)))?;
+        Var::record("bmm_nt", [self, b], y, move |dy, need| {
+            let da = need.give(0, |da| by_real!("bmm_nt", a.dtype(), products(da, [m, k, n], (&dy, false), (&b_value, false))))?;
+            let db = need.give(1, |db| by_real!("bmm_nt", a.dtype(), products(db, [n, k, m], (&dy, true), (&a, false))))?;
+            Ok([da, db])
+        })
+    }
+
+    /// One of the parts of packed heads, [B, H, N, D].
+    pub fn take_heads(&self, part: usize, parts: usize, heads: usize) -> Result<Var> {
+        let x = self.value();
+        let &[batch, n, c] = x.shape() else { crate::bail!("take_heads: x is {x:?} but [B, N, parts C] is needed") };
+        ensure!(
+            part < parts && heads > 0 && c > 0 && c.is_multiple_of(parts * heads),
+            "take_heads: x is {x:?}, which has no part {part} of {parts} with {heads} heads"
+        );
+        let width = c / parts / heads;
+        let mut y = Tensor::empty(&[batch, heads, n, width], x.dtype())?;
+        by_real!("take_heads", x.dtype(), split(x, part * heads * width, &mut y));
+        let dtype = x.dtype();
+        Var::record("take_heads", [self], y, move |dy, need| {
+            let mut dx = need.out(0)?;
+            by_real!("take_heads", dtype, join(&dy, part * heads * width, &mut dx));
+            Ok([Some(dx)])
+        })
+    }
+
+    /// All parts of packed heads, each [B, H, N, D].
+    pub fn split_heads(&self, parts: usize, heads: usize) -> Result<Vec<Var>> {
+        (0..parts).map(|part| self.take_heads(part, parts, heads)).collect()
+    }
+
+    /// [B, H, N, D] to [B, N, H D].
+    pub fn merge_heads(&self) -> Result<Var> {
+        let x = self.value();
+        let &[batch, heads, n, width] = x.shape() else { crate::bail!("merge_heads: x is {x:?} but [B, H, N, D] is needed") };
+        ensure!(heads * width > 0, "merge_heads: x is {x:?}, an axis is empty");
+        let mut y = Tensor::empty(&[batch, n, heads * width], x.dtype())?;
+        by_real!("merge_heads", x.dtype(), join(x, 0, &mut y));
+        let dtype = x.dtype();
+        Var::record("merge_heads", [self], y, move |dy, need| {
+            let mut dx = need.out(0)?;
+            by_real!("merge_heads", dtype, split(&dy, 0, &mut dx));
+            Ok([Some(dx)])
+        })
+    }
+
+    /// A linear map across the heads.
+    pub fn mix_heads(&self, w: &Var, bias: &Var) -> Result<Var> {
+        let (x, weight) = (self.value().clone(), w.value().clone());
+        let &[batch, heads, n, m] = x.shape() else { crate::bail!("mix_heads: x is {x:?} but [B, H, N, M] is needed") };
+        let &[out, columns] = weight.shape() else { crate::bail!("mix_heads: the weight is {weight:?} but x is {x:?}; it needs [G, H]") };
+        ensure!(
+            columns == heads && x.numel() * out > 0 && weight.dtype() == x.dtype(),
+            "mix_heads: the weight is {weight:?} but x is {x:?}; it needs [G, H]"
+        );
+        ensure!(
+            bias.shape() == [out] && bias.dtype() == x.dtype(),
+            "mix_heads: the bias is {:?} but the weight is {weight:?}",
+            bias.value()
+        );
+        let mut y = Tensor::empty(&[batch, out, n, m], x.dtype())?;
+        by_real!("mix_heads", x.dtype(), mixed(&x, &weight, bias.value(), &mut y));
+        Var::record("mix_heads", [self, w, bias], y, move |dy, need| {
+            let dx = need.give(0, |dx| by_real!("mix_heads", x.dtype(), unmixed(&dy, &weight, dx)))?;
+            let dw = need.give(1, |dw| by_real!("mix_heads", x.dtype(), mixing_gradient(&dy, &x, dw)))?;
+            let db = need.give(2, |db| by_real!("mix_heads", x.dtype(), bias_gradient(&dy, db)))?;
+            Ok([dx, dw, db])
+        })
+    }
+}
+
+/// Leading axes, rows and columns of a stack of matrices.
+fn matrices<'a>(op: &str, x: &'a Tensor) -> Result<(&'a [usize], usize, usize)> {
+    match x.shape() {
+        [lead @ .., rows, columns] if x.numel() > 0 => Ok((lead, *rows, *columns)),
+        _ => crate::bail!("{op}: {x:?} is not a stack of matrices with elements"),
+    }
+}
+
+fn shape(lead: &[usize], rows: usize, columns: usize) -> Vec<usize> {
+    [lead, &[rows, columns]].concat()
+}
+
+/// Each [m, n] matrix of y is the product of those of a and b, [m, k] and [k, n] once they are turned where it says so.
+fn products<T: Real + Element>(
+    y: &mut Tensor,
+    [m, n, k]: [usize; 3],
+    (a, turn_a): (&Tensor, bool),
+    (b, turn_b): (&Tensor, bool),
+) -> Result<()> {
+    let view = |data, rows: usize, columns: usize, turned: bool| {
+        if turned { View::rows(data, rows).transposed() } else { View::rows(data, columns) }
+    };
+    let (a, b) = (a.data::<T>(), b.data::<T>());
+    if y.numel() == m * n {
+        gemm::parallel(&mut Panel::of(y.data_mut::<T>(), n), k, view(a, m, k, turn_a), view(b, k, n, turn_b), Into::Replace);
+        return Ok(());
+    }
+    let stack = y.data_mut::<T>().par_chunks_exact_mut(m * n).zip(a.par_chunks_exact(m * k)).zip(b.par_chunks_exact(k * n));
+    stack.for_each(|((y, a), b)| {
+        gemm::serial(&mut Panel::of(y, n), k, view(a, m, k, turn_a), view(b, k, n, turn_b), Into::Replace);
+    });
+    Ok(())
+}
+
+/// y [B, H, N, D] from the columns of x [B, N, ..] that begin at `column`.
+fn split<T: Real + Element>(x: &Tensor, column: usize, y: &mut Tensor) {
+    let (n, c) = (x.shape()[1], x.last());
+    let (heads, width) = (y.shape()[1], y.last());
+    let x = x.data::<T>();
+    y.data_mut::<T>().par_chunks_mut((n * width).max(1)).enumerate().for_each(|(i, y)| {
+        let (image, head) = (i / heads, i % heads);
+        for (token, y) in y.chunks_exact_mut(width).enumerate() {
+            y.copy_from_slice(&x[(image * n + token) * c + column + head * width..][..width]);
+        }
+    });
+}
+
+/// x [B, H, N, D] into the columns of y [B, N, ..] that begin at `column`, zeros into the others.
+fn join<T: Real + Element>(x: &Tensor, column: usize, y: &mut Tensor) {
+    let (heads, width) = (x.shape()[1], x.last());
+    let (n, c) = (y.shape()[1], y.last());
+    let x = x.data::<T>();
+    y.data_mut::<T>().par_chunks_mut((n * c).max(1)).enumerate().for_each(|(image, y)| {
+        for (token, y) in y.chunks_exact_mut(c).enumerate() {
+            y[..column].fill(T::ZERO);
+            y[column + heads * width..].fill(T::ZERO);
+            for (head, y) in y[column..column + heads * width].chunks_exact_mut(width).enumerate() {
+                y.copy_from_slice(&x[((image * heads + head) * n + token) * width..][..width]);
+            }
+        }
+    });
+}
+
+vectorised! {
+    fn row_sum<T: Real>(x: &[T]) -> T {
+        lane_sum(x.len(), |i| x[i])
+    }
+}
+
+fn mixed<T: Real + Element>(x: &Tensor, w: &Tensor, bias: &Tensor, y: &mut Tensor) {
+    let (heads, out, scores) = (w.last(), w.rows(), x.shape()[2] * x.last());
+    let (x, w, bias) = (x.data::<T>(), w.data::<T>(), bias.data::<T>());
+    y.data_mut::<T>().par_chunks_mut(out * scores).zip(x.par_chunks(heads * scores)).for_each(|(y, x)| {
+        y.chunks_exact_mut(scores).zip(bias).for_each(|(y, &bias)| y.fill(bias));
+        gemm::serial(&mut Panel::of(y, scores), heads, View::rows(w, heads), View::rows(x, scores), Into::Add);
+    });
+}
+
+fn unmixed<T: Real + Element>(dy: &Tensor, w: &Tensor, dx: &mut Tensor) -> Result<()> {
+    let (heads, out, scores) = (w.last(), w.rows(), dy.shape()[2] * dy.last());
+    let (dy, w) = (dy.data::<T>(), w.data::<T>());
+    dx.data_mut::<T>().par_chunks_mut(heads * scores).zip(dy.par_chunks(out * scores)).for_each(|(dx, dy)| {
+        gemm::serial(&mut Panel::of(dx, scores), out, View::rows(w, heads).transposed(), View::rows(dy, scores), Into::Replace);
+    });
+    Ok(())
+}
+
+/// One product an image, then summed image by image.
+fn mixing_gradient<T: Real + Element>(dy: &Tensor, x: &Tensor, dw: &mut Tensor) -> Result<()> {
+    let (batch, heads, out, scores) = (x.shape()[0], x.shape()[1], dy.shape()[1], x.shape()[2] * x.last());
+    let mut partial = Tensor::empty(&[batch, out * heads], x.dtype())?;
+    let (dy, x) = (dy.data::<T>(), x.data::<T>());
+    let images = partial.data_mut::<T>().par_chunks_mut(out * heads).zip(dy.par_chunks(out * scores).zip(x.par_chunks(heads * scores)));
+    images.for_each(|(partial, (dy, x))| {
+        let x = View::rows(x, scores).transposed();
+        gemm::serial(&mut Panel::of(partial, heads), scores, View::rows(dy, scores), x, Into::Replace);
+    });
+    column_sums(partial.data::<T>(), out * heads, dw.data_mut());
+    Ok(())
+}
+
+fn bias_gradient<T: Real + Element>(dy: &Tensor, db: &mut Tensor) -> Result<()> {
+    let (batch, out, scores) = (dy.shape()[0], dy.shape()[1], dy.shape()[2] * dy.last());
+    let mut partial = Tensor::empty(&[batch, out], dy.dtype())?;
+    let maps = partial.data_mut::<T>().par_iter_mut().zip(dy.data::<T>().par_chunks(scores));
+    maps.for_each(|(sum, dy)| *sum = row_sum(dy));
+    column_sums(partial.data::<T>(), out, db.data_mut());
+    Ok(())
+}
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new("bmm: 2 x 3 products of 5 x 7 and 7 x 4", &[&[2, 3, 5, 7], &[2, 3, 7, 4]], |x| x[0].bmm(&x[1])),
+        Case::new("bmm: one product of 1 x 37 and 37 x 1", &[&[1, 37], &[37, 1]], |x| x[0].bmm(&x[1])),
+        Case::new("bmm_nt: 2 x 3 products of 5 x 7 and 4 x 7", &[&[2, 3, 5, 7], &[2, 3, 4, 7]], |x| x[0].bmm_nt(&x[1])),
+        Case::new("bmm_nt: a matrix with itself", &[&[2, 6, 3]], |x| x[0].bmm_nt(&x[0])),
+        Case::new("bmm_nt: one product of 70 x 20 and 90 x 20", &[&[70, 20], &[90, 20]], |x| x[0].bmm_nt(&x[1])),
+        Case::new("take_heads: the keys of 3 heads", &[&[2, 5, 36]], |x| x[0].take_heads(1, 3, 3)),
+        Case::new("take_heads: one token, one head", &[&[1, 1, 6]], |x| x[0].take_heads(0, 1, 1)),
+        Case::new("merge_heads: 3 heads of 4", &[&[2, 3, 5, 4]], |x| x[0].merge_heads()),
+        Case::new("mix_heads: 3 heads to 4", &[&[2, 3, 5, 7], &[4, 3], &[4]], |x| x[0].mix_heads(&x[1], &x[2])),
+        Case::new("mix_heads: one head, one score", &[&[1, 1, 1, 1], &[1, 1], &[1]], |x| x[0].mix_heads(&x[1], &x[2])),
+        Case::new("mix_heads: many scores", &[&[2, 4, 50, 50], &[4, 4], &[4]], |x| x[0].mix_heads(&x[1], &x[2])),
+    ]
+}

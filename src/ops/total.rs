@@ -1,0 +1,55 @@
+//! The weighted sum of losses.
+//!
+//!   y = w_1 l_1 + .. + w_n l_n,   dl_i = w_i dy
+//!
+//! Each l is one number, shape []. The sum is taken in f64.
+
+use super::case::Case;
+use crate::device::parallel;
+use crate::error::Result;
+use crate::tape::Var;
+use crate::tensor::Tensor;
+use crate::{by_real, ensure};
+use rayon::prelude::*;
+
+impl Var {
+    pub fn weighted_sum(terms: &[(f64, &Var)]) -> Result<Var> {
+        ensure!(!terms.is_empty(), "weighted_sum: there are no losses to add");
+        let first = terms[0].1.value();
+        for (_, loss) in terms {
+            let loss = loss.value();
+            ensure!(
+                loss.shape().is_empty() && loss.dtype() == first.dtype(),
+                "weighted_sum: a loss is {loss:?} and the first is {first:?}"
+            );
+        }
+        let dtype = first.dtype();
+        let y = Tensor::scalar(terms.iter().map(|(weight, loss)| weight * loss.value().item()).sum(), dtype)?;
+        let losses: Vec<&Var> = terms.iter().map(|(_, loss)| *loss).collect();
+        let weights: Vec<f64> = terms.iter().map(|(weight, _)| *weight).collect();
+        Var::record_many("weighted_sum", &losses, y, move |dy, need| {
+            let share = |(i, &weight): (usize, &f64)| need.give(i, |out| by_real!("weighted_sum", dtype, put(out, weight * dy.item())));
+            weights.iter().enumerate().map(share).collect()
+        })
+    }
+}
+
+fn put<T: crate::device::simd::Real + crate::tensor::Element>(out: &mut Tensor, value: f64) -> Result<()> {
+    out.fill(T::of(value));
+    Ok(())
+}
+
+/// The sum of the numbers that `f(first row, numbers)` writes, one a row of `columns` elements: rows in parallel, then in order.
+pub(crate) fn sum_of_rows(rows: usize, columns: usize, f: impl Fn(usize, &mut [f64]) + Sync + Send) -> f64 {
+    let mut sums = vec![0.0; rows];
+    let piece = parallel::rows_per_piece(columns);
+    sums.par_chunks_mut(piece).enumerate().for_each(|(i, sums)| f(i * piece, sums));
+    sums.iter().sum()
+}
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new("weighted_sum: three losses", &[&[], &[], &[]], |x| Var::weighted_sum(&[(1.0, &x[0]), (-0.5, &x[1]), (0.0, &x[2])])),
+        Case::new("weighted_sum: one loss twice", &[&[]], |x| Var::weighted_sum(&[(0.25, &x[0]), (2.0, &x[0])])),
+    ]
+}
