@@ -2,6 +2,7 @@
 pub mod device;
 pub mod error;
 pub mod ops;
+pub mod optim;
 pub mod param;
 pub mod rng;
 pub mod tape;
