@@ -232,8 +232,8 @@ impl Params {
         whole.ok_or_else(|| Error::new("the values are still in use by a recorded forward pass"))
     }
 
-    /// Gives `f` the gradients of everything that is trained as one slice, zeros where backward gave none. What `f` writes
-    /// there does not become a gradient.
+    /// Gives `f` the gradients of everything that is trained as one slice, zeros where backward gave none; writing
+    /// there makes no gradient of them.
     pub fn with_flat_gradients<T: Element, R>(&mut self, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
         ensure!(self.dtype == T::DTYPE, "the gradients are {}, not {}", self.dtype, T::DTYPE);
         self.allocate_gradients()?;

@@ -1,7 +1,7 @@
 //! Keeping the gradients of all parameters together below a length.
 
 use super::state::PIECE;
-use crate::device::simd::{Real, lane_sum};
+use crate::device::simd::{LANES, Real};
 use crate::error::{Error, Result};
 use crate::param::Params;
 use crate::tensor::{Dtype, Element};
@@ -47,7 +47,15 @@ fn multiply<T: Real + Element>(params: &mut Params, factor: f64) -> Result<()> {
 
 vectorised! {
     fn squares<T: Real>(x: &[T]) -> f64 {
-        lane_sum(x.len(), |i| x[i].f64() * x[i].f64())
+        let mut lanes = [0.0; LANES];
+        let whole = x.chunks_exact(LANES);
+        let rest: f64 = whole.remainder().iter().map(|x| x.f64() * x.f64()).sum();
+        for x in whole {
+            for (lane, x) in lanes.iter_mut().zip(x) {
+                *lane += x.f64() * x.f64();
+            }
+        }
+        lanes.iter().sum::<f64>() + rest
     }
 
     fn scale<T: Real>(x: &mut [T], factor: T) {
