@@ -7,12 +7,12 @@ use crate::ensure;
 use crate::error::{Error, Result};
 use crate::rng::Rng;
 use crate::tape::{Tape, Var};
-use crate::tensor::{Dtype, Shape, Tensor};
+use crate::tensor::{Dtype, Element, Shape, Tensor};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Position of a parameter in its set.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub struct ParamId(usize);
 
 /// How a parameter starts.
@@ -185,11 +185,15 @@ impl Params {
         if self.role(id) == Role::Trained { tape.param(value, self.set, id) } else { Var::constant(value) }
     }
 
-    /// Stops training every parameter whose name does not satisfy `trained`.
+    /// Stops training every parameter whose name does not satisfy `trained`. All gradients are forgotten: their buffer holds what is trained.
     pub fn train_only(&mut self, trained: impl Fn(&str) -> bool) {
-        for entry in self.entries.iter_mut().filter(|entry| entry.role == Role::Trained && !trained(&entry.name)) {
-            (entry.role, entry.gradient, entry.has_gradient) = (Role::Frozen, None, false);
+        for entry in &mut self.entries {
+            if entry.role == Role::Trained && !trained(&entry.name) {
+                entry.role = Role::Frozen;
+            }
+            (entry.gradient, entry.has_gradient) = (None, false);
         }
+        self.gradients_allocated = false;
     }
 
     /// Replaces a value; the number of elements must agree.
@@ -210,11 +214,45 @@ impl Params {
         Ok(&mut self.values[id.0])
     }
 
-    /// Value and gradient of one parameter for an optimiser; None where backward gave no gradient.
-    pub fn value_and_gradient(&mut self, id: ParamId) -> Result<Option<(&mut Tensor, &mut Tensor)>> {
-        ensure!(self.values[id.0].is_unique(), "{} is still in use by a recorded forward pass", self.name(id));
-        let entry = &mut self.entries[id.0];
-        Ok(entry.gradient.as_mut().filter(|_| entry.has_gradient).map(|gradient| (&mut self.values[id.0], gradient)))
+    /// Value and gradient, for an optimiser, of every parameter that backward gave a gradient.
+    pub fn values_and_gradients(&mut self) -> Result<impl Iterator<Item = (ParamId, &mut Tensor, &Tensor)>> {
+        for id in self.trained().filter(|&id| self.gradient(id).is_some()) {
+            ensure!(self.values[id.0].is_unique(), "{} is still in use by a recorded forward pass", self.name(id));
+        }
+        let pairs = self.entries.iter().zip(&mut self.values).enumerate();
+        Ok(pairs.filter_map(|(i, (entry, value))| {
+            let gradient = entry.gradient.as_ref().filter(|_| entry.has_gradient)?;
+            Some((ParamId(i), value, gradient))
+        }))
+    }
+
+    /// Every gradient that backward gave, to be scaled.
+    pub fn gradients_mut(&mut self) -> Result<impl Iterator<Item = &mut Tensor>> {
+        for id in self.trained() {
+            ensure!(self.gradient(id).is_none_or(Tensor::is_unique), "the gradient of {} is still held elsewhere", self.name(id));
+        }
+        let present = self.entries.iter_mut().filter(|entry| entry.has_gradient);
+        Ok(present.filter_map(|entry| entry.gradient.as_mut()))
+    }
+
+    /// Gives `f` all values, of every role, as one slice in the order of registration, zeros in the gaps between them.
+    pub fn with_flat_values<T: Element, R>(&mut self, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
+        ensure!(self.dtype == T::DTYPE, "the values are {}, not {}", self.dtype, T::DTYPE);
+        let whole = Tensor::with_flat(&mut self.values, f);
+        whole.ok_or_else(|| Error::new("the values are still in use by a recorded forward pass"))
+    }
+
+    /// Gives `f` the gradients of everything that is trained as one slice, zeros where backward gave none; writing
+    /// there makes no gradient of them.
+    pub fn with_flat_gradients<T: Element, R>(&mut self, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
+        ensure!(self.dtype == T::DTYPE, "the gradients are {}, not {}", self.dtype, T::DTYPE);
+        self.allocate_gradients()?;
+        let absent = self.entries.iter_mut().filter(|entry| !entry.has_gradient);
+        for gradient in absent.filter_map(|entry| entry.gradient.as_mut()).filter(|gradient| gradient.is_unique()) {
+            gradient.fill(T::zeroed());
+        }
+        let whole = Tensor::with_flat(self.entries.iter_mut().filter_map(|entry| entry.gradient.as_mut()), f);
+        whole.ok_or_else(|| Error::new("a gradient is still held elsewhere, or nothing is trained"))
     }
 
     /// Forgets all gradients; their memory stays.

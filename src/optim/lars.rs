@@ -1,0 +1,81 @@
+//! LARS: momentum whose gradients are brought to the size of their weights, for linear probing.
+//!
+//!   d = q (g + wd p),   q = trust |p| / |g + wd p|, or 1 where either norm is 0
+//!   mu = momentum mu + d,   p = p - lr mu
+//!
+//! Norms are over a whole tensor. Vectors (biases) are neither decayed nor scaled. State: "mu", which starts at zero.
+
+use super::Optimizer;
+use super::groups::Group;
+use super::sgd::{Rule, move_all};
+use super::state::{PIECE, State};
+use crate::device::simd::{Real, lane_sum};
+use crate::error::Result;
+use crate::param::Params;
+use crate::tensor::Element;
+use crate::{by_real, ensure, vectorised};
+use rayon::prelude::*;
+
+pub struct Lars {
+    momentum: f64,
+    trust: f64,
+    state: State,
+}
+
+impl Lars {
+    pub fn new(groups: Vec<Group>, momentum: f64, trust: f64) -> Result<Self> {
+        ensure!((0.0..1.0).contains(&momentum), "lars: a momentum of {momentum} is not in [0, 1)");
+        ensure!(trust > 0.0 && trust.is_finite(), "lars: a trust coefficient of {trust} is not a positive number");
+        Ok(Self { momentum, trust, state: State::new("lars", &["mu"], groups)? })
+    }
+}
+
+impl Optimizer for Lars {
+    fn step(&mut self, params: &mut Params, lr: f64) -> Result<()> {
+        by_real!("lars", params.dtype(), step(self, params, lr))
+    }
+
+    fn state(&self) -> &State {
+        &self.state
+    }
+
+    fn state_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+}
+
+fn step<T: Real + Element>(lars: &mut Lars, params: &mut Params, lr: f64) -> Result<()> {
+    let mut pieces = Vec::new();
+    for update in lars.state.lend::<1>(params, lr)? {
+        *update.steps += 1;
+        let (decay, trust) = if update.value.shape().len() > 1 {
+            let decay = T::of(update.weight_decay);
+            let (weight, gradient) = norms(update.value.data::<T>(), update.gradient.data(), decay);
+            let q = if weight > 0.0 && gradient > 0.0 { lars.trust * weight / gradient } else { 1.0 };
+            (decay, T::of(q))
+        } else {
+            (T::ZERO, T::ONE)
+        };
+        let rule = Rule { decay, trust, momentum: T::of(lars.momentum), lr: T::of(update.lr) };
+        update.cut::<T, _>(rule, &mut pieces);
+    }
+    move_all(pieces);
+    Ok(())
+}
+
+/// |p| and |g + decay p|.
+fn norms<T: Real>(p: &[T], g: &[T], decay: T) -> (f64, f64) {
+    let pieces = p.par_chunks(PIECE).zip(g.par_chunks(PIECE));
+    let sums: Vec<(f64, f64)> = pieces.map(|(p, g)| squares(p, g, decay)).collect();
+    let (p, g) = sums.into_iter().fold((0.0, 0.0), |sum, piece| (sum.0 + piece.0, sum.1 + piece.1));
+    (p.sqrt(), g.sqrt())
+}
+
+vectorised! {
+    fn squares<T: Real>(p: &[T], g: &[T], decay: T) -> (f64, f64) {
+        let n = p.len();
+        let g = &g[..n];
+        let decayed = |i: usize| decay.mul_add(p[i], g[i]).f64();
+        (lane_sum(n, |i| p[i].f64() * p[i].f64()), lane_sum(n, |i| decayed(i) * decayed(i)))
+    }
+}
