@@ -27,6 +27,7 @@ pub mod error;
 pub mod formats;
 pub mod masking;
 pub mod measure;
+pub mod methods;
 pub mod nn;
 pub mod ops;
 pub mod optim;

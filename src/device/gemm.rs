@@ -320,7 +320,11 @@ fn drive<V: Lanes>(
     let fill = |(panel, steps, column, width): (&mut [V::Number], std::ops::Range<usize>, usize, usize)| {
         pack(panel, b.transposed(), column..(column + width).min(n), steps, width);
     };
-    if share { panels.into_par_iter().for_each(fill) } else { panels.into_iter().for_each(fill) }
+    if share {
+        panels.into_par_iter().for_each(fill)
+    } else {
+        panels.into_iter().for_each(fill)
+    }
 
     let mut packed_a = (a.column != 1).then(|| Buffer::take(m.div_ceil(V::ROWS) * V::ROWS * k.max(1) * bytes));
     let left = match &mut packed_a {
@@ -557,7 +561,10 @@ mod tests {
                     let sum: f64 = (0..k).map(|p| at(&a_view, i, p) * at(&b_view, p, j)).sum();
                     let exact = sum + before[i * n + j].f64() + bias[j].f64();
                     let error = (c[i * n + j].f64() - exact).abs();
-                    assert!(error <= tolerance * (k as f64).sqrt().max(1.0), "{m} {n} {k} {transpose_a} {transpose_b}: ({i}, {j}) off by {error}");
+                    assert!(
+                        error <= tolerance * (k as f64).sqrt().max(1.0),
+                        "{m} {n} {k} {transpose_a} {transpose_b}: ({i}, {j}) off by {error}"
+                    );
                 }
             }
         }
@@ -565,7 +572,9 @@ mod tests {
 
     #[test]
     fn products_of_all_sizes_and_orders_are_right() {
-        for (m, n, k) in [(1, 1, 1), (5, 3, 2), (8, 48, 7), (9, 49, 33), (17, 100, 400), (70, 65, 800), (3, 200, 1), (2, 2, 0), (40, 96, 385)] {
+        for (m, n, k) in
+            [(1, 1, 1), (5, 3, 2), (8, 48, 7), (9, 49, 33), (17, 100, 400), (70, 65, 800), (3, 200, 1), (2, 2, 0), (40, 96, 385)]
+        {
             for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
                 check::<f32>(m, n, k, transpose_a, transpose_b, 4e-6);
                 check::<f64>(m, n, k, transpose_a, transpose_b, 1e-14);

@@ -5,10 +5,12 @@
 
 pub mod attention;
 pub mod block;
+pub mod classifier;
 pub mod decoder;
 pub mod linear;
 pub mod norm;
 pub mod position;
+pub mod presets;
 pub mod vit;
 
 use crate::param::{Init, ParamId, Params};

@@ -164,8 +164,7 @@ impl Tokens {
             }
             _ => b.add("pos_embed", &shape, Init::Normal(0.02))?,
         };
-        let distillation =
-            if c.distillation_token { Some(b.add("dist_token", &[1, 1, c.width], Init::Normal(0.02))?) } else { None };
+        let distillation = if c.distillation_token { Some(b.add("dist_token", &[1, 1, c.width], Init::Normal(0.02))?) } else { None };
         Ok(Self { class, position, distillation })
     }
 }

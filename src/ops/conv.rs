@@ -10,7 +10,7 @@
 
 use super::case::Case;
 use super::linear::column_sums;
-use crate::device::gemm::{self, Into, View};
+use crate::device::gemm::{self, Finish, Product, View};
 use crate::device::parallel::Panel;
 use crate::device::simd::{LANES, Real, lane_sum};
 use crate::error::Result;
@@ -167,7 +167,7 @@ impl Sizes {
     }
 }
 
-fn convolve<T: Real + Element>(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, s: &Sizes, y: &mut Tensor) -> Result<()> {
+fn convolve<T: Product + Element>(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, s: &Sizes, y: &mut Tensor) -> Result<()> {
     let (x, w, bias) = (x.data::<T>(), w.data::<T>(), bias.map(|bias| bias.data::<T>()));
     let images = y.data_mut::<T>().par_chunks_mut(s.out * s.places()).zip(x.par_chunks(s.c * s.h * s.w));
     images.try_for_each(|(y, x)| {
@@ -175,18 +175,18 @@ fn convolve<T: Real + Element>(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, s:
         s.columns(x, columns.data_mut::<T>());
         y.chunks_exact_mut(s.places()).enumerate().for_each(|(o, y)| y.fill(bias.map_or(T::ZERO, |bias| bias[o])));
         let columns = View::rows(columns.data::<T>(), s.places());
-        gemm::serial(&mut Panel::of(y, s.places()), s.window(), View::rows(w, s.window()), columns, Into::Add);
+        gemm::serial(&mut Panel::of(y, s.places()), s.window(), View::rows(w, s.window()), columns, Finish::add());
         Ok(())
     })
 }
 
-fn input_gradient<T: Real + Element>(dy: &Tensor, w: &Tensor, s: &Sizes, dx: &mut Tensor) -> Result<()> {
+fn input_gradient<T: Product + Element>(dy: &Tensor, w: &Tensor, s: &Sizes, dx: &mut Tensor) -> Result<()> {
     let (dy, w) = (dy.data::<T>(), View::rows(w.data::<T>(), s.window()).transposed());
     let images = dx.data_mut::<T>().par_chunks_mut(s.c * s.h * s.w).zip(dy.par_chunks(s.out * s.places()));
     images.try_for_each(|(dx, dy)| {
         let mut columns = Tensor::empty(&[s.window(), s.places()], T::DTYPE)?;
         let panel = &mut Panel::of(columns.data_mut::<T>(), s.places());
-        gemm::serial(panel, s.out, w, View::rows(dy, s.places()), Into::Replace);
+        gemm::serial(panel, s.out, w, View::rows(dy, s.places()), Finish::replace());
         let columns = columns.data::<T>();
         dx.fill(T::ZERO);
         s.each_inside(|to, from| dx[to] += columns[from]);
@@ -195,20 +195,20 @@ fn input_gradient<T: Real + Element>(dy: &Tensor, w: &Tensor, s: &Sizes, dx: &mu
 }
 
 /// Image after image, each product on all threads: a partial sum an image would be larger than everything else.
-fn weight_gradient<T: Real + Element>(dy: &Tensor, x: &Tensor, s: &Sizes, dw: &mut Tensor) -> Result<()> {
+fn weight_gradient<T: Product + Element>(dy: &Tensor, x: &Tensor, s: &Sizes, dw: &mut Tensor) -> Result<()> {
     let mut columns = Tensor::empty(&[s.window(), s.places()], T::DTYPE)?;
     let dw = dw.data_mut::<T>();
     dw.fill(T::ZERO);
     for (dy, x) in dy.data::<T>().chunks_exact(s.out * s.places()).zip(x.data::<T>().chunks_exact(s.c * s.h * s.w)) {
         s.columns(x, columns.data_mut::<T>());
         let columns = View::rows(columns.data::<T>(), s.places()).transposed();
-        gemm::parallel(&mut Panel::of(dw, s.window()), s.places(), View::rows(dy, s.places()), columns, Into::Add);
+        gemm::parallel(&mut Panel::of(dw, s.window()), s.places(), View::rows(dy, s.places()), columns, Finish::add());
     }
     Ok(())
 }
 
 /// The sum of each plane, then over the images in order.
-fn bias_gradient<T: Real + Element>(dy: &Tensor, db: &mut Tensor) -> Result<()> {
+fn bias_gradient<T: Product + Element>(dy: &Tensor, db: &mut Tensor) -> Result<()> {
     let &[batch, c, h, w] = dy.shape() else { crate::bail!("bias gradient: dy is {dy:?} but [B, C, H, W] is needed") };
     let mut partial = Tensor::empty(&[batch, c], dy.dtype())?;
     let planes = partial.data_mut::<T>().par_iter_mut().zip(dy.data::<T>().par_chunks(h * w));
@@ -294,7 +294,7 @@ vectorised! {
 }
 
 /// Runs `f(plane number, channel, image's mask)` for each plane of y.
-fn each_plane<T: Real + Element>(
+fn each_plane<T: Product + Element>(
     y: &mut [T],
     length: usize,
     channels: usize,
@@ -308,7 +308,7 @@ fn each_plane<T: Real + Element>(
     })
 }
 
-fn filter<T: Real + Element>(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, mask: Option<&Tensor>) -> Result<Tensor> {
+fn filter<T: Product + Element>(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, mask: Option<&Tensor>) -> Result<Tensor> {
     let (p, channels) = (Plane::of(x, w), x.shape()[1]);
     let (size, taps) = (p.h * p.w, p.k * p.k);
     let mut y = Tensor::empty(x.shape(), x.dtype())?;
@@ -322,7 +322,7 @@ fn filter<T: Real + Element>(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, mask
     Ok(y)
 }
 
-fn filter_input<T: Real + Element>(dy: &Tensor, w: &Tensor, mask: Option<&Tensor>, dx: &mut Tensor) -> Result<()> {
+fn filter_input<T: Product + Element>(dy: &Tensor, w: &Tensor, mask: Option<&Tensor>, dx: &mut Tensor) -> Result<()> {
     let (p, channels) = (Plane::of(dy, w), dy.shape()[1]);
     let (size, taps) = (p.h * p.w, p.k * p.k);
     let (dy, w) = (dy.data::<T>(), w.data::<T>());
@@ -341,7 +341,7 @@ fn filter_input<T: Real + Element>(dy: &Tensor, w: &Tensor, mask: Option<&Tensor
 }
 
 /// The taps' gradients of each plane, then summed over the images in order.
-fn filter_weight<T: Real + Element>(dy: &Tensor, x: &Tensor, mask: Option<&Tensor>, dw: &mut Tensor) -> Result<()> {
+fn filter_weight<T: Product + Element>(dy: &Tensor, x: &Tensor, mask: Option<&Tensor>, dw: &mut Tensor) -> Result<()> {
     let (p, batch, channels) = (Plane::of(x, dw), x.shape()[0], x.shape()[1]);
     let (size, taps) = (p.h * p.w, p.k * p.k);
     let mut partial = Tensor::empty(&[batch, channels * taps], x.dtype())?;
@@ -362,7 +362,7 @@ fn filter_weight<T: Real + Element>(dy: &Tensor, x: &Tensor, mask: Option<&Tenso
 }
 
 /// Each image's [rows, columns] becomes [columns, rows], in squares that stay in the cache.
-fn transpose<T: Real + Element>(x: &Tensor, rows: usize, columns: usize, y: &mut Tensor) {
+fn transpose<T: Product + Element>(x: &Tensor, rows: usize, columns: usize, y: &mut Tensor) {
     const SQUARE: usize = 32;
     let size = (rows * columns).max(1);
     y.data_mut::<T>().par_chunks_mut(size).zip(x.data::<T>().par_chunks(size)).for_each(|(y, x)| {

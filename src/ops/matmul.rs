@@ -10,7 +10,7 @@
 
 use super::case::Case;
 use super::linear::column_sums;
-use crate::device::gemm::{self, Into, View};
+use crate::device::gemm::{self, Finish, Product, View};
 use crate::device::parallel::Panel;
 use crate::device::simd::{Real, lane_sum};
 use crate::error::Result;
@@ -125,7 +125,7 @@ fn shape(lead: &[usize], rows: usize, columns: usize) -> Vec<usize> {
 }
 
 /// Each [m, n] matrix of y is the product of those of a and b, [m, k] and [k, n] once they are turned where it says so.
-fn products<T: Real + Element>(
+fn products<T: Product + Element>(
     y: &mut Tensor,
     [m, n, k]: [usize; 3],
     (a, turn_a): (&Tensor, bool),
@@ -136,18 +136,18 @@ fn products<T: Real + Element>(
     };
     let (a, b) = (a.data::<T>(), b.data::<T>());
     if y.numel() == m * n {
-        gemm::parallel(&mut Panel::of(y.data_mut::<T>(), n), k, view(a, m, k, turn_a), view(b, k, n, turn_b), Into::Replace);
+        gemm::parallel(&mut Panel::of(y.data_mut::<T>(), n), k, view(a, m, k, turn_a), view(b, k, n, turn_b), Finish::replace());
         return Ok(());
     }
     let stack = y.data_mut::<T>().par_chunks_exact_mut(m * n).zip(a.par_chunks_exact(m * k)).zip(b.par_chunks_exact(k * n));
     stack.for_each(|((y, a), b)| {
-        gemm::serial(&mut Panel::of(y, n), k, view(a, m, k, turn_a), view(b, k, n, turn_b), Into::Replace);
+        gemm::serial(&mut Panel::of(y, n), k, view(a, m, k, turn_a), view(b, k, n, turn_b), Finish::replace());
     });
     Ok(())
 }
 
 /// y [B, H, N, D] from the columns of x [B, N, ..] that begin at `column`.
-fn split<T: Real + Element>(x: &Tensor, column: usize, y: &mut Tensor) {
+fn split<T: Product + Element>(x: &Tensor, column: usize, y: &mut Tensor) {
     let (n, c) = (x.shape()[1], x.last());
     let (heads, width) = (y.shape()[1], y.last());
     let x = x.data::<T>();
@@ -160,7 +160,7 @@ fn split<T: Real + Element>(x: &Tensor, column: usize, y: &mut Tensor) {
 }
 
 /// x [B, H, N, D] into the columns of y [B, N, ..] that begin at `column`, zeros into the others.
-fn join<T: Real + Element>(x: &Tensor, column: usize, y: &mut Tensor) {
+fn join<T: Product + Element>(x: &Tensor, column: usize, y: &mut Tensor) {
     let (heads, width) = (x.shape()[1], x.last());
     let (n, c) = (y.shape()[1], y.last());
     let x = x.data::<T>();
@@ -181,39 +181,39 @@ vectorised! {
     }
 }
 
-fn mixed<T: Real + Element>(x: &Tensor, w: &Tensor, bias: &Tensor, y: &mut Tensor) {
+fn mixed<T: Product + Element>(x: &Tensor, w: &Tensor, bias: &Tensor, y: &mut Tensor) {
     let (heads, out, scores) = (w.last(), w.rows(), x.shape()[2] * x.last());
     let (x, w, bias) = (x.data::<T>(), w.data::<T>(), bias.data::<T>());
     y.data_mut::<T>().par_chunks_mut(out * scores).zip(x.par_chunks(heads * scores)).for_each(|(y, x)| {
         y.chunks_exact_mut(scores).zip(bias).for_each(|(y, &bias)| y.fill(bias));
-        gemm::serial(&mut Panel::of(y, scores), heads, View::rows(w, heads), View::rows(x, scores), Into::Add);
+        gemm::serial(&mut Panel::of(y, scores), heads, View::rows(w, heads), View::rows(x, scores), Finish::add());
     });
 }
 
-fn unmixed<T: Real + Element>(dy: &Tensor, w: &Tensor, dx: &mut Tensor) -> Result<()> {
+fn unmixed<T: Product + Element>(dy: &Tensor, w: &Tensor, dx: &mut Tensor) -> Result<()> {
     let (heads, out, scores) = (w.last(), w.rows(), dy.shape()[2] * dy.last());
     let (dy, w) = (dy.data::<T>(), w.data::<T>());
     dx.data_mut::<T>().par_chunks_mut(heads * scores).zip(dy.par_chunks(out * scores)).for_each(|(dx, dy)| {
-        gemm::serial(&mut Panel::of(dx, scores), out, View::rows(w, heads).transposed(), View::rows(dy, scores), Into::Replace);
+        gemm::serial(&mut Panel::of(dx, scores), out, View::rows(w, heads).transposed(), View::rows(dy, scores), Finish::replace());
     });
     Ok(())
 }
 
 /// One product an image, then summed image by image.
-fn mixing_gradient<T: Real + Element>(dy: &Tensor, x: &Tensor, dw: &mut Tensor) -> Result<()> {
+fn mixing_gradient<T: Product + Element>(dy: &Tensor, x: &Tensor, dw: &mut Tensor) -> Result<()> {
     let (batch, heads, out, scores) = (x.shape()[0], x.shape()[1], dy.shape()[1], x.shape()[2] * x.last());
     let mut partial = Tensor::empty(&[batch, out * heads], x.dtype())?;
     let (dy, x) = (dy.data::<T>(), x.data::<T>());
     let images = partial.data_mut::<T>().par_chunks_mut(out * heads).zip(dy.par_chunks(out * scores).zip(x.par_chunks(heads * scores)));
     images.for_each(|(partial, (dy, x))| {
         let x = View::rows(x, scores).transposed();
-        gemm::serial(&mut Panel::of(partial, heads), scores, View::rows(dy, scores), x, Into::Replace);
+        gemm::serial(&mut Panel::of(partial, heads), scores, View::rows(dy, scores), x, Finish::replace());
     });
     column_sums(partial.data::<T>(), out * heads, dw.data_mut());
     Ok(())
 }
 
-fn bias_gradient<T: Real + Element>(dy: &Tensor, db: &mut Tensor) -> Result<()> {
+fn bias_gradient<T: Product + Element>(dy: &Tensor, db: &mut Tensor) -> Result<()> {
     let (batch, out, scores) = (dy.shape()[0], dy.shape()[1], dy.shape()[2] * dy.last());
     let mut partial = Tensor::empty(&[batch, out], dy.dtype())?;
     let maps = partial.data_mut::<T>().par_iter_mut().zip(dy.data::<T>().par_chunks(scores));

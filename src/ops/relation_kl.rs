@@ -11,9 +11,9 @@
 //! sums in f64: on nearly one-hot rows nothing large cancels.
 
 use super::case::{Case, numbers};
-use crate::device::gemm::{self, Into, View};
+use crate::device::gemm::{self, Finish, Product, View};
 use crate::device::parallel::Panel;
-use crate::device::simd::{Real, lane_max, lane_sum};
+use crate::device::simd::{lane_max, lane_sum};
 use crate::error::Result;
 use crate::tape::Var;
 use crate::tensor::{Element, Tensor};
@@ -82,12 +82,12 @@ impl Side {
     }
 
     /// One part of one head, as a view into one image's qkv.
-    fn part<'a, T: Real>(&self, qkv: &'a [T], part: usize, head: usize) -> View<'a, T> {
+    fn part<'a, T: Product>(&self, qkv: &'a [T], part: usize, head: usize) -> View<'a, T> {
         let c = self.heads * self.width;
         View::rows(&qkv[part * c + head * self.width..], 3 * c)
     }
 
-    fn image<'a, T: Real>(&self, qkv: &'a [T], image: usize) -> &'a [T] {
+    fn image<'a, T: Product>(&self, qkv: &'a [T], image: usize) -> &'a [T] {
         let length = self.n * 3 * self.heads * self.width;
         &qkv[image * length..][..length]
     }
@@ -97,22 +97,22 @@ impl Side {
     }
 
     /// The scaled scores of one head, each row relative to its maximum.
-    fn scores<T: Real>(&self, qkv: &[T], [x, y]: [usize; 2], head: usize, out: &mut [T]) {
+    fn scores<T: Product>(&self, qkv: &[T], [x, y]: [usize; 2], head: usize, out: &mut [T]) {
         let (x, y) = (self.part(qkv, x, head), self.part(qkv, y, head));
-        gemm::serial(&mut Panel::of(out, self.n), self.width, x, y.transposed(), Into::Replace);
+        gemm::serial(&mut Panel::of(out, self.n), self.width, x, y.transposed(), Finish::replace());
         centre(out, self.n, T::of(self.scale()));
     }
 }
 
 vectorised! {
-    fn centre<T: Real>(scores: &mut [T], n: usize, scale: T) {
+    fn centre<T: Product>(scores: &mut [T], n: usize, scale: T) {
         for row in scores.chunks_exact_mut(n) {
             let most = lane_max(n, |j| row[j]);
             row.iter_mut().for_each(|a| *a = (*a - most) * scale);
         }
     }
     /// The sum of the rows' divergences; `e` is room for one row.
-    fn row_divergences<T: Real>(s: &[T], t: &[T], e: &mut [T]) -> f64 {
+    fn row_divergences<T: Product>(s: &[T], t: &[T], e: &mut [T]) -> f64 {
         let n = e.len();
         let mut total = 0.0;
         for (s, t) in s.chunks_exact(n).zip(t.chunks_exact(n)) {
@@ -127,7 +127,7 @@ vectorised! {
         total
     }
     /// s becomes factor (S - T).
-    fn score_gradients<T: Real>(s: &mut [T], t: &mut [T], n: usize, factor: T) {
+    fn score_gradients<T: Product>(s: &mut [T], t: &mut [T], n: usize, factor: T) {
         for (s, t) in s.chunks_exact_mut(n).zip(t.chunks_exact_mut(n)) {
             s.iter_mut().for_each(|s| *s = s.exp());
             t.iter_mut().for_each(|t| *t = t.exp());
@@ -138,7 +138,7 @@ vectorised! {
     }
 }
 
-fn divergences<T: Real + Element>(student: &Tensor, teacher: &Tensor, s: Side, t: Side, relations: &[Relation]) -> Result<Vec<f64>> {
+fn divergences<T: Product + Element>(student: &Tensor, teacher: &Tensor, s: Side, t: Side, relations: &[Relation]) -> Result<Vec<f64>> {
     let (student, teacher, n) = (student.data::<T>(), teacher.data::<T>(), s.n);
     let one = |i: usize| {
         let (relation, image, head) = (relations[i / (s.batch * s.heads)], i / s.heads % s.batch, i % s.heads);
@@ -154,7 +154,7 @@ fn divergences<T: Real + Element>(student: &Tensor, teacher: &Tensor, s: Side, t
     Ok(all.chunks_exact(s.batch * s.heads).map(|relation| relation.iter().sum::<f64>() / rows).collect())
 }
 
-fn gradient<T: Real + Element>(
+fn gradient<T: Product + Element>(
     student: &Tensor,
     teacher: &Tensor,
     s: Side,
@@ -183,8 +183,8 @@ fn gradient<T: Real + Element>(
             t.scores(teacher, [x, y], head, b);
             score_gradients(g, b, n, factor);
             let g = View::rows(&*g, n);
-            gemm::serial(&mut parts[x], n, g, s.part(student, y, head), Into::Add);
-            gemm::serial(&mut parts[y], n, g.transposed(), s.part(student, x, head), Into::Add);
+            gemm::serial(&mut parts[x], n, g, s.part(student, y, head), Finish::add());
+            gemm::serial(&mut parts[y], n, g.transposed(), s.part(student, x, head), Finish::add());
         }
         Ok(())
     })
