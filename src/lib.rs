@@ -21,6 +21,7 @@
 //! | 7 | [`measure`] | timing, and parity with PyTorch |
 //! | 8 | [`cli`] | arguments turned into objects |
 
+pub mod cli;
 pub mod data;
 pub mod device;
 pub mod error;

@@ -16,6 +16,16 @@ pub enum Level {
     Avx512,
 }
 
+impl Level {
+    pub fn name(self) -> &'static str {
+        match self {
+            Level::Plain => "no vector instructions beyond the target's own",
+            Level::Avx2 => "AVX2",
+            Level::Avx512 => "AVX-512",
+        }
+    }
+}
+
 /// What this processor can do.
 #[inline]
 pub fn level() -> Level {

@@ -14,12 +14,14 @@ const SIZES: [(&str, usize, usize, usize, usize); 6] = [
     ("huge", 1280, 32, 16, 14),
 ];
 
+/// The sizes there are.
+pub const NAMES: [&str; 6] = [SIZES[0].0, SIZES[1].0, SIZES[2].0, SIZES[3].0, SIZES[4].0, SIZES[5].0];
+
 /// MAE's encoder of this size.
 pub fn mae(size: &str, image: usize) -> Result<VitConfig> {
     let found = SIZES.iter().find(|(name, ..)| *name == size);
     let (_, width, depth, heads, patch) = *found.ok_or_else(|| {
-        let names: Vec<&str> = SIZES.iter().map(|(name, ..)| *name).collect();
-        Error::usage(format!("model {size} is unknown; there are {}", names.join(", ")))
+        Error::usage(format!("model {size} is unknown; there are {}", NAMES.join(", ")))
     })?;
     Ok(VitConfig::new(image, patch, width, depth, heads))
 }

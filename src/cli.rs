@@ -1,0 +1,157 @@
+//! Floor 8: what was typed, turned into objects. Below this file nobody sees a string flag.
+
+use crate::device::{Device, parallel};
+use crate::error::{Error, Result};
+use crate::formats;
+use crate::measure::{ops, step};
+use crate::nn::presets;
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Learning from images by looking at part of them: masked autoencoding and masked distillation of vision transformers.
+#[derive(Parser)]
+#[command(name = "masque", version, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Threads to use [default: one a core]
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Time single ops or a whole training step
+    #[command(subcommand)]
+    Measure(Measure),
+    /// Convert a checkpoint's weights between PyTorch's .pth and .safetensors
+    Convert(Convert),
+    /// What this program and this machine offer
+    Info,
+}
+
+#[derive(Subcommand)]
+enum Measure {
+    /// Products, layer norm, GELU, softmax and attention, forward and backward, at the shapes of a ViT
+    Ops(OpsArgs),
+    /// One MAE training step: forward, backward, AdamW
+    Step {
+        #[command(flatten)]
+        step: step::StepArgs,
+        #[command(flatten)]
+        shared: Shared,
+    },
+}
+
+#[derive(Args)]
+struct Shared {
+    /// One JSON object a line instead of text
+    #[arg(long)]
+    json: bool,
+    /// Where to compute
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+}
+
+#[derive(Args)]
+struct OpsArgs {
+    /// Only these ops, separated by commas
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    only: Vec<String>,
+    /// Runs of each case that count, after two that do not
+    #[arg(long, default_value_t = 20)]
+    rounds: usize,
+    #[command(flatten)]
+    shared: Shared,
+}
+
+#[derive(Args)]
+struct Convert {
+    /// The checkpoint to read: .pth (either container) or .safetensors
+    from: PathBuf,
+    /// The file to write; its ending, .pth or .safetensors, says what it becomes
+    to: PathBuf,
+}
+
+/// Runs the program; the exit code is 0, 1 (it failed) or 2 (what was typed cannot be meant).
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return clap_exit(&error),
+    };
+    match run(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("masque: {}", error.chain());
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// Help and version go to standard output with code 0, mistakes to standard error with code 2.
+fn clap_exit(error: &clap::Error) -> ExitCode {
+    // A closed pipe is no reason to fail.
+    let _ = error.print();
+    ExitCode::from(if error.use_stderr() { 2 } else { 0 })
+}
+
+fn run(cli: Cli) -> Result<ExitCode> {
+    if cli.threads == Some(0) {
+        return Err(Error::usage("--threads 0: at least one thread is needed; leave the flag out to use every core"));
+    }
+    parallel::set_threads(cli.threads.unwrap_or(0))?;
+    match cli.command {
+        Command::Measure(Measure::Ops(args)) => {
+            if args.rounds == 0 {
+                return Err(Error::usage("--rounds 0: at least one run is needed"));
+            }
+            ops::run(&args.only, args.rounds, |row| say(&if args.shared.json { row.json().to_string() } else { row.text() }))?;
+        }
+        Command::Measure(Measure::Step { step: args, shared }) => {
+            let report = step::run(&args)?;
+            say(&if shared.json { report.json().to_string() } else { report.text() });
+        }
+        Command::Convert(args) => convert(&args)?,
+        Command::Info => info()?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints a line; when the reader has gone away there is nobody left to tell.
+fn say(line: &str) {
+    use std::io::Write;
+    if writeln!(std::io::stdout(), "{line}").is_err() {
+        std::process::exit(0);
+    }
+}
+
+fn convert(args: &Convert) -> Result<()> {
+    let ending = args.to.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+    if !matches!(ending, "pth" | "safetensors") {
+        return Err(Error::usage(format!("{}: the ending says what to write; use .pth or .safetensors", args.to.display())));
+    }
+    let file = formats::open(&args.from)?;
+    let tensors = file.tensors();
+    if ending == "pth" {
+        let pairs = tensors.iter().map(|(name, tensor)| (name.as_str().into(), tensor.clone().into()));
+        let model = formats::Value::Dict(pairs.collect());
+        formats::write_pth(&args.to, &formats::Value::Dict(vec![("model".into(), model)]))?;
+    } else {
+        formats::write_safetensors(&args.to, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), &Default::default())?;
+    }
+    say(&format!("{} -> {}: {} tensors", args.from.display(), args.to.display(), tensors.len()));
+    Ok(())
+}
+
+fn info() -> Result<()> {
+    say(&format!("masque {}", env!("CARGO_PKG_VERSION")));
+    say(&format!("device    cpu, {} threads, {}", parallel::threads(), crate::device::simd::level().name()));
+    say("CUDA      this version has no CUDA kernels yet");
+    say("\nmodel     width  blocks  heads  patch");
+    for size in presets::NAMES {
+        let config = presets::mae(size, 224)?;
+        say(&format!("{size:<8} {:>6} {:>7} {:>6} {:>6}", config.width, config.depth, config.heads, config.patch));
+    }
+    Ok(())
+}
