@@ -1,7 +1,7 @@
 //! Keeping the gradients of all parameters together below a length.
 
 use super::state::PIECE;
-use crate::device::simd::{LANES, Real};
+use crate::device::simd::{Real, lane_sum};
 use crate::error::{Error, Result};
 use crate::param::Params;
 use crate::tensor::{Dtype, Element};
@@ -45,17 +45,19 @@ fn multiply<T: Real + Element>(params: &mut Params, factor: f64) -> Result<()> {
     Ok(())
 }
 
+/// Partial sums of a piece: so many that they stay a loop, which the compiler turns into vectors.
+const SUMS: usize = 256;
+
 vectorised! {
     fn squares<T: Real>(x: &[T]) -> f64 {
-        let mut lanes = [0.0; LANES];
-        let whole = x.chunks_exact(LANES);
-        let rest: f64 = whole.remainder().iter().map(|x| x.f64() * x.f64()).sum();
+        let (whole, rest) = x.as_chunks::<SUMS>();
+        let mut sums = [0.0; SUMS];
         for x in whole {
-            for (lane, x) in lanes.iter_mut().zip(x) {
-                *lane += x.f64() * x.f64();
+            for (sum, x) in sums.iter_mut().zip(x) {
+                *sum += x.f64() * x.f64();
             }
         }
-        lanes.iter().sum::<f64>() + rest
+        lane_sum(SUMS, |i| sums[i]) + lane_sum(rest.len(), |i| rest[i].f64() * rest[i].f64())
     }
 
     fn scale<T: Real>(x: &mut [T], factor: T) {
