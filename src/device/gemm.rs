@@ -68,7 +68,7 @@ pub fn parallel<T: Product>(c: &mut Panel<T>, k: usize, a: View<T>, b: View<T>, 
 }
 
 /// Steps of k that are summed in registers before c is touched.
-const DEPTH: usize = 384;
+const DEPTH: usize = 192;
 /// Below this many multiplications a product is not worth sharing out.
 const WORTH_SHARING: usize = 1 << 18;
 
@@ -84,7 +84,7 @@ fn product<T: Product>(c: &mut Panel<T>, k: usize, a: View<T>, b: View<T>, finis
     let share = share && m * n * k >= WORTH_SHARING;
     let (start, stride) = c.raw();
     let job = Job { m, n, k, start, stride, finish: Raw::of(finish) };
-    T::run(&job, a, b, share);
+    drive(&job, a, b, share, T::kernel());
 }
 
 /// A product to be computed: sizes, c, and what follows.
@@ -125,155 +125,260 @@ unsafe impl<T: Sync> Sync for Job<T> {}
 /// Numbers that the product is compiled for.
 pub trait Product: Real {
     #[doc(hidden)]
-    fn run(job: &Job<Self>, a: View<Self>, b: View<Self>, share: bool);
+    fn kernel() -> &'static Kernel<Self>;
 }
 
-macro_rules! product_of {
-    ($type:ty, $wide:ty, $narrow:ty) => {
-        impl Product for $type {
-            fn run(job: &Job<$type>, a: View<$type>, b: View<$type>, share: bool) {
-                #[cfg(target_arch = "x86_64")]
-                {
-                    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-                    unsafe fn wide(job: &Job<$type>, work: Work<$type>) {
-                        // SAFETY: the caller's.
-                        unsafe { work_on::<$wide>(job, work) }
-                    }
-                    #[target_feature(enable = "avx2,fma")]
-                    unsafe fn narrow(job: &Job<$type>, work: Work<$type>) {
-                        // SAFETY: the caller's.
-                        unsafe { work_on::<$narrow>(job, work) }
-                    }
-                    match level() {
-                        Level::Avx512 => return drive::<$wide>(job, a, b, share, wide),
-                        Level::Avx2 => return drive::<$narrow>(job, a, b, share, narrow),
-                        Level::Plain => {}
-                    }
-                }
-                unsafe fn plain(job: &Job<$type>, work: Work<$type>) {
-                    // SAFETY: the caller's.
-                    unsafe { work_on::<Plain<$type>>(job, work) }
-                }
-                drive::<Plain<$type>>(job, a, b, share, plain)
-            }
+impl Product for f32 {
+    fn kernel() -> &'static Kernel<f32> {
+        match level() {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => &avx512_f32::KERNEL,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => &avx2_f32::KERNEL,
+            _ => &plain_f32::KERNEL,
         }
-    };
-}
-#[cfg(target_arch = "x86_64")]
-mod registers {
-    pub use std::arch::x86_64::{__m256, __m256d, __m512, __m512d};
-}
-#[cfg(target_arch = "x86_64")]
-use registers::*;
-#[cfg(not(target_arch = "x86_64"))]
-type __m512 = Plain<f32>;
-#[cfg(not(target_arch = "x86_64"))]
-type __m256 = Plain<f32>;
-#[cfg(not(target_arch = "x86_64"))]
-type __m512d = Plain<f64>;
-#[cfg(not(target_arch = "x86_64"))]
-type __m256d = Plain<f64>;
-product_of!(f32, __m512, __m256);
-product_of!(f64, __m512d, __m256d);
-
-/// One vector register and the shape of a tile made of them.
-trait Lanes: Copy {
-    type Number: Product;
-    const WIDTH: usize;
-    /// Rows and vectors of a tile: as many accumulators as leave registers for b.
-    const ROWS: usize;
-    const VECTORS: usize;
-    unsafe fn zero() -> Self;
-    unsafe fn splat(x: Self::Number) -> Self;
-    unsafe fn load(from: *const Self::Number) -> Self;
-    unsafe fn store(self, to: *mut Self::Number);
-    /// a * b + self
-    unsafe fn fma(self, a: Self, b: Self) -> Self;
+    }
 }
 
-#[cfg(target_arch = "x86_64")]
-macro_rules! lanes {
-    ($register:ty, $number:ty, $width:expr, $rows:expr, $vectors:expr, $zero:ident, $splat:ident, $load:ident, $store:ident, $fma:ident) => {
-        impl Lanes for $register {
+impl Product for f64 {
+    fn kernel() -> &'static Kernel<f64> {
+        match level() {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => &avx512_f64::KERNEL,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => &avx2_f64::KERNEL,
+            _ => &plain_f64::KERNEL,
+        }
+    }
+}
+
+/// A kernel compiled for some processors: numbers in a vector, rows and vectors of a tile (as many sums as leave registers for b), and the
+/// function that computes rows of a product with it.
+pub struct Kernel<T> {
+    width: usize,
+    rows: usize,
+    vectors: usize,
+    work: unsafe fn(&Job<T>, Work<T>),
+}
+
+/// Writes one kernel. Its functions carry the processor's features themselves, so that the instructions are used whatever gets inlined.
+macro_rules! kernel {
+    (
+        $(#[$feature:meta])? $module:ident: $number:ty, $width:literal lanes in $register:ty, tile of [$($rows:literal)+] rows and $vectors:literal vectors,
+        $zero:ident $splat:ident $load:ident $store:ident $fma:ident
+    ) => {
+        mod $module {
+            use super::*;
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unused_imports)]
+            use std::arch::x86_64::*;
+
             type Number = $number;
             const WIDTH: usize = $width;
-            const ROWS: usize = $rows;
-            const VECTORS: usize = $vectors;
-            #[inline(always)]
-            unsafe fn zero() -> Self {
-                // SAFETY: the processor has these instructions wherever this type is used.
-                unsafe { std::arch::x86_64::$zero() }
+            /// Rows of a whole tile.
+            const MOST: usize = [$($rows),+].len();
+
+            pub static KERNEL: Kernel<Number> = Kernel { width: WIDTH, rows: MOST, vectors: $vectors, work };
+
+            /// All tiles of some rows, block of k after block of k.
+            $(#[$feature])?
+            unsafe fn work(job: &Job<Number>, w: Work<Number>) {
+                let tile_width = WIDTH * $vectors;
+                let padded = job.n.div_ceil(WIDTH) * WIDTH;
+                for block in 0..w.blocks {
+                    let first = block * w.depth;
+                    let steps = w.depth.min(job.k - first);
+                    let (last, add) = (block + 1 == w.blocks, block > 0 || job.finish.add);
+                    let mut column = 0;
+                    while column < job.n {
+                        let vectors = (padded - column).min(tile_width) / WIDTH;
+                        let columns = (job.n - column).min(tile_width);
+                        let panel = w.b[first * padded + column * steps..].as_ptr();
+                        let mut row = w.from;
+                        while row < w.to {
+                            let rows = (w.to - row).min(MOST);
+                            let (a, a_row, a_step) = match w.a {
+                                Left::InPlace(view) => (view.data[(row * view.row + first).min(view.data.len())..].as_ptr(), view.row, 1),
+                                Left::Packed(packed) => (packed[row * job.k + first * MOST..].as_ptr(), 1, MOST),
+                            };
+                            // SAFETY: rows and columns lie inside c; a and b hold `steps` steps of them.
+                            unsafe {
+                                let c = job.start.add(row * job.stride + column);
+                                match (rows, vectors) {
+                                    $(
+                                        ($rows, 1) => tile::<$rows, 1>(steps, a, a_row, a_step, panel, c, job.stride, columns, add),
+                                        ($rows, 2) => tile::<$rows, 2>(steps, a, a_row, a_step, panel, c, job.stride, columns, add),
+                                        ($rows, 3) => tile::<$rows, 3>(steps, a, a_row, a_step, panel, c, job.stride, columns, add),
+                                    )+
+                                    _ => unreachable!("a tile of {rows} rows and {vectors} vectors"),
+                                }
+                                if last {
+                                    finish_tile(job, row, rows, column, columns);
+                                }
+                            }
+                            row += rows;
+                        }
+                        column += tile_width;
+                    }
+                }
             }
-            #[inline(always)]
-            unsafe fn splat(x: $number) -> Self {
-                // SAFETY: as above.
-                unsafe { std::arch::x86_64::$splat(x) }
+
+            /// c[ROWS, columns] = or += sum over steps of a b, in registers.
+            $(#[$feature])?
+            #[allow(clippy::too_many_arguments)]
+            unsafe fn tile<const ROWS: usize, const VECTORS: usize>(
+                steps: usize,
+                mut a: *const Number,
+                a_row: usize,
+                a_step: usize,
+                mut b: *const Number,
+                c: *mut Number,
+                stride: usize,
+                columns: usize,
+                add: bool,
+            ) {
+                // SAFETY: a has ROWS rows and `steps` steps, b `steps` lines of VECTORS vectors, c ROWS rows of `columns` numbers.
+                unsafe {
+                    let mut sums: [[$register; VECTORS]; ROWS] = [[$zero(); VECTORS]; ROWS];
+                    let mut step = 0;
+                    while step < steps {
+                        let mut right: [$register; VECTORS] = [$zero(); VECTORS];
+                        let mut v = 0;
+                        while v < VECTORS {
+                            right[v] = $load(b.add(v * WIDTH));
+                            v += 1;
+                        }
+                        let mut i = 0;
+                        while i < ROWS {
+                            let left = $splat(*a.add(i * a_row));
+                            let mut v = 0;
+                            while v < VECTORS {
+                                sums[i][v] = $fma(left, right[v], sums[i][v]);
+                                v += 1;
+                            }
+                            i += 1;
+                        }
+                        a = a.add(a_step);
+                        b = b.add(VECTORS * WIDTH);
+                        step += 1;
+                    }
+                    let one = $splat(1.0);
+                    let mut i = 0;
+                    while i < ROWS {
+                        let mut v = 0;
+                        while v < VECTORS {
+                            let (c, left) = (c.add(i * stride + v * WIDTH), columns.saturating_sub(v * WIDTH));
+                            if left >= WIDTH {
+                                let sum = if add { $fma($load(c), one, sums[i][v]) } else { sums[i][v] };
+                                $store(c, sum);
+                            } else if left > 0 {
+                                let mut whole = [0.0; WIDTH];
+                                $store(whole.as_mut_ptr(), sums[i][v]);
+                                for (j, &x) in whole[..left].iter().enumerate() {
+                                    *c.add(j) = if add { *c.add(j) + x } else { x };
+                                }
+                            }
+                            v += 1;
+                        }
+                        i += 1;
+                    }
+                }
             }
-            #[inline(always)]
-            unsafe fn load(from: *const $number) -> Self {
-                // SAFETY: the caller gives WIDTH readable numbers.
-                unsafe { std::arch::x86_64::$load(from) }
-            }
-            #[inline(always)]
-            unsafe fn store(self, to: *mut $number) {
-                // SAFETY: the caller gives WIDTH writable numbers.
-                unsafe { std::arch::x86_64::$store(to, self) }
-            }
-            #[inline(always)]
-            unsafe fn fma(self, a: Self, b: Self) -> Self {
-                // SAFETY: as for zero.
-                unsafe { std::arch::x86_64::$fma(a, b, self) }
+
+            /// Bias, factor, addend or GELU on a tile that has just been completed.
+            $(#[$feature])?
+            unsafe fn finish_tile(job: &Job<Number>, row: usize, rows: usize, column: usize, columns: usize) {
+                let f = &job.finish;
+                if f.bias.is_null() && f.times.is_null() && f.plus.is_null() && f.gelu.is_null() {
+                    return;
+                }
+                for i in row..row + rows {
+                    // SAFETY: the tile lies inside c, and the other operands have c's shape.
+                    unsafe {
+                        let at = i * job.n + column;
+                        let c = std::slice::from_raw_parts_mut(job.start.add(i * job.stride + column), columns);
+                        if !f.bias.is_null() {
+                            let bias = std::slice::from_raw_parts(f.bias.add(column), columns);
+                            for j in 0..columns {
+                                c[j] += bias[j];
+                            }
+                        }
+                        if !f.times.is_null() {
+                            let times = std::slice::from_raw_parts(f.times.add(at), columns);
+                            for j in 0..columns {
+                                c[j] *= times[j];
+                            }
+                        }
+                        if !f.plus.is_null() {
+                            let plus = std::slice::from_raw_parts(f.plus.add(at), columns);
+                            for j in 0..columns {
+                                c[j] += plus[j];
+                            }
+                        }
+                        if !f.gelu.is_null() {
+                            let y = std::slice::from_raw_parts_mut(f.gelu.add(at), columns);
+                            for j in 0..columns {
+                                let x = c[j];
+                                let (probability, density) = x.normal();
+                                y[j] = x * probability;
+                                c[j] = Real::mul_add(x, density, probability);
+                            }
+                        }
+                    }
+                }
             }
         }
     };
 }
-#[cfg(target_arch = "x86_64")]
-lanes!(__m512, f32, 16, 8, 3, _mm512_setzero_ps, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_fmadd_ps);
-#[cfg(target_arch = "x86_64")]
-lanes!(__m512d, f64, 8, 8, 3, _mm512_setzero_pd, _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, _mm512_fmadd_pd);
-#[cfg(target_arch = "x86_64")]
-lanes!(__m256, f32, 8, 4, 3, _mm256_setzero_ps, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_fmadd_ps);
-#[cfg(target_arch = "x86_64")]
-lanes!(__m256d, f64, 4, 4, 3, _mm256_setzero_pd, _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_fmadd_pd);
 
-/// Four numbers and plain arithmetic, for processors without AVX2.
-#[derive(Clone, Copy)]
-struct Plain<T>([T; 4]);
+#[cfg(target_arch = "x86_64")]
+kernel!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")] avx512_f32: f32, 16 lanes in __m512, tile of [1 2 3 4 5 6 7 8] rows and 3 vectors,
+    _mm512_setzero_ps _mm512_set1_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_fmadd_ps);
+#[cfg(target_arch = "x86_64")]
+kernel!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")] avx512_f64: f64, 8 lanes in __m512d, tile of [1 2 3 4 5 6 7 8] rows and 3 vectors,
+    _mm512_setzero_pd _mm512_set1_pd _mm512_loadu_pd _mm512_storeu_pd _mm512_fmadd_pd);
+#[cfg(target_arch = "x86_64")]
+kernel!(#[target_feature(enable = "avx2,fma")] avx2_f32: f32, 8 lanes in __m256, tile of [1 2 3 4] rows and 3 vectors,
+    _mm256_setzero_ps _mm256_set1_ps _mm256_loadu_ps _mm256_storeu_ps _mm256_fmadd_ps);
+#[cfg(target_arch = "x86_64")]
+kernel!(#[target_feature(enable = "avx2,fma")] avx2_f64: f64, 4 lanes in __m256d, tile of [1 2 3 4] rows and 3 vectors,
+    _mm256_setzero_pd _mm256_set1_pd _mm256_loadu_pd _mm256_storeu_pd _mm256_fmadd_pd);
+kernel!(plain_f32: f32, 4 lanes in [f32; 4], tile of [1 2 3 4] rows and 3 vectors, zero4 splat4 load4 store4 fma4);
+kernel!(plain_f64: f64, 4 lanes in [f64; 4], tile of [1 2 3 4] rows and 3 vectors, zero4 splat4 load4 store4 fma4);
 
-impl<T: Product> Lanes for Plain<T> {
-    type Number = T;
-    const WIDTH: usize = 4;
-    const ROWS: usize = 4;
-    const VECTORS: usize = 2;
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        Self([T::ZERO; 4])
-    }
-    #[inline(always)]
-    unsafe fn splat(x: T) -> Self {
-        Self([x; 4])
-    }
-    #[inline(always)]
-    unsafe fn load(from: *const T) -> Self {
-        // SAFETY: the caller gives WIDTH readable numbers.
-        Self(unsafe { from.cast::<[T; 4]>().read_unaligned() })
-    }
-    #[inline(always)]
-    unsafe fn store(self, to: *mut T) {
-        // SAFETY: the caller gives WIDTH writable numbers.
-        unsafe { to.cast::<[T; 4]>().write_unaligned(self.0) }
-    }
-    #[inline(always)]
-    unsafe fn fma(self, a: Self, b: Self) -> Self {
-        // A fused operation is a slow library call where the processor has none.
-        let fused = cfg!(target_arch = "aarch64");
-        let one = |i: usize| if fused { a.0[i].mul_add(b.0[i], self.0[i]) } else { a.0[i] * b.0[i] + self.0[i] };
-        Self([one(0), one(1), one(2), one(3)])
-    }
+// Four numbers and plain arithmetic, for processors without AVX2.
+
+#[inline(always)]
+fn zero4<T: Real>() -> [T; 4] {
+    [T::ZERO; 4]
+}
+
+#[inline(always)]
+fn splat4<T: Real>(x: T) -> [T; 4] {
+    [x; 4]
+}
+
+#[inline(always)]
+unsafe fn load4<T: Real>(from: *const T) -> [T; 4] {
+    // SAFETY: the caller gives four readable numbers.
+    unsafe { from.cast::<[T; 4]>().read_unaligned() }
+}
+
+#[inline(always)]
+unsafe fn store4<T: Real>(to: *mut T, x: [T; 4]) {
+    // SAFETY: the caller gives four writable numbers.
+    unsafe { to.cast::<[T; 4]>().write_unaligned(x) }
+}
+
+/// a b + c. A fused operation is a slow library call where the processor has none.
+#[inline(always)]
+fn fma4<T: Real>(a: [T; 4], b: [T; 4], c: [T; 4]) -> [T; 4] {
+    let one = |i: usize| if cfg!(target_arch = "aarch64") { a[i].mul_add(b[i], c[i]) } else { a[i] * b[i] + c[i] };
+    [one(0), one(1), one(2), one(3)]
 }
 
 /// Rows `from..to` of a job, with what they are computed from.
-struct Work<'a, T> {
+pub struct Work<'a, T> {
     from: usize,
     to: usize,
     a: Left<'a, T>,
@@ -289,22 +394,16 @@ enum Left<'a, T> {
     Packed(&'a [T]),
 }
 
-/// Packs, cuts the rows into pieces by shape, and runs `work` on each.
-fn drive<V: Lanes>(
-    job: &Job<V::Number>,
-    a: View<V::Number>,
-    b: View<V::Number>,
-    share: bool,
-    work: unsafe fn(&Job<V::Number>, Work<V::Number>),
-) {
-    let tile = V::WIDTH * V::VECTORS;
+/// Packs, cuts the rows into pieces by shape, and runs the kernel on each.
+fn drive<T: Product>(job: &Job<T>, a: View<T>, b: View<T>, share: bool, kernel: &Kernel<T>) {
+    let tile = kernel.width * kernel.vectors;
     let (m, n, k) = (job.m, job.n, job.k);
     let blocks = k.div_ceil(DEPTH).max(1);
     let depth = k.div_ceil(blocks).max(1);
-    let padded = n.div_ceil(V::WIDTH) * V::WIDTH;
-    let bytes = size_of::<V::Number>();
+    let padded = n.div_ceil(kernel.width) * kernel.width;
+    let bytes = size_of::<T>();
     let mut packed_b = Buffer::take(padded * k.max(1) * bytes);
-    let packed = bytemuck::cast_slice_mut::<u8, V::Number>(packed_b.bytes_mut());
+    let packed = bytemuck::cast_slice_mut::<u8, T>(packed_b.bytes_mut());
     // Panels of one block lie one behind the other, all blocks likewise; a panel is depth x width.
     let mut panels = Vec::with_capacity(blocks * n.div_ceil(tile));
     let mut rest = &mut packed[..padded * k];
@@ -317,7 +416,7 @@ fn drive<V: Lanes>(
             panels.push((panel, steps.clone(), column, width));
         }
     }
-    let fill = |(panel, steps, column, width): (&mut [V::Number], std::ops::Range<usize>, usize, usize)| {
+    let fill = |(panel, steps, column, width): (&mut [T], std::ops::Range<usize>, usize, usize)| {
         pack(panel, b.transposed(), column..(column + width).min(n), steps, width);
     };
     if share {
@@ -326,14 +425,14 @@ fn drive<V: Lanes>(
         panels.into_iter().for_each(fill)
     }
 
-    let mut packed_a = (a.column != 1).then(|| Buffer::take(m.div_ceil(V::ROWS) * V::ROWS * k.max(1) * bytes));
+    let mut packed_a = (a.column != 1).then(|| Buffer::take(m.div_ceil(kernel.rows) * kernel.rows * k.max(1) * bytes));
     let left = match &mut packed_a {
         None => Left::InPlace(a),
         Some(buffer) => {
-            let packed = bytemuck::cast_slice_mut::<u8, V::Number>(buffer.bytes_mut());
-            let group = V::ROWS * k.max(1);
-            let fill = |(i, group): (usize, &mut [V::Number])| {
-                pack(group, a, i * V::ROWS..((i + 1) * V::ROWS).min(m), 0..k, V::ROWS);
+            let packed = bytemuck::cast_slice_mut::<u8, T>(buffer.bytes_mut());
+            let group = kernel.rows * k.max(1);
+            let fill = |(i, group): (usize, &mut [T])| {
+                pack(group, a, i * kernel.rows..((i + 1) * kernel.rows).min(m), 0..k, kernel.rows);
             };
             if share {
                 packed.par_chunks_mut(group).enumerate().for_each(fill);
@@ -343,14 +442,14 @@ fn drive<V: Lanes>(
             Left::Packed(packed)
         }
     };
-    let b = &*bytemuck::cast_slice::<u8, V::Number>(packed_b.bytes());
+    let b = &*bytemuck::cast_slice::<u8, T>(packed_b.bytes());
     let pieces = if share { (2 * m.div_ceil(512)).max(4) } else { 1 };
-    let rows = m.div_ceil(pieces).div_ceil(V::ROWS) * V::ROWS;
+    let rows = m.div_ceil(pieces).div_ceil(kernel.rows) * kernel.rows;
     let one = |i: usize| {
-        let work_piece = Work { from: i * rows, to: ((i + 1) * rows).min(m), a: left, b, blocks, depth };
+        let piece = Work { from: i * rows, to: ((i + 1) * rows).min(m), a: left, b, blocks, depth };
         // SAFETY: the views hold what the job says (checked where it was made), the packed copies have just been made for its sizes, the pieces
-        // are disjoint rows, and the processor has the instructions that `work` was compiled for.
-        unsafe { work(job, work_piece) }
+        // are disjoint rows, and the processor has the instructions that the kernel was compiled for.
+        unsafe { (kernel.work)(job, piece) }
     };
     let pieces = m.div_ceil(rows);
     if share { (0..pieces).into_par_iter().for_each(one) } else { (0..pieces).for_each(one) }
@@ -381,162 +480,6 @@ fn pack<T: Real>(packed: &mut [T], from: View<T>, rows: std::ops::Range<usize>, 
         }
         for line in lines.chunks_exact_mut(width) {
             line[count..].fill(T::ZERO);
-        }
-    }
-}
-
-/// All tiles of some rows, block of k after block of k.
-#[inline(always)]
-unsafe fn work_on<V: Lanes>(job: &Job<V::Number>, w: Work<V::Number>) {
-    let tile_width = V::WIDTH * V::VECTORS;
-    let padded = job.n.div_ceil(V::WIDTH) * V::WIDTH;
-    for block in 0..w.blocks {
-        let (first, steps) = (block * w.depth, w.depth.min(job.k - block * w.depth));
-        let last = block + 1 == w.blocks;
-        let add = block > 0 || job.finish.add;
-        for column in (0..job.n).step_by(tile_width) {
-            let width = (padded - column).min(tile_width);
-            let columns = (job.n - column).min(tile_width);
-            let panel = w.b[first * padded + column * steps..].as_ptr();
-            let mut row = w.from;
-            while row < w.to {
-                let rows = (w.to - row).min(V::ROWS);
-                let (a, a_row, a_step) = match w.a {
-                    Left::InPlace(view) => (view.data[(row * view.row + first).min(view.data.len())..].as_ptr(), view.row, 1),
-                    Left::Packed(packed) => (packed[row * job.k + first * V::ROWS..].as_ptr(), 1, V::ROWS),
-                };
-                // SAFETY: rows and columns lie inside c; a and b hold `steps` steps of them.
-                unsafe {
-                    let c = job.start.add(row * job.stride + column);
-                    tile_of_any_size::<V>(rows, width / V::WIDTH, steps, a, a_row, a_step, panel, c, job.stride, columns, add);
-                    if last {
-                        finish_tile::<V>(job, row, rows, column, columns);
-                    }
-                }
-                row += rows;
-            }
-        }
-    }
-}
-
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn tile_of_any_size<V: Lanes>(
-    rows: usize,
-    vectors: usize,
-    steps: usize,
-    a: *const V::Number,
-    a_row: usize,
-    a_step: usize,
-    b: *const V::Number,
-    c: *mut V::Number,
-    stride: usize,
-    columns: usize,
-    add: bool,
-) {
-    macro_rules! sizes {
-        ($($rows:literal)*) => {
-            match (rows, vectors) {
-                $(
-                    ($rows, 1) if $rows <= V::ROWS => unsafe { tile::<V, $rows, 1>(steps, a, a_row, a_step, b, c, stride, columns, add) },
-                    ($rows, 2) if $rows <= V::ROWS => unsafe { tile::<V, $rows, 2>(steps, a, a_row, a_step, b, c, stride, columns, add) },
-                    ($rows, 3) if $rows <= V::ROWS && V::VECTORS > 2 => unsafe {
-                        tile::<V, $rows, 3>(steps, a, a_row, a_step, b, c, stride, columns, add)
-                    },
-                )*
-                _ => unreachable!("a tile of {rows} rows and {vectors} vectors"),
-            }
-        };
-    }
-    // SAFETY (of each call): the caller's.
-    sizes!(1 2 3 4 5 6 7 8)
-}
-
-/// c[ROWS, columns] = or += sum over steps of a b, in registers.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn tile<V: Lanes, const ROWS: usize, const VECTORS: usize>(
-    steps: usize,
-    a: *const V::Number,
-    a_row: usize,
-    a_step: usize,
-    b: *const V::Number,
-    c: *mut V::Number,
-    stride: usize,
-    columns: usize,
-    add: bool,
-) {
-    // SAFETY: a has ROWS rows and `steps` steps, b `steps` lines of VECTORS vectors, c ROWS rows of `columns` numbers.
-    unsafe {
-        let mut sums = [[V::zero(); VECTORS]; ROWS];
-        let (mut a, mut b) = (a, b);
-        for _ in 0..steps {
-            let mut right = [V::zero(); VECTORS];
-            for (v, right) in right.iter_mut().enumerate() {
-                *right = V::load(b.add(v * V::WIDTH));
-            }
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let left = V::splat(*a.add(i * a_row));
-                for (sum, &right) in sums.iter_mut().zip(&right) {
-                    *sum = sum.fma(left, right);
-                }
-            }
-            a = a.add(a_step);
-            b = b.add(VECTORS * V::WIDTH);
-        }
-        let one = V::splat(V::Number::ONE);
-        for (i, sums) in sums.iter().enumerate() {
-            let c = c.add(i * stride);
-            for (v, &sum) in sums.iter().enumerate() {
-                let (c, left) = (c.add(v * V::WIDTH), columns.saturating_sub(v * V::WIDTH));
-                if left >= V::WIDTH {
-                    let sum = if add { sum.fma(V::load(c), one) } else { sum };
-                    sum.store(c);
-                } else if left > 0 {
-                    let mut whole = [V::Number::ZERO; 16];
-                    sum.store(whole.as_mut_ptr());
-                    for (j, &x) in whole[..left].iter().enumerate() {
-                        *c.add(j) = if add { *c.add(j) + x } else { x };
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Bias, factor, addend or GELU on a tile that has just been completed.
-#[inline(always)]
-unsafe fn finish_tile<V: Lanes>(job: &Job<V::Number>, row: usize, rows: usize, column: usize, columns: usize) {
-    let f = &job.finish;
-    if f.bias.is_null() && f.times.is_null() && f.plus.is_null() && f.gelu.is_null() {
-        return;
-    }
-    for i in row..row + rows {
-        // SAFETY: the tile lies inside c, and the other operands have c's shape.
-        unsafe {
-            let at = i * job.n + column;
-            let c = std::slice::from_raw_parts_mut(job.start.add(i * job.stride + column), columns);
-            if !f.bias.is_null() {
-                let bias = std::slice::from_raw_parts(f.bias.add(column), columns);
-                c.iter_mut().zip(bias).for_each(|(c, &b)| *c += b);
-            }
-            if !f.times.is_null() {
-                let times = std::slice::from_raw_parts(f.times.add(at), columns);
-                c.iter_mut().zip(times).for_each(|(c, &t)| *c *= t);
-            }
-            if !f.plus.is_null() {
-                let plus = std::slice::from_raw_parts(f.plus.add(at), columns);
-                c.iter_mut().zip(plus).for_each(|(c, &p)| *c += p);
-            }
-            if !f.gelu.is_null() {
-                let y = std::slice::from_raw_parts_mut(f.gelu.add(at), columns);
-                for (c, y) in c.iter_mut().zip(y) {
-                    let x = *c;
-                    let (probability, density) = x.normal();
-                    *y = x * probability;
-                    *c = x.mul_add(density, probability);
-                }
-            }
         }
     }
 }
