@@ -156,14 +156,13 @@ impl Product for f64 {
 }
 
 /// A kernel compiled for some processors: numbers in a vector, rows and vectors of a tile (as many sums as leave registers for b), and the
-/// function that computes rows of a product with it.
+/// functions that pack for it and compute a piece of a product with it.
 pub struct Kernel<T> {
     width: usize,
     rows: usize,
     vectors: usize,
     work: unsafe fn(&Job<T>, Work<T>),
-    /// How it transposes while packing, if better than number by number.
-    turn: Option<Turn<T>>,
+    fill: unsafe fn(&mut [T], View<T>, Range<usize>, Range<usize>, usize),
 }
 
 /// Writes one kernel. Its functions carry the processor's features themselves, so that the instructions are used whatever gets inlined.
@@ -183,9 +182,15 @@ macro_rules! kernel {
             /// Rows of a whole tile.
             const MOST: usize = [$($rows),+].len();
 
-            pub static KERNEL: Kernel<Number> = Kernel { width: WIDTH, rows: MOST, vectors: $vectors, work, turn: $turn };
+            pub static KERNEL: Kernel<Number> = Kernel { width: WIDTH, rows: MOST, vectors: $vectors, fill, work };
 
-            /// All tiles of some rows, block of k after block of k.
+            /// Packs rows of a factor with the processor's own registers.
+            $(#[$feature])?
+            unsafe fn fill(packed: &mut [Number], from: View<Number>, rows: Range<usize>, steps: Range<usize>, width: usize) {
+                pack(packed, from, rows, steps, width, $turn);
+            }
+
+            /// All tiles of a piece, block of k after block of k.
             $(#[$feature])?
             unsafe fn work(job: &Job<Number>, w: Work<Number>) {
                 let mut panel = Buffer::take(w.depth * WIDTH * $vectors * size_of::<Number>());
@@ -439,7 +444,8 @@ fn drive<T: Product>(job: &Job<T>, a: View<T>, b: View<T>, share: bool, kernel: 
         Some(buffer) => {
             let packed = bytemuck::cast_slice_mut::<u8, T>(buffer.bytes_mut());
             let fill = |(i, group): (usize, &mut [T])| {
-                pack(group, a, i * kernel.rows..((i + 1) * kernel.rows).min(m), 0..k, kernel.rows, kernel.turn);
+                // SAFETY: the processor has the instructions that the kernel was compiled for.
+                unsafe { (kernel.fill)(group, a, i * kernel.rows..((i + 1) * kernel.rows).min(m), 0..k, kernel.rows) }
             };
             let groups = kernel.rows * k.max(1);
             if share {
@@ -470,6 +476,7 @@ fn drive<T: Product>(job: &Job<T>, a: View<T>, b: View<T>, share: bool, kernel: 
 const SQUARE: usize = 16;
 
 /// packed[step][i] = from[rows.start + i][steps.start + step], zero where i is beyond the rows.
+#[inline(always)]
 fn pack<T: Real>(packed: &mut [T], from: View<T>, rows: Range<usize>, steps: Range<usize>, width: usize, turn: Option<Turn<T>>) {
     let count = rows.len();
     if from.row == 1 {
