@@ -34,8 +34,16 @@ impl Buffer {
     pub fn take(bytes: usize) -> Self {
         let class = class_of(bytes);
         let reused = POOL.free[class].lock().expect("the pool's lock is held only for a push or a pop").pop();
-        let start = reused.map_or_else(|| system(class_bytes(class)), |block| block.0);
+        let start = reused.map_or_else(|| Self::fresh(class_bytes(class)), |block| block.0);
         Self { start, bytes, home: Home::Pool { class } }
+    }
+
+    /// A block for the pool, which keeps it for good.
+    fn fresh(bytes: usize) -> NonNull<u8> {
+        let memory = Memory::new(bytes);
+        let start = memory.start;
+        std::mem::forget(memory);
+        start
     }
 
     pub fn bytes(&self) -> &[u8] {
@@ -91,20 +99,57 @@ fn class_bytes(class: usize) -> usize {
     (((4 + quarter) << power).div_ceil(4)) * ALIGN
 }
 
-fn system(bytes: usize) -> NonNull<u8> {
-    POOL.taken.fetch_add(bytes, Ordering::Relaxed);
-    POOL.requests.fetch_add(1, Ordering::Relaxed);
-    let layout = Layout::from_size_align(bytes, ALIGN).expect("sizes are checked against the address space where shapes are made");
-    // SAFETY: the layout has a size above zero.
-    let start = unsafe { alloc_zeroed(layout) };
-    NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout))
+/// From this size on a block is made of huge pages where the system has them: fewer faults when it is first touched, fewer look-ups later.
+const HUGE: usize = 2 << 20;
+
+/// Zeroed memory from the system.
+struct Memory {
+    start: NonNull<u8>,
+    bytes: usize,
+    /// Where it comes from, if not from the program's allocator.
+    map: Option<memmap2::MmapMut>,
+}
+
+impl Memory {
+    fn new(bytes: usize) -> Self {
+        POOL.taken.fetch_add(bytes, Ordering::Relaxed);
+        POOL.requests.fetch_add(1, Ordering::Relaxed);
+        if let Some(memory) = (bytes >= HUGE).then(|| Self::huge(bytes)).flatten() {
+            return memory;
+        }
+        // SAFETY: the layout has a size above zero.
+        let start = NonNull::new(unsafe { alloc_zeroed(Self::layout(bytes)) });
+        Self { start: start.unwrap_or_else(|| handle_alloc_error(Self::layout(bytes))), bytes, map: None }
+    }
+
+    /// A mapping, used from its first huge page on.
+    fn huge(bytes: usize) -> Option<Self> {
+        let mut map = memmap2::MmapMut::map_anon(bytes.checked_add(HUGE)?).ok()?;
+        // A system without huge pages gives small ones.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        let start = map.as_mut_ptr();
+        // SAFETY: the offset is below HUGE, by which the mapping is longer than what is used.
+        let start = NonNull::new(unsafe { start.add(start.align_offset(HUGE)) })?;
+        Some(Self { start, bytes, map: Some(map) })
+    }
+
+    fn layout(bytes: usize) -> Layout {
+        Layout::from_size_align(bytes, ALIGN).expect("sizes are checked against the address space where shapes are made")
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if self.map.is_none() {
+            // SAFETY: allocated with this layout; the owner is gone.
+            unsafe { dealloc(self.start.as_ptr(), Self::layout(self.bytes)) }
+        }
+    }
 }
 
 /// One contiguous allocation, cut into ranges that are owned one by one.
-pub struct Slab {
-    start: NonNull<u8>,
-    bytes: usize,
-}
+pub struct Slab(Memory);
 
 // SAFETY: the slab itself is never read or written; its ranges are, each through its one Buffer.
 unsafe impl Send for Slab {}
@@ -116,13 +161,13 @@ impl Slab {
     pub fn cut(lengths: &[usize]) -> Vec<Buffer> {
         let padded = |bytes: usize| bytes.div_ceil(ALIGN) * ALIGN;
         let bytes = lengths.iter().map(|&length| padded(length)).sum::<usize>().max(ALIGN);
-        let slab = Arc::new(Slab { start: system(bytes), bytes });
+        let slab = Arc::new(Slab(Memory::new(bytes)));
         let mut offset = 0;
         lengths
             .iter()
             .map(|&length| {
                 // SAFETY: offset stays below the sum of the padded lengths.
-                let start = unsafe { slab.start.add(offset) };
+                let start = unsafe { slab.0.start.add(offset) };
                 let range = Buffer { start, bytes: length, home: Home::Slab { slab: slab.clone(), offset } };
                 offset += padded(length);
                 range
@@ -137,7 +182,7 @@ impl Slab {
         for range in ranges.iter_mut() {
             let range = Arc::get_mut(range)?;
             let Home::Slab { slab, offset } = &range.home else { return None };
-            let (_, _, first) = *whole.get_or_insert((slab.start, slab.bytes, Arc::as_ptr(slab)));
+            let (_, _, first) = *whole.get_or_insert((slab.0.start, slab.0.bytes, Arc::as_ptr(slab)));
             if *offset != expected || Arc::as_ptr(slab) != first {
                 return None;
             }
@@ -146,14 +191,6 @@ impl Slab {
         let (start, bytes, _) = whole?;
         // SAFETY: every range of the slab is exclusively borrowed for 'a (checked above), so nobody reads or writes any part of it.
         (expected == bytes).then(|| unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), bytes) })
-    }
-}
-
-impl Drop for Slab {
-    fn drop(&mut self) {
-        let layout = Layout::from_size_align(self.bytes, ALIGN).expect("the layout it was allocated with");
-        // SAFETY: allocated with this layout, and the last range is gone.
-        unsafe { dealloc(self.start.as_ptr(), layout) }
     }
 }
 
