@@ -131,7 +131,8 @@ fn drop_path_rates(case: &Case) -> Result<()> {
     let config = VitConfig { drop_path: DropPath::Linear(most), ..VitConfig::new(32, 16, 16, wanted.len(), 2) };
     for (i, wanted) in wanted.iter().enumerate() {
         let rate = config.block(i).drop_path;
-        ensure!((rate - wanted).abs() <= 1e-7, "block {i} drops paths at a rate of {rate} but dpr_linspace has {wanted}");
+        let near = (rate - wanted).abs() <= 1e-7;
+        ensure!(near, "block {i} drops paths at a rate of {rate} but dpr_linspace has {wanted}");
     }
     Ok(())
 }

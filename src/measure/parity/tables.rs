@@ -84,7 +84,8 @@ fn mix(case: &Case, i: usize, spec: &Fields, record: &mut Record) -> Result<()> 
         other => bail!("there is no mixing {other:?}, only mixup and cutmix"),
     }
     let corrected = spec.number_or("lam_corrected", lam)?;
-    ensure!((lam - corrected).abs() <= 1e-12, "the share left is {lam} but lam_corrected is {corrected}");
+    let near = (lam - corrected).abs() <= 1e-12;
+    ensure!(near, "the share left is {lam} but lam_corrected is {corrected}");
     record.numbers(format!("out/{i}/images"), &[batch, channels, h, w], whole(&images));
     wanted(case, &format!("out/{i}/targets"), &[batch, classes])?;
     let targets = mix_targets(&labels, classes, lam, smoothing)?;

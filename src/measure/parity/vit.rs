@@ -21,7 +21,7 @@ pub fn encoder_config(model: &Fields, position: Position) -> Result<VitConfig> {
     let mlp_ratio = model.number_or("mlp_ratio", 4.0)?;
     ensure!(mlp_ratio > 0.0 && mlp_ratio <= 1024.0, "model.mlp_ratio is {mlp_ratio}; it is above 0 and at most 1024");
     let eps = model.number_or("norm_eps", 1e-6)?;
-    ensure!(eps >= 0.0, "model.norm_eps is {eps}; it cannot be negative");
+    ensure!((0.0..).contains(&eps), "model.norm_eps is {eps}; it cannot be negative");
     let config = VitConfig {
         image: model.sides("image_size")?,
         patch,
