@@ -4,7 +4,8 @@
 //! those that are trained. An optimiser, a clip or an exchange between machines sees ranges of flat buffers and never a layer.
 
 use crate::ensure;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
+use crate::formats::FileTensor;
 use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Dtype, Element, Shape, Tensor};
@@ -206,6 +207,27 @@ impl Params {
             _ => self.value_mut(id)?.data_mut::<f32>().copy_from_slice(value.data()),
         }
         Ok(())
+    }
+
+    /// Takes every value from named tensors. Nothing changes unless names and shapes agree throughout; the error lists all that do not.
+    pub fn load<'a>(&mut self, tensors: impl IntoIterator<Item = (&'a str, &'a FileTensor)>) -> Result<()> {
+        let tensors: HashMap<&str, &FileTensor> = tensors.into_iter().collect();
+        let mut wrong = Vec::new();
+        for id in self.ids() {
+            let (name, shape) = (self.name(id), self.value(id).shape());
+            match tensors.get(name) {
+                None => wrong.push(format!("{name} is missing")),
+                Some(tensor) if tensor.shape() != shape => wrong.push(format!("{name} is {:?}, the model wants {shape:?}", tensor.shape())),
+                Some(_) => {}
+            }
+        }
+        let mut extra: Vec<&str> = tensors.keys().copied().filter(|name| !self.by_name.contains_key(*name)).collect();
+        extra.sort_unstable();
+        wrong.extend(extra.into_iter().map(|name| format!("the model has no {name:?}")));
+        ensure!(wrong.is_empty(), "the weights do not fit the model: {}", wrong.join("; "));
+        let read = |id: ParamId| Tensor::from_slice(self.value(id).shape(), &tensors[self.name(id)].to_f64()?);
+        let values = self.ids().map(|id| read(id).with_context(|| self.name(id).to_string())).collect::<Result<Vec<_>>>()?;
+        self.ids().zip(values).try_for_each(|(id, value)| self.set_value(id, &value))
     }
 
     /// The value, to be written; refused while a tape or another handle still reads it.

@@ -1,6 +1,7 @@
 //! Floor 7: how long things take, and whether the numbers are PyTorch's.
 
 pub mod ops;
+pub mod parity;
 pub mod step;
 
 use std::time::Instant;

@@ -223,8 +223,13 @@ fn backward<T: Product + Element>(
         gemm::serial(&mut Panel::of(p, s.keys), s.width, h.q, h.k.transposed(), Finish::replace());
         probabilities(p, s.keys, scale, &lse[i * s.n..][..s.n]);
         gemm::serial(&mut Panel::of(ds, s.keys), s.width, dout, h.v.transposed(), Finish::replace());
-        dot_rows(dy, y, s.channels(), head * s.width, s.width, delta);
-        score_gradients(ds, p, s.keys, scale, delta);
+        if s.keys == 1 {
+            // The softmax over one key is constant; dP - delta would leave the difference of two roundings.
+            ds.fill(T::ZERO);
+        } else {
+            dot_rows(dy, y, s.channels(), head * s.width, s.width, delta);
+            score_gradients(ds, p, s.keys, scale, delta);
+        }
         gemm::serial(&mut dq, s.keys, View::rows(ds, s.keys), h.k, Finish::replace());
         let (p, ds) = (View::rows(&*p, s.keys).transposed(), View::rows(&*ds, s.keys).transposed());
         let Some(ids) = ids else {

@@ -1,0 +1,97 @@
+//! Cases of masked autoencoders.
+
+use super::case::{Case, Fields};
+use super::compare::Record;
+use super::steps::{self, Place, Subject};
+use super::vit::encoder_config;
+use crate::ensure;
+use crate::error::Result;
+use crate::masking;
+use crate::methods::mae::{Mae, MaeConfig};
+use crate::nn::Scope;
+use crate::nn::decoder::DecoderConfig;
+use crate::nn::vit::Position;
+use crate::optim::groups::{self, Group};
+use crate::param::Params;
+use crate::rng::Rng;
+use crate::tape::{Tape, Var};
+use crate::tensor::{Dtype, Tensor};
+use std::collections::BTreeMap;
+
+struct Autoencoder<'a> {
+    case: &'a Case,
+    mae: Mae,
+}
+
+pub fn run(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()> {
+    let (model, options) = (case.part("model")?, case.part("options")?);
+    let encoder = encoder_config(&model, Position::SinCos)?;
+    let decoder = DecoderConfig {
+        width: model.size("decoder_embed_dim")?,
+        depth: model.size("decoder_depth")?,
+        heads: model.size("decoder_num_heads")?,
+    };
+    let (w, d, values) = (encoder.width, decoder.width, encoder.patch_values());
+    let (hidden, decoder_hidden) = (encoder.block(0).hidden, (d as f64 * encoder.mlp_ratio) as usize);
+    case.check_size(&[
+        &[encoder.positions(), w],
+        &[encoder.positions(), d],
+        &[values, w],
+        &[values, d],
+        &[encoder.depth, 4, w, w],
+        &[encoder.depth, 2, w, hidden],
+        &[decoder.depth, 4, d, d],
+        &[decoder.depth, 2, d, decoder_hidden],
+    ])?;
+    let patches = encoder.patches();
+    let mask_ratio = options.number("mask_ratio")?;
+    let kept = masking::len_keep(patches, mask_ratio)?;
+    for (field, ours) in [("len_keep", kept), ("num_patches", patches)] {
+        let theirs = options.size_or(field, ours)?;
+        ensure!(theirs == ours, "{field} is {ours} but options.{field} is {theirs}");
+    }
+    let norm_pix = options.flag_or("norm_pix_loss", model.flag_or("norm_pix_loss", false)?)?;
+    let mut mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio, norm_pix }, dtype, &Rng::new(0))?;
+    steps::load(case, &mut mae.params)?;
+    steps::run(case, &mut Autoencoder { case, mae }, record)
+}
+
+impl Subject for Autoencoder<'_> {
+    fn params(&mut self) -> &mut Params {
+        &mut self.mae.params
+    }
+
+    fn loss(&mut self, tape: &Tape, at: &Place, record: &mut Record) -> Result<Var> {
+        let (mae, extra) = (&self.mae, self.mae.encoder.config.extra());
+        let images = self.case.images(&at.input("images"), mae.params.dtype())?;
+        let noise = self.case.floats(&at.input("noise"))?;
+        let mask = mae.mask(images.shape()[0], &Rng::replaying(BTreeMap::from([("mask".to_string(), noise)])))?;
+        let indices = [("ids_keep", &mask.kept), ("ids_shuffle", &mask.shuffle), ("ids_restore", &mask.restore), ("mask", &mask.hidden)];
+        indices.into_iter().for_each(|(name, tensor)| record.tensor(at.output(name), tensor));
+
+        let off = Tape::off();
+        let all = mae.encoder.embed(&Scope::new(&off, &mae.params), &images, None)?;
+        record.tensor(at.output("patch_tokens"), all.tokens(extra..all.shape()[1])?.value());
+
+        let s = Scope::new(tape, &mae.params);
+        let x = mae.encoder.embed(&s, &images, Some(&mask.kept))?;
+        let x = mae.encoder.blocks_seen(&s, &x, |i, x| record.tensor(at.output(&format!("enc_block{i}")), x.value()))?;
+        let latent = mae.encoder.norm(&s, &x)?;
+        record.tensor(at.output("latent"), latent.value());
+        let seen = |i: usize, y: &Var| record.tensor(at.output(&format!("dec_block{i}")), y.value());
+        let pred = mae.decoder.forward_seen(&s, &latent, &mask.restore, seen)?;
+        record.tensor(at.output("pred"), pred.value());
+        let target: Tensor = mae.target(&images)?;
+        record.tensor(at.output("target"), &target);
+        mae.reconstruction(&pred, &images, &mask)
+    }
+
+    fn groups(&mut self, optim: &Fields) -> Result<Vec<Vec<Group>>> {
+        let weight_decay = optim.number_or("weight_decay", 0.0)?;
+        if optim.has("layer_decay") {
+            let depth = self.mae.encoder.config.depth;
+            return Ok(vec![steps::layer_groups(&self.mae.params, optim.number("layer_decay")?, weight_decay, depth)?]);
+        }
+        Ok(vec![groups::by_decay(&self.mae.params, weight_decay, &[])])
+    }
+}
