@@ -3,9 +3,10 @@
 use crate::device::{Device, parallel};
 use crate::error::{Error, Result};
 use crate::formats;
-use crate::measure::{ops, step};
+use crate::measure::{ops, parity, step};
 use crate::nn::presets;
-use clap::{Args, Parser, Subcommand};
+use crate::tensor::Dtype;
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -25,6 +26,8 @@ enum Command {
     /// Time single ops or a whole training step
     #[command(subcommand)]
     Measure(Measure),
+    /// Check this program's numbers against PyTorch's: operations, models, optimiser steps, checkpoint files
+    Parity(ParityArgs),
     /// Convert a checkpoint's weights between PyTorch's .pth and .safetensors
     Convert(Convert),
     /// What this program and this machine offer
@@ -64,6 +67,39 @@ struct OpsArgs {
     rounds: usize,
     #[command(flatten)]
     shared: Shared,
+}
+
+#[derive(Args)]
+struct ParityArgs {
+    /// Case files (.safetensors, .pth) or folders of them
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<PathBuf>,
+    /// Where to compute
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+    /// f32, or f64 to tell a mistake from rounding
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    precision: Precision,
+    /// How close f32 has to come
+    #[arg(long, value_enum, default_value_t = LimitsArg::Suggested)]
+    limits: LimitsArg,
+    /// Count cases of methods that are not supported yet as failed
+    #[arg(long)]
+    strict: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Precision {
+    F32,
+    F64,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LimitsArg {
+    /// 20 times the error of PyTorch's own f32, or 2e-5 for outputs and 5e-5 for gradients
+    Suggested,
+    /// 5 times, or 3e-6 and 1e-5
+    Strict,
 }
 
 #[derive(Args)]
@@ -112,6 +148,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             let report = step::run(&args)?;
             say(&if shared.json { report.json().to_string() } else { report.text() });
         }
+        Command::Parity(args) => return check(args),
         Command::Convert(args) => convert(&args)?,
         Command::Info => info()?,
     }
@@ -124,6 +161,25 @@ fn say(line: &str) {
     if writeln!(std::io::stdout(), "{line}").is_err() {
         std::process::exit(0);
     }
+}
+
+/// Exit code 1 if a case failed.
+fn check(args: ParityArgs) -> Result<ExitCode> {
+    let options = parity::Options {
+        paths: args.paths,
+        device: args.device,
+        precision: match args.precision {
+            Precision::F32 => Dtype::F32,
+            Precision::F64 => Dtype::F64,
+        },
+        limits: match args.limits {
+            LimitsArg::Suggested => parity::Limits::Suggested,
+            LimitsArg::Strict => parity::Limits::Strict,
+        },
+        strict: args.strict,
+    };
+    let summary = parity::run(&options, &mut |line| say(line))?;
+    Ok(if summary.failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 fn convert(args: &Convert) -> Result<()> {

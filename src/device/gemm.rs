@@ -480,14 +480,16 @@ const SQUARE: usize = 16;
 fn pack<T: Real>(packed: &mut [T], from: View<T>, rows: Range<usize>, steps: Range<usize>, width: usize, turn: Option<Turn<T>>) {
     let count = rows.len();
     if from.row == 1 {
-        let line = |step: usize| &from.data[step * from.column + rows.start..][..count];
+        let lines = steps.map(|step| &from.data[step * from.column + rows.start..][..count]);
+        // A copy of known length is a few instructions, one of unknown length a call.
         match (width == count, width) {
-            // A copy of known length is a few instructions, one of unknown length a call.
-            (true, 8) => packed.as_chunks_mut::<8>().0.iter_mut().zip(steps).for_each(|(to, step)| to.copy_from_slice(line(step))),
-            (true, 48) => packed.as_chunks_mut::<48>().0.iter_mut().zip(steps).for_each(|(to, step)| to.copy_from_slice(line(step))),
+            (true, 8) => copy_lines::<T, 8>(packed, lines),
+            (true, 16) => copy_lines::<T, 16>(packed, lines),
+            (true, 32) => copy_lines::<T, 32>(packed, lines),
+            (true, 48) => copy_lines::<T, 48>(packed, lines),
             _ => {
-                for (to, step) in packed.chunks_exact_mut(width).zip(steps) {
-                    to[..count].copy_from_slice(line(step));
+                for (to, line) in packed.chunks_exact_mut(width).zip(lines) {
+                    to[..count].copy_from_slice(line);
                     to[count..].fill(T::ZERO);
                 }
             }
@@ -516,6 +518,13 @@ fn pack<T: Real>(packed: &mut [T], from: View<T>, rows: Range<usize>, steps: Ran
                 }
             }
         }
+    }
+}
+
+#[inline(always)]
+fn copy_lines<'a, T: Real, const WIDTH: usize>(packed: &mut [T], lines: impl Iterator<Item = &'a [T]>) {
+    for (to, line) in packed.as_chunks_mut::<WIDTH>().0.iter_mut().zip(lines) {
+        *to = *<&[T; WIDTH]>::try_from(line).expect("a line of this length");
     }
 }
 

@@ -20,9 +20,8 @@ pub const NAMES: [&str; 6] = [SIZES[0].0, SIZES[1].0, SIZES[2].0, SIZES[3].0, SI
 /// MAE's encoder of this size.
 pub fn mae(size: &str, image: usize) -> Result<VitConfig> {
     let found = SIZES.iter().find(|(name, ..)| *name == size);
-    let (_, width, depth, heads, patch) = *found.ok_or_else(|| {
-        Error::usage(format!("model {size} is unknown; there are {}", NAMES.join(", ")))
-    })?;
+    let (_, width, depth, heads, patch) =
+        *found.ok_or_else(|| Error::usage(format!("model {size} is unknown; there are {}", NAMES.join(", "))))?;
     Ok(VitConfig::new(image, patch, width, depth, heads))
 }
 
