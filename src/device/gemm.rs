@@ -436,6 +436,7 @@ unsafe fn tile_of_any_size<V: Lanes>(
 ) {
     macro_rules! sizes {
         ($($rows:literal)*) => {
+            // SAFETY: of each call, the caller's.
             match (rows, vectors) {
                 $(
                     ($rows, 1) if $rows <= V::ROWS => unsafe { tile::<V, $rows, 1>(steps, a, a_row, a_step, b, c, stride, columns, add) },
@@ -448,7 +449,6 @@ unsafe fn tile_of_any_size<V: Lanes>(
             }
         };
     }
-    // SAFETY (of each call): the caller's.
     sizes!(1 2 3 4 5 6 7 8)
 }
 
