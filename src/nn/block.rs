@@ -27,19 +27,15 @@ pub struct BlockConfig {
     pub drop_path: f64,
 }
 
-pub struct Block {
+/// How a branch joins the residual stream: layer scale, then stochastic depth.
+pub(super) struct Residual {
     name: String,
     gains: Option<[ParamId; 2]>,
-    norm1: Norm,
-    attention: Attention,
-    norm2: Norm,
-    fc1: Linear,
-    fc2: Linear,
     drop_path: f64,
 }
 
-impl Block {
-    pub fn new(b: &mut ParamsBuilder, name: &str, c: &BlockConfig, start: Start) -> Result<Self> {
+impl Residual {
+    pub fn new(b: &mut ParamsBuilder, name: &str, c: &BlockConfig) -> Result<Self> {
         let gains = match c.layer_scale {
             Some(gain) => {
                 let mut add = |key: &str| b.add(format!("{name}.{key}"), &[c.width], Init::Constant(gain));
@@ -47,36 +43,11 @@ impl Block {
             }
             None => None,
         };
-        Ok(Self {
-            name: name.to_string(),
-            gains,
-            norm1: Norm::new(b, &format!("{name}.norm1"), c.width, c.eps)?,
-            attention: Attention::new(b, &format!("{name}.attn"), c.width, c.heads, c.qkv_bias, start)?,
-            norm2: Norm::new(b, &format!("{name}.norm2"), c.width, c.eps)?,
-            fc1: Linear::new(b, &format!("{name}.mlp.fc1"), c.width, c.hidden, start.linear(c.width, c.hidden))?,
-            fc2: Linear::new(b, &format!("{name}.mlp.fc2"), c.hidden, c.width, start.linear(c.hidden, c.width))?,
-            drop_path: c.drop_path,
-        })
+        Ok(Self { name: name.to_string(), gains, drop_path: c.drop_path })
     }
 
-    pub fn forward(&self, s: &Scope, x: &Var) -> Result<Var> {
-        Ok(self.forward_with(s, x, &Request::default())?.0)
-    }
-
-    /// The output, and what was requested of the attention.
-    pub fn forward_with(&self, s: &Scope, x: &Var, request: &Request) -> Result<(Var, Option<Tensor>)> {
-        let (y, class_rows) = self.attention.forward(s, &self.norm1.forward(s, x)?, request)?;
-        let x = self.residual(s, x, y, 0)?;
-        let y = self.fc2.forward(s, &self.fc1.forward_gelu(s, &self.norm2.forward(s, &x)?)?)?;
-        Ok((self.residual(s, &x, y, 1)?, class_rows))
-    }
-
-    /// Packed queries, keys and values that the block would attend with, [B, N, 3 C]; the rest of the block is not run.
-    pub fn qkv(&self, s: &Scope, x: &Var) -> Result<Var> {
-        self.attention.qkv(s, &self.norm1.forward(s, x)?)
-    }
-
-    fn residual(&self, s: &Scope, x: &Var, branch: Var, which: usize) -> Result<Var> {
+    /// x plus the block's first (0) or second (1) branch.
+    pub fn add(&self, s: &Scope, x: &Var, branch: Var, which: usize) -> Result<Var> {
         let branch = match self.gains {
             Some(gains) => branch.scale_channels(&s.param(gains[which]))?,
             None => branch,
@@ -89,5 +60,61 @@ impl Block {
             _ => branch,
         };
         x.add(&branch)
+    }
+}
+
+/// The second branch: norm2 and the two layers behind it.
+pub(super) struct Mlp {
+    norm: Norm,
+    fc1: Linear,
+    fc2: Linear,
+}
+
+impl Mlp {
+    pub fn new(b: &mut ParamsBuilder, name: &str, c: &BlockConfig, start: Start) -> Result<Self> {
+        Ok(Self {
+            norm: Norm::new(b, &format!("{name}.norm2"), c.width, c.eps)?,
+            fc1: Linear::new(b, &format!("{name}.mlp.fc1"), c.width, c.hidden, start.linear(c.width, c.hidden))?,
+            fc2: Linear::new(b, &format!("{name}.mlp.fc2"), c.hidden, c.width, start.linear(c.hidden, c.width))?,
+        })
+    }
+
+    pub fn forward(&self, s: &Scope, x: &Var) -> Result<Var> {
+        self.fc2.forward(s, &self.fc1.forward_gelu(s, &self.norm.forward(s, x)?)?)
+    }
+}
+
+pub struct Block {
+    residual: Residual,
+    norm1: Norm,
+    attention: Attention,
+    mlp: Mlp,
+}
+
+impl Block {
+    pub fn new(b: &mut ParamsBuilder, name: &str, c: &BlockConfig, start: Start) -> Result<Self> {
+        Ok(Self {
+            residual: Residual::new(b, name, c)?,
+            norm1: Norm::new(b, &format!("{name}.norm1"), c.width, c.eps)?,
+            attention: Attention::new(b, &format!("{name}.attn"), c.width, c.heads, c.qkv_bias, start)?,
+            mlp: Mlp::new(b, name, c, start)?,
+        })
+    }
+
+    pub fn forward(&self, s: &Scope, x: &Var) -> Result<Var> {
+        Ok(self.forward_with(s, x, &Request::default())?.0)
+    }
+
+    /// The output, and what was requested of the attention.
+    pub fn forward_with(&self, s: &Scope, x: &Var, request: &Request) -> Result<(Var, Option<Tensor>)> {
+        let (y, class_rows) = self.attention.forward(s, &self.norm1.forward(s, x)?, request)?;
+        let x = self.residual.add(s, x, y, 0)?;
+        let y = self.mlp.forward(s, &x)?;
+        Ok((self.residual.add(s, &x, y, 1)?, class_rows))
+    }
+
+    /// Packed queries, keys and values that the block would attend with, [B, N, 3 C]; the rest of the block is not run.
+    pub fn qkv(&self, s: &Scope, x: &Var) -> Result<Var> {
+        self.attention.qkv(s, &self.norm1.forward(s, x)?)
     }
 }

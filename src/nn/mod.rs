@@ -5,6 +5,7 @@
 
 pub mod attention;
 pub mod block;
+pub mod cait;
 pub mod classifier;
 pub mod decoder;
 pub mod linear;

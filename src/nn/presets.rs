@@ -1,5 +1,6 @@
 //! Published sizes by name.
 
+use super::cait::CaitConfig;
 use super::decoder::DecoderConfig;
 use super::vit::{DropPath, Position, VitConfig};
 use crate::error::{Error, Result};
@@ -46,10 +47,17 @@ pub fn deit3(size: &str, image: usize, drop_path: f64) -> Result<VitConfig> {
     Ok(VitConfig { position: Position::LearnedPatches, layer_scale: Some(1e-4), drop_path: DropPath::Constant(drop_path), ..base })
 }
 
+/// CaiT-S24: 24 blocks that mix heads, then two for the class token; layer scale from 1e-5.
+pub fn cait_s24(image: usize, classes: usize) -> CaitConfig {
+    let vit = VitConfig { position: Position::LearnedPatches, layer_scale: Some(1e-5), ..VitConfig::new(image, 16, 384, 24, 8) };
+    CaitConfig { vit, class_blocks: 2, classes }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::nn::Start;
+    use crate::nn::cait::Cait;
     use crate::nn::classifier::{Classifier, ClassifierConfig, Pool};
     use crate::nn::decoder::{Decoder, DecoderTokens};
     use crate::nn::vit::{Tokens, Vit};
@@ -82,6 +90,13 @@ mod tests {
             assert_eq!(classifier(deit3(size, 224, 0.1).unwrap()), count, "{size}");
         }
         assert_eq!(classifier(vit("base", 384, 0.0).unwrap()), 86_859_496);
+    }
+
+    #[test]
+    fn cait_has_the_published_number_of_parameters() {
+        let mut b = ParamsBuilder::default();
+        Cait::new(&mut b, cait_s24(224, 1000)).unwrap();
+        assert_eq!((b.count_trained(), b.count()), (46_916_200, 46_916_200));
     }
 
     #[test]

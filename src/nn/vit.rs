@@ -147,8 +147,8 @@ impl VitConfig {
 
 /// The tokens in front and the position table, which come first in the state dict.
 pub struct Tokens {
-    class: ParamId,
-    position: ParamId,
+    pub(super) class: ParamId,
+    pub(super) position: ParamId,
     distillation: Option<ParamId>,
 }
 
@@ -169,29 +169,19 @@ impl Tokens {
     }
 }
 
-pub struct Vit {
-    pub config: VitConfig,
-    tokens: Tokens,
-    projection: Linear,
-    blocks: Vec<Block>,
-    norm: Option<Norm>,
-}
+/// The projection of patches.
+pub(super) struct PatchEmbed(Linear);
 
-impl Vit {
-    /// Registers everything behind the tokens; `norm` is false for classifiers that pool first.
-    pub fn new(b: &mut ParamsBuilder, config: VitConfig, tokens: Tokens, norm: bool, start: Start) -> Result<Self> {
-        let (values, c) = (config.patch_values(), &config);
+impl PatchEmbed {
+    pub fn new(b: &mut ParamsBuilder, c: &VitConfig, start: Start) -> Result<Self> {
+        let values = c.patch_values();
         let shape = [c.width, c.channels, c.patch, c.patch];
-        let projection = start.patch_projection(values, c.width);
-        let projection = Linear::with_bias(b, "patch_embed.proj", &shape, projection, Some(Init::fan_in(values)))?;
-        let blocks = (0..c.depth).map(|i| Block::new(b, &format!("blocks.{i}"), &c.block(i), start)).collect::<Result<_>>()?;
-        let norm = if norm { Some(Norm::new(b, "norm", c.width, c.eps)?) } else { None };
-        Ok(Self { config, tokens, projection, blocks, norm })
+        let weight = start.patch_projection(values, c.width);
+        Ok(Self(Linear::with_bias(b, "patch_embed.proj", &shape, weight, Some(Init::fan_in(values)))?))
     }
 
-    /// Tokens in front, then the kept patches (all if None) in the order of `kept` [B, K]; all with their positions: [B, extra + K, C].
-    pub fn embed(&self, s: &Scope, images: &Tensor, kept: Option<&Tensor>) -> Result<Var> {
-        let c = &self.config;
+    /// The kept patches (all if None) in the order of `kept` [B, K], without positions: [B, K, C].
+    pub fn forward(&self, s: &Scope, c: &VitConfig, images: &Tensor, kept: Option<&Tensor>) -> Result<Var> {
         let &[_, channels, h, w] = images.shape() else { bail!("images are {images:?} but [B, C, H, W] is needed") };
         ensure!(
             channels == c.channels && [h, w] == c.image,
@@ -201,7 +191,32 @@ impl Vit {
             c.image[1]
         );
         let pixels = gather_patches(&images.cast(s.params.dtype())?, (c.patch, c.patch), kept)?; // [B, K, P]
-        let x = self.projection.forward(s, &Var::constant(pixels))?; // [B, K, C]
+        self.0.forward(s, &Var::constant(pixels))
+    }
+}
+
+pub struct Vit {
+    pub config: VitConfig,
+    tokens: Tokens,
+    patches: PatchEmbed,
+    blocks: Vec<Block>,
+    norm: Option<Norm>,
+}
+
+impl Vit {
+    /// Registers everything behind the tokens; `norm` is false for classifiers that pool first.
+    pub fn new(b: &mut ParamsBuilder, config: VitConfig, tokens: Tokens, norm: bool, start: Start) -> Result<Self> {
+        let c = &config;
+        let patches = PatchEmbed::new(b, c, start)?;
+        let blocks = (0..c.depth).map(|i| Block::new(b, &format!("blocks.{i}"), &c.block(i), start)).collect::<Result<_>>()?;
+        let norm = if norm { Some(Norm::new(b, "norm", c.width, c.eps)?) } else { None };
+        Ok(Self { config, tokens, patches, blocks, norm })
+    }
+
+    /// Tokens in front, then the kept patches (all if None) in the order of `kept` [B, K]; all with their positions: [B, extra + K, C].
+    pub fn embed(&self, s: &Scope, images: &Tensor, kept: Option<&Tensor>) -> Result<Var> {
+        let c = &self.config;
+        let x = self.patches.forward(s, c, images, kept)?; // [B, K, C]
         let table = s.param(self.tokens.position);
         let class = s.param(self.tokens.class);
         let distillation = self.tokens.distillation.map(|id| s.param(id));

@@ -4,7 +4,7 @@
 //!   tokens      y[b] = x[b, from..to]             dx = dy there, 0 elsewhere
 //!   mean_tokens y[b] = mean of x[b, from..]       dx = dy / count there, 0 elsewhere
 //!
-//! x [B, N, C]; each t [1, 1, C].
+//! x [B, N, C]; each t [1, 1, C], the same for all images, or [B, 1, C], one an image: then dt_i = dy[b, i].
 
 use super::case::Case;
 use crate::device::simd::Real;
@@ -18,10 +18,11 @@ use std::ops::Range;
 impl Var {
     pub fn prepend(&self, tokens: &[&Var]) -> Result<Var> {
         let x = self.value();
-        let &[_, n, c] = x.shape() else { crate::bail!("prepend: x is {x:?} but [B, N, C] is needed") };
+        let &[batch, n, c] = x.shape() else { crate::bail!("prepend: x is {x:?} but [B, N, C] is needed") };
         for token in tokens {
             let value = token.value();
-            ensure!(value.numel() == c && value.dtype() == x.dtype(), "prepend: a token is {value:?} but x is {x:?}");
+            let fits = value.numel() == c || value.shape() == [batch, 1, c];
+            ensure!(fits && value.dtype() == x.dtype(), "prepend: a token is {value:?} but x is {x:?}");
         }
         let values: Vec<Tensor> = tokens.iter().map(|token| token.value().clone()).collect();
         let y = by_real!("prepend", x.dtype(), joined(x, &values))?;
@@ -85,9 +86,12 @@ fn joined<T: Real + Element>(x: &Tensor, tokens: &[Tensor]) -> Result<Tensor> {
     let (batch, n, c) = (x.shape()[0], x.shape()[1], x.last());
     let mut y = Tensor::empty(&[batch, tokens.len() + n, c], x.dtype())?;
     let images = y.data_mut::<T>().par_chunks_mut(((tokens.len() + n) * c).max(1));
-    images.zip(x.data::<T>().par_chunks((n * c).max(1))).for_each(|(y, x)| {
+    images.zip(x.data::<T>().par_chunks((n * c).max(1))).enumerate().for_each(|(image, (y, x))| {
         let (front, rest) = y.split_at_mut(tokens.len() * c);
-        front.chunks_exact_mut(c.max(1)).zip(tokens).for_each(|(y, token)| y.copy_from_slice(token.data()));
+        for (y, token) in front.chunks_exact_mut(c.max(1)).zip(tokens) {
+            let first = if token.numel() == c { 0 } else { image * c };
+            y.copy_from_slice(&token.data()[first..first + c]);
+        }
         rest.copy_from_slice(x);
     });
     Ok(y)
@@ -122,8 +126,12 @@ fn spread<T: Real + Element>(dy: &Tensor, range: Range<usize>, dx: &mut Tensor, 
 fn token_gradient<T: Real + Element>(dy: &Tensor, i: usize, dt: &mut Tensor) -> Result<()> {
     let (n, c) = (dy.shape()[1], dy.last());
     let dt = dt.data_mut::<T>();
+    let shared = dt.len() == c;
     dt.fill(T::ZERO);
-    dy.data::<T>().chunks_exact((n * c).max(1)).for_each(|dy| add(dt, &dy[i * c..][..c]));
+    for (image, dy) in dy.data::<T>().chunks_exact((n * c).max(1)).enumerate() {
+        let first = if shared { 0 } else { image * c };
+        add(&mut dt[first..first + c], &dy[i * c..][..c]);
+    }
     Ok(())
 }
 
@@ -141,6 +149,7 @@ fn average<T: Real + Element>(x: &Tensor, from: usize, y: &mut Tensor) -> Result
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("prepend: class and distillation token", &[&[2, 3, 37], &[1, 1, 37], &[1, 1, 37]], |x| x[0].prepend(&[&x[1], &x[2]])),
+        Case::new("prepend: one token an image", &[&[3, 2, 5], &[3, 1, 5], &[1, 1, 5]], |x| x[0].prepend(&[&x[1], &x[2]])),
         Case::new("prepend: one image", &[&[1, 1, 4], &[1, 1, 4]], |x| x[0].prepend(&[&x[1]])),
         Case::new("tokens: 1..4 of 5", &[&[2, 5, 6]], |x| x[0].tokens(1..4)),
         Case::new("token: the first", &[&[2, 5, 6]], |x| x[0].token(0)),
