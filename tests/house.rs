@@ -228,7 +228,7 @@ fn long_files_have_a_reason() {
 
 #[test]
 fn fixtures_are_small() {
-    for path in files("tests/fixtures/parity", "") {
+    for path in files("tests/fixtures", "") {
         let bytes = path.metadata().unwrap().len();
         assert!(bytes < 1_200_000, "{} has {bytes} bytes", shown(&path));
     }
