@@ -169,7 +169,7 @@ pub struct Kernel<T> {
 macro_rules! kernel {
     (
         $(#[$feature:meta])? $module:ident: $number:ty, $width:literal lanes in $register:ty, tile of [$($rows:literal)+] rows and $vectors:literal vectors,
-        $zero:ident $splat:ident $load:ident $store:ident $fma:ident $near:ident $turn:expr
+        $zero:ident $splat:ident $load:ident $store:ident $fma:ident $part:ident $near:ident $turn:expr
     ) => {
         mod $module {
             use super::*;
@@ -295,11 +295,7 @@ macro_rules! kernel {
                                 let sum = if add { $fma($load(c), one, sums[i][v]) } else { sums[i][v] };
                                 $store(c, sum);
                             } else if left > 0 {
-                                let mut whole = [0.0; WIDTH];
-                                $store(whole.as_mut_ptr(), sums[i][v]);
-                                for (j, &x) in whole[..left].iter().enumerate() {
-                                    *c.add(j) = if add { *c.add(j) + x } else { x };
-                                }
+                                $part(c, sums[i][v], left, add);
                             }
                             v += 1;
                         }
@@ -356,18 +352,18 @@ macro_rules! kernel {
 
 #[cfg(target_arch = "x86_64")]
 kernel!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")] avx512_f32: f32, 16 lanes in __m512, tile of [1 2 3 4 5 6 7 8] rows and 3 vectors,
-    _mm512_setzero_ps _mm512_set1_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_fmadd_ps near Some(turn_f32));
+    _mm512_setzero_ps _mm512_set1_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_fmadd_ps part_f32 near Some(turn_f32));
 #[cfg(target_arch = "x86_64")]
 kernel!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")] avx512_f64: f64, 8 lanes in __m512d, tile of [1 2 3 4 5 6 7 8] rows and 3 vectors,
-    _mm512_setzero_pd _mm512_set1_pd _mm512_loadu_pd _mm512_storeu_pd _mm512_fmadd_pd near None);
+    _mm512_setzero_pd _mm512_set1_pd _mm512_loadu_pd _mm512_storeu_pd _mm512_fmadd_pd part near None);
 #[cfg(target_arch = "x86_64")]
 kernel!(#[target_feature(enable = "avx2,fma")] avx2_f32: f32, 8 lanes in __m256, tile of [1 2 3 4] rows and 3 vectors,
-    _mm256_setzero_ps _mm256_set1_ps _mm256_loadu_ps _mm256_storeu_ps _mm256_fmadd_ps near None);
+    _mm256_setzero_ps _mm256_set1_ps _mm256_loadu_ps _mm256_storeu_ps _mm256_fmadd_ps part near None);
 #[cfg(target_arch = "x86_64")]
 kernel!(#[target_feature(enable = "avx2,fma")] avx2_f64: f64, 4 lanes in __m256d, tile of [1 2 3 4] rows and 3 vectors,
-    _mm256_setzero_pd _mm256_set1_pd _mm256_loadu_pd _mm256_storeu_pd _mm256_fmadd_pd near None);
-kernel!(plain_f32: f32, 4 lanes in [f32; 4], tile of [1 2 3 4] rows and 3 vectors, zero4 splat4 load4 store4 fma4 far None);
-kernel!(plain_f64: f64, 4 lanes in [f64; 4], tile of [1 2 3 4] rows and 3 vectors, zero4 splat4 load4 store4 fma4 far None);
+    _mm256_setzero_pd _mm256_set1_pd _mm256_loadu_pd _mm256_storeu_pd _mm256_fmadd_pd part near None);
+kernel!(plain_f32: f32, 4 lanes in [f32; 4], tile of [1 2 3 4] rows and 3 vectors, zero4 splat4 load4 store4 fma4 part far None);
+kernel!(plain_f64: f64, 4 lanes in [f64; 4], tile of [1 2 3 4] rows and 3 vectors, zero4 splat4 load4 store4 fma4 part far None);
 
 /// Asks for a number's line of memory, so that it is near when it is needed.
 #[cfg(target_arch = "x86_64")]
@@ -375,6 +371,30 @@ kernel!(plain_f64: f64, 4 lanes in [f64; 4], tile of [1 2 3 4] rows and 3 vector
 fn near<T>(at: *const T) {
     // SAFETY: a prefetch reads nothing and cannot fail, whatever the address.
     unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast()) }
+}
+
+/// Stores or adds the first `left` numbers of a register.
+#[inline(always)]
+unsafe fn part<T: Real, V: Copy>(c: *mut T, sum: V, left: usize, add: bool) {
+    // SAFETY: the caller gives `left` writable numbers at c, and a register is its numbers one behind the other.
+    unsafe {
+        let sum = std::slice::from_raw_parts((&raw const sum).cast::<T>(), left);
+        for (j, &x) in sum.iter().enumerate() {
+            *c.add(j) = if add { *c.add(j) + x } else { x };
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn part_f32(c: *mut f32, sum: std::arch::x86_64::__m512, left: usize, add: bool) {
+    use std::arch::x86_64::*;
+    let mask = (1u32 << left).wrapping_sub(1) as __mmask16;
+    // SAFETY: only the first `left` numbers are touched, which the caller owns.
+    unsafe {
+        let before = if add { _mm512_maskz_loadu_ps(mask, c) } else { _mm512_setzero_ps() };
+        _mm512_mask_storeu_ps(c, mask, _mm512_add_ps(before, sum));
+    }
 }
 
 // Four numbers and plain arithmetic, for processors without AVX2.

@@ -269,26 +269,56 @@ pub fn lane_sum<T: Real>(n: usize, f: impl Fn(usize) -> T) -> T {
     fold(lanes, |a, b| a + b)
 }
 
-/// Largest f(i) over 0..n.
+/// Sum of f over a slice: the same order as [`lane_sum`], without a bounds check an element.
 #[inline(always)]
-pub fn lane_max<T: Real>(n: usize, f: impl Fn(usize) -> T) -> T {
-    let mut lanes = [T::MIN; LANES];
-    let whole = n / LANES * LANES;
-    let mut i = 0;
-    while i < whole {
-        for (l, lane) in lanes.iter_mut().enumerate() {
-            *lane = f(i + l).max(*lane);
+pub fn sum_of<T: Real, S: Real>(x: &[T], f: impl Fn(T) -> S) -> S {
+    let mut lanes = [S::ZERO; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for l in 0..LANES {
+            lanes[l] += f(chunk[l]);
         }
-        i += LANES;
     }
-    for (l, lane) in lanes.iter_mut().enumerate().take(n - whole) {
-        *lane = f(whole + l).max(*lane);
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane += f(x);
+    }
+    fold(lanes, |a, b| a + b)
+}
+
+/// Sum of f over two slices of one length.
+#[inline(always)]
+pub fn sum_of2<T: Real>(x: &[T], y: &[T], f: impl Fn(T, T) -> T) -> T {
+    let mut lanes = [T::ZERO; LANES];
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    for (x, y) in x.iter().zip(y) {
+        for l in 0..LANES {
+            lanes[l] += f(x[l], y[l]);
+        }
+    }
+    for ((lane, &x), &y) in lanes.iter_mut().zip(x_rest).zip(y_rest) {
+        *lane += f(x, y);
+    }
+    fold(lanes, |a, b| a + b)
+}
+
+/// Largest number of a slice; the smallest there is for an empty one.
+#[inline(always)]
+pub fn largest<T: Real>(x: &[T]) -> T {
+    let mut lanes = [T::MIN; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for l in 0..LANES {
+            lanes[l] = chunk[l].max(lanes[l]);
+        }
+    }
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane = x.max(*lane);
     }
     fold(lanes, |a, b| a.max(b))
 }
 
 #[inline(always)]
-fn fold<T: Real>(mut lanes: [T; LANES], join: impl Fn(T, T) -> T) -> T {
+pub fn fold<T: Real>(mut lanes: [T; LANES], join: impl Fn(T, T) -> T) -> T {
     let mut width = LANES / 2;
     while width > 0 {
         for l in 0..width {
@@ -343,7 +373,10 @@ mod tests {
     fn lane_reductions_take_every_element_once() {
         for n in [0, 1, 15, 16, 17, 100] {
             assert_eq!(lane_sum(n, |i| i as f64), (0..n).sum::<usize>() as f64);
-            assert_eq!(lane_max(n, |i| -(i as f64)), if n == 0 { f64::MIN } else { 0.0 });
+            let numbers: Vec<f64> = (0..n).map(|i| i as f64).collect();
+            assert_eq!(sum_of(&numbers, |x| x), lane_sum(n, |i| numbers[i]));
+            assert_eq!(sum_of2(&numbers, &numbers, |x, y| x * y), lane_sum(n, |i| numbers[i] * numbers[i]));
+            assert_eq!(largest(&numbers), if n == 0 { f64::MIN } else { n as f64 - 1.0 });
         }
     }
 }

@@ -19,6 +19,9 @@ const GELUS: [(usize, usize); 2] = [(1576, 2048), (400, 3072)];
 const SOFTMAXES: [(usize, usize); 1] = [(25_216, 197)];
 const ATTENTIONS: [(usize, usize, usize, usize); 3] = [(8, 50, 12, 64), (8, 197, 16, 32), (16, 50, 3, 64)];
 
+/// Runs of each case that do not count.
+const WARMUP: usize = 2;
+
 /// One measured case.
 pub struct Row {
     pub op: &'static str,
@@ -97,14 +100,15 @@ fn both_ways(
 ) -> Result<Row> {
     let inputs = shapes.iter().map(|shape| random(shape)).collect::<Result<Vec<_>>>()?;
     let upstream = random(f(&inputs.iter().cloned().map(Var::constant).collect::<Vec<_>>())?.shape())?;
-    let once = || -> Result<()> {
+    let once = |upstream: Tensor| -> Result<()> {
         let tape = Tape::new();
         let inputs: Vec<Var> = inputs.iter().map(|input| tape.leaf(input.clone())).collect();
         let y = f(&inputs)?;
-        tape.backward_from(&y, upstream.clone(), &mut [])?;
+        tape.backward_from(&y, upstream, &mut [])?;
         Ok(())
     };
-    measure(op, sizes, runs, once)
+    // In a step the gradient that arrives is the op's own, to be overwritten: so it is here.
+    measure(op, sizes, runs, || upstream.copy(), once)
 }
 
 /// The three products of a linear layer with m rows, from k to n numbers.
@@ -119,20 +123,34 @@ fn product(op: &'static str, (m, n, k): (usize, usize, usize), runs: usize) -> R
     };
     let mut c = Tensor::empty(&[rows, columns], Dtype::F32)?;
     let c = c.data_mut::<f32>();
-    measure(op, &[("m", m), ("n", n), ("k", k)], runs, || {
-        gemm::parallel(&mut Panel::of(c, columns), inner, a, b, Finish::replace());
-        Ok(())
-    })
+    measure(
+        op,
+        &[("m", m), ("n", n), ("k", k)],
+        runs,
+        || Ok(()),
+        |()| {
+            gemm::parallel(&mut Panel::of(c, columns), inner, a, b, Finish::replace());
+            Ok(())
+        },
+    )
 }
 
-fn measure(op: &'static str, sizes: &[(&str, usize)], runs: usize, mut once: impl FnMut() -> Result<()>) -> Result<Row> {
-    once()?;
-    once()?;
+/// Times `once` on what `prepare` gives; preparing is not timed.
+fn measure<P>(
+    op: &'static str,
+    sizes: &[(&str, usize)],
+    runs: usize,
+    prepare: impl Fn() -> Result<P>,
+    mut once: impl FnMut(P) -> Result<()>,
+) -> Result<Row> {
     let mut times = Vec::with_capacity(runs);
-    for _ in 0..runs {
-        let (ms, done) = timed(&mut once);
+    for run in 0..WARMUP + runs {
+        let prepared = prepare()?;
+        let (ms, done) = timed(|| once(prepared));
         done?;
-        times.push(ms);
+        if run >= WARMUP {
+            times.push(ms);
+        }
     }
     Ok(Row { op, case: case(sizes), times: Times::of(times) })
 }

@@ -1,17 +1,17 @@
 //! Multi-head self-attention on packed queries, keys and values.
 //!
 //!   S = scale q k^T,   P = softmax(S),   y = P v                                        scale = D^-1/2
-//!   dP = dy v^T,   dS = P (dP - rows(dy y)),   dq = scale dS k,   dk = scale dS^T q,   dv = P^T dy
+//!   dP = dy v^T,   dS = P (dP - rows(P dP)),   dq = scale dS k,   dk = scale dS^T q,   dv = P^T dy
 //!
 //! qkv [B, N, 3 C], a token's numbers lying as [q | k | v], each head-major: H heads of width D = C / H. y [B, N, C]. Each (image, head) is worked
-//! on alone; the N x N scores live in scratch memory and are recomputed in the backward. Saved: qkv, y, the log-sum-exp of each row [B, H, N].
+//! on alone; the N x N scores live in scratch memory and are recomputed in the backward. Saved: qkv, the log-sum-exp of each row [B, H, N].
 //!
 //! Two requests: only some keys (`keys`, [B, K] token numbers, distinct in a row) take part; the first query's row of P is handed out.
 
 use super::case::Case;
 use crate::device::gemm::{self, Finish, Product, View};
 use crate::device::parallel::Panel;
-use crate::device::simd::{Real, lane_max, lane_sum};
+use crate::device::simd::{Real, largest, sum_of, sum_of2};
 use crate::error::Result;
 use crate::tape::Var;
 use crate::tensor::{Dtype, Element, Tensor};
@@ -41,10 +41,10 @@ impl Var {
         let sizes = Sizes::of(&qkv, heads, request.keys.as_ref())?;
         let keys = request.keys.clone();
         let done = by_real!("attention", qkv.dtype(), forward(&qkv, keys.as_ref(), &sizes, request.class_rows))?;
-        let (y, lse) = (done.y.clone(), done.lse);
+        let lse = done.lse;
         let var = Var::record("attention", [self], done.y, move |dy, need| {
             let mut dqkv = need.out(0)?;
-            by_real!("attention", qkv.dtype(), backward(&dy, &qkv, &y, &lse, keys.as_ref(), &sizes, &mut dqkv))?;
+            by_real!("attention", qkv.dtype(), backward(&dy, &qkv, &lse, keys.as_ref(), &sizes, &mut dqkv))?;
             Ok([Some(dqkv)])
         })?;
         Ok((var, done.class_rows))
@@ -128,9 +128,9 @@ vectorised! {
     /// Rows of scores become rows of probabilities; lse gets the log-sum-exp of each scaled row.
     fn softmax_rows<T: Real>(scores: &mut [T], columns: usize, scale: T, lse: &mut [T]) {
         for (row, lse) in scores.chunks_exact_mut(columns).zip(lse) {
-            let most = lane_max(columns, |j| row[j]) * scale;
+            let most = largest(row) * scale;
             row.iter_mut().for_each(|s| *s = s.mul_add(scale, -most).exp());
-            let sum = lane_sum(columns, |j| row[j]);
+            let sum = sum_of(row, |s| s);
             let inverse = T::ONE / sum;
             row.iter_mut().for_each(|s| *s *= inverse);
             *lse = most + sum.ln();
@@ -141,16 +141,11 @@ vectorised! {
             row.iter_mut().for_each(|s| *s = s.mul_add(scale, -lse).exp());
         }
     }
-    /// dP becomes scale dS = scale P (dP - delta).
-    fn score_gradients<T: Real>(dp: &mut [T], p: &[T], columns: usize, scale: T, delta: &[T]) {
-        for ((dp, p), &delta) in dp.chunks_exact_mut(columns).zip(p.chunks_exact(columns)).zip(delta) {
+    /// dP becomes scale dS = scale P (dP - rows(P dP)).
+    fn score_gradients<T: Real>(dp: &mut [T], p: &[T], columns: usize, scale: T) {
+        for (dp, p) in dp.chunks_exact_mut(columns).zip(p.chunks_exact(columns)) {
+            let delta = sum_of2(p, dp, |p, dp| p * dp);
             dp.iter_mut().zip(p).for_each(|(dp, &p)| *dp = p * (*dp - delta) * scale);
-        }
-    }
-    fn dot_rows<T: Real>(a: &[T], b: &[T], stride: usize, first: usize, width: usize, dots: &mut [T]) {
-        for (i, dot) in dots.iter_mut().enumerate() {
-            let (a, b) = (&a[i * stride + first..][..width], &b[i * stride + first..][..width]);
-            *dot = lane_sum(width, |j| a[j] * b[j]);
         }
     }
 }
@@ -192,14 +187,13 @@ fn forward<T: Product + Element>(qkv: &Tensor, keys: Option<&Tensor>, s: &Sizes,
 fn backward<T: Product + Element>(
     dy: &Tensor,
     qkv: &Tensor,
-    y: &Tensor,
     lse: &Tensor,
     keys: Option<&Tensor>,
     s: &Sizes,
     dqkv: &mut Tensor,
 ) -> Result<()> {
     let scale = T::of(1.0 / (s.width as f64).sqrt());
-    let (dy, y, lse, data) = (dy.data::<T>(), y.data::<T>(), lse.data::<T>(), qkv.data::<T>());
+    let (dy, lse, data) = (dy.data::<T>(), lse.data::<T>(), qkv.data::<T>());
     // Panels come image by image, in each the q parts of all heads, then the k parts, then the v parts.
     let mut panels: Vec<Option<Panel<T>>> =
         Panel::split(dqkv.data_mut::<T>(), s.n, 3 * s.channels(), s.width).into_iter().map(Some).collect();
@@ -215,21 +209,13 @@ fn backward<T: Product + Element>(
         let both = ids.as_ref().map(|ids| gathered(qkv, ids, s, head)).transpose()?;
         let h = Head::new(qkv, both.as_ref(), s, head);
         let rows = image * s.n * s.channels()..(image + 1) * s.n * s.channels();
-        let (dy, y) = (&dy[rows.clone()], &y[rows]);
-        let dout = View::rows(&dy[head * s.width..], s.channels());
-        let mut scratch = Tensor::empty(&[2 * s.n * s.keys + s.n], T::DTYPE)?;
-        let (p, rest) = scratch.data_mut::<T>().split_at_mut(s.n * s.keys);
-        let (ds, delta) = rest.split_at_mut(s.n * s.keys);
+        let dout = View::rows(&dy[rows][head * s.width..], s.channels());
+        let mut scratch = Tensor::empty(&[2, s.n, s.keys], T::DTYPE)?;
+        let (p, ds) = scratch.data_mut::<T>().split_at_mut(s.n * s.keys);
         gemm::serial(&mut Panel::of(p, s.keys), s.width, h.q, h.k.transposed(), Finish::replace());
         probabilities(p, s.keys, scale, &lse[i * s.n..][..s.n]);
         gemm::serial(&mut Panel::of(ds, s.keys), s.width, dout, h.v.transposed(), Finish::replace());
-        if s.keys == 1 {
-            // The softmax over one key is constant; dP - delta would leave the difference of two roundings.
-            ds.fill(T::ZERO);
-        } else {
-            dot_rows(dy, y, s.channels(), head * s.width, s.width, delta);
-            score_gradients(ds, p, s.keys, scale, delta);
-        }
+        score_gradients(ds, p, s.keys, scale);
         gemm::serial(&mut dq, s.keys, View::rows(ds, s.keys), h.k, Finish::replace());
         let (p, ds) = (View::rows(&*p, s.keys).transposed(), View::rows(&*ds, s.keys).transposed());
         let Some(ids) = ids else {

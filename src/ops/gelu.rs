@@ -3,7 +3,7 @@
 //!   y  = x Phi(x)
 //!   dx = dy (Phi(x) + x phi(x))
 //!
-//! Phi is the standard normal distribution, phi its density. Saved for backward: x.
+//! Phi is the standard normal distribution, phi its density. Saved for backward: the derivative Phi(x) + x phi(x), which comes with the value.
 
 use super::case::Case;
 use crate::device::{parallel, simd::Real};
@@ -14,9 +14,9 @@ use crate::{by_real, vectorised};
 
 impl Var {
     pub fn gelu(&self) -> Result<Var> {
-        let x = self.value().clone();
-        let y = by_real!("gelu", x.dtype(), forward(&x))?;
-        Var::record("gelu", [self], y, move |dy, _| Ok([Some(by_real!("gelu", x.dtype(), backward(dy, &x))?)]))
+        let dtype = self.dtype();
+        let (y, slope) = by_real!("gelu", dtype, forward(self.value(), self.tracked()))?;
+        Var::record("gelu", [self], y, move |dy, _| Ok([Some(by_real!("gelu", dtype, times(dy, &slope))?)]))
     }
 }
 
@@ -24,26 +24,37 @@ vectorised! {
     fn values<T: Real>(x: &[T], y: &mut [T]) {
         y.iter_mut().zip(x).for_each(|(y, &x)| *y = x * x.normal().0);
     }
-    fn gradients<T: Real>(x: &[T], dy: &mut [T]) {
-        for (dy, &x) in dy.iter_mut().zip(x) {
+    fn values_and_slopes<T: Real>(x: &[T], y: &mut [T], slope: &mut [T]) {
+        for ((y, slope), &x) in y.iter_mut().zip(slope).zip(x) {
             let (probability, density) = x.normal();
-            *dy *= x.mul_add(density, probability);
+            *y = x * probability;
+            *slope = x.mul_add(density, probability);
         }
+    }
+    fn multiply<T: Real>(dy: &mut [T], slope: &[T]) {
+        dy.iter_mut().zip(slope).for_each(|(dy, &slope)| *dy *= slope);
     }
 }
 
-fn forward<T: Real + Element>(x: &Tensor) -> Result<Tensor> {
+/// The value, and the derivative if it will be needed.
+fn forward<T: Real + Element>(x: &Tensor, tracked: bool) -> Result<(Tensor, Tensor)> {
     let mut y = Tensor::empty(x.shape(), x.dtype())?;
-    let x = x.data::<T>();
-    parallel::rows(y.data_mut::<T>(), 1, |first, y| values(&x[first..first + y.len()], y));
-    Ok(y)
+    let numbers = x.data::<T>();
+    if !tracked {
+        parallel::rows(y.data_mut::<T>(), 1, |first, y| values(&numbers[first..first + y.len()], y));
+        return Ok((y.clone(), y));
+    }
+    let mut slope = Tensor::empty(x.shape(), x.dtype())?;
+    parallel::rows2(y.data_mut::<T>(), 1, slope.data_mut::<T>(), 1, |first, y, slope| {
+        values_and_slopes(&numbers[first..first + y.len()], y, slope);
+    });
+    Ok((y, slope))
 }
 
-fn backward<T: Real + Element>(dy: Tensor, x: &Tensor) -> Result<Tensor> {
-    let mut dx = dy.into_unique()?;
-    let x = x.data::<T>();
-    parallel::rows(dx.data_mut::<T>(), 1, |first, dx| gradients(&x[first..first + dx.len()], dx));
-    Ok(dx)
+/// dy times the derivative.
+pub(super) fn times<T: Real + Element>(dy: Tensor, slope: &Tensor) -> Result<Tensor> {
+    let slope = slope.data::<T>();
+    super::overwrite(dy, 1, |first, dy| multiply(dy, &slope[first..first + dy.len()]))
 }
 
 pub fn cases() -> Vec<Case> {

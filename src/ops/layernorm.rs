@@ -8,7 +8,7 @@
 
 use super::case::Case;
 use crate::device::parallel;
-use crate::device::simd::{Real, lane_sum};
+use crate::device::simd::{LANES, Real, fold, sum_of};
 use crate::error::Result;
 use crate::tape::{Need, Var};
 use crate::tensor::{Element, Tensor};
@@ -23,7 +23,7 @@ impl Var {
         }
         let (y, saved) = by_real!("layernorm", x.dtype(), forward(&x, Some((&weight, b.value())), eps))?;
         Var::record("layernorm", [self, w, b], y, move |dy, need| {
-            by_real!("layernorm", x.dtype(), backward(&dy, &x, Some(&weight), &saved, need))
+            by_real!("layernorm", x.dtype(), backward(dy, &x, Some(&weight), &saved, need))
         })
     }
 
@@ -32,7 +32,7 @@ impl Var {
         let x = self.value().clone();
         let (y, saved) = by_real!("layernorm", x.dtype(), forward(&x, None, eps))?;
         Var::record("layernorm", [self], y, move |dy, need| {
-            let [dx, _, _] = by_real!("layernorm", x.dtype(), backward(&dy, &x, None, &saved, need))?;
+            let [dx, _, _] = by_real!("layernorm", x.dtype(), backward(dy, &x, None, &saved, need))?;
             Ok([dx])
         })
     }
@@ -45,15 +45,12 @@ vectorised! {
     fn forward_rows<T: Real>(x: &[T], affine: Option<(&[T], &[T])>, eps: T, y: &mut [T], saved: &mut [T], c: usize) {
         let scale = T::of(1.0 / c as f64);
         for ((x, y), saved) in x.chunks_exact(c).zip(y.chunks_exact_mut(c)).zip(saved.chunks_exact_mut(2)) {
-            let mean = lane_sum(c, |i| x[i]) * scale;
-            let variance = lane_sum(c, |i| (x[i] - mean) * (x[i] - mean)) * scale;
+            let mean = sum_of(x, |x| x) * scale;
+            let variance = sum_of(x, |x| (x - mean) * (x - mean)) * scale;
             let rstd = T::ONE / (variance + eps).sqrt();
             match affine {
                 Some((w, b)) => {
-                    let (w, b) = (&w[..c], &b[..c]);
-                    for i in 0..c {
-                        y[i] = ((x[i] - mean) * rstd).mul_add(w[i], b[i]);
-                    }
+                    y.iter_mut().zip(x).zip(w).zip(b).for_each(|(((y, &x), &w), &b)| *y = ((x - mean) * rstd).mul_add(w, b));
                 }
                 None => y.iter_mut().zip(x).for_each(|(y, &x)| *y = (x - mean) * rstd),
             }
@@ -61,25 +58,35 @@ vectorised! {
         }
     }
 
-    fn backward_rows<T: Real>(dy: &[T], x: &[T], w: Option<&[T]>, saved: &[T], dx: &mut [T], dw: &mut [T], db: &mut [T], c: usize) {
+    /// dy becomes dx; dw and db grow.
+    fn backward_rows<T: Real>(dy: &mut [T], x: &[T], w: &[T], saved: &[T], dw: &mut [T], db: &mut [T], c: usize) {
         let scale = T::of(1.0 / c as f64);
-        let (dw, db) = (&mut dw[..c], &mut db[..c]);
-        for (((dy, x), dx), saved) in dy.chunks_exact(c).zip(x.chunks_exact(c)).zip(dx.chunks_exact_mut(c)).zip(saved.chunks_exact(2)) {
+        for ((dy, x), saved) in dy.chunks_exact_mut(c).zip(x.chunks_exact(c)).zip(saved.chunks_exact(2)) {
             let (mean, rstd) = (saved[0], saved[1]);
-            for i in 0..c {
-                let n = (x[i] - mean) * rstd;
-                dw[i] += dy[i] * n;
-                db[i] += dy[i];
-                dx[i] = match w {
-                    Some(w) => dy[i] * w[i],
-                    None => dy[i],
-                };
+            // One pass for all four sums: dw, db, and over the row dn and dn n.
+            let (mut sums, mut products) = ([T::ZERO; LANES], [T::ZERO; LANES]);
+            let ((dy16, dy_rest), (x16, x_rest), (w16, w_rest)) = (dy.as_chunks::<LANES>(), x.as_chunks::<LANES>(), w.as_chunks::<LANES>());
+            let ((dw16, dw_rest), (db16, db_rest)) = (dw.as_chunks_mut::<LANES>(), db.as_chunks_mut::<LANES>());
+            for ((((dy, x), w), dw), db) in dy16.iter().zip(x16).zip(w16).zip(dw16).zip(db16) {
+                for l in 0..LANES {
+                    let (n, dn) = ((x[l] - mean) * rstd, dy[l] * w[l]);
+                    dw[l] += dy[l] * n;
+                    db[l] += dy[l];
+                    sums[l] += dn;
+                    products[l] += dn * n;
+                }
             }
-            let average = lane_sum(c, |i| dx[i]) * scale;
-            let projection = lane_sum(c, |i| dx[i] * ((x[i] - mean) * rstd)) * scale;
-            for i in 0..c {
-                let n = (x[i] - mean) * rstd;
-                dx[i] = rstd * (dx[i] - average - n * projection);
+            for (l, ((((&dy, &x), &w), dw), db)) in dy_rest.iter().zip(x_rest).zip(w_rest).zip(dw_rest).zip(db_rest).enumerate() {
+                let (n, dn) = ((x - mean) * rstd, dy * w);
+                *dw += dy * n;
+                *db += dy;
+                sums[l] += dn;
+                products[l] += dn * n;
+            }
+            let average = fold(sums, |a, b| a + b) * scale;
+            let projection = fold(products, |a, b| a + b) * scale;
+            for ((dy, &x), &w) in dy.iter_mut().zip(x).zip(w) {
+                *dy = rstd * (*dy * w - average - (x - mean) * rstd * projection);
             }
         }
     }
@@ -102,20 +109,25 @@ fn forward<T: Real + Element>(x: &Tensor, affine: Option<(&Tensor, &Tensor)>, ep
 }
 
 /// Rows of one partial sum of dw and db.
-const BLOCK: usize = 64;
+const BLOCK: usize = 32;
 
-fn backward<T: Real + Element>(dy: &Tensor, x: &Tensor, w: Option<&Tensor>, saved: &Saved, need: &mut Need) -> Result<[Option<Tensor>; 3]> {
+fn backward<T: Real + Element>(dy: Tensor, x: &Tensor, w: Option<&Tensor>, saved: &Saved, need: &mut Need) -> Result<[Option<Tensor>; 3]> {
     let (c, rows) = (x.last(), x.rows());
-    let mut dx = if need.wants(0) { need.out(0)? } else { Tensor::empty(x.shape(), x.dtype())? };
+    let ones = if w.is_some() { None } else { Some(vec![T::ONE; c]) };
+    let weight = ones.as_deref().unwrap_or_else(|| w.expect("there are weights or ones").data::<T>());
     let blocks = rows.div_ceil(BLOCK).max(1);
     let mut partial = Tensor::zeros(&[blocks, 2, c], x.dtype())?;
-    let (dy, x, w, saved) = (dy.data::<T>(), x.data::<T>(), w.map(|w| w.data::<T>()), saved.0.data::<T>());
+    let (mut dx, source) = if dy.is_unique() { (dy, None) } else { (Tensor::empty(x.shape(), x.dtype())?, Some(dy)) };
+    let (x, saved, source) = (x.data::<T>(), saved.0.data::<T>(), source.as_ref().map(|dy| dy.data::<T>()));
     let pieces = dx.data_mut::<T>().par_chunks_mut(BLOCK * c).zip(partial.data_mut::<T>().par_chunks_mut(2 * c));
     pieces.enumerate().for_each(|(i, (dx, partial))| {
         let (dw, db) = partial.split_at_mut(c);
         let (first, rows) = (i * BLOCK, dx.len() / c);
         let part = first * c..(first + rows) * c;
-        backward_rows(&dy[part.clone()], &x[part], w, &saved[2 * first..2 * (first + rows)], dx, dw, db, c);
+        if let Some(dy) = source {
+            dx.copy_from_slice(&dy[part.clone()]);
+        }
+        backward_rows(dx, &x[part], weight, &saved[2 * first..2 * (first + rows)], dw, db, c);
     });
     let sums = |which: usize| {
         let partial = partial.data::<T>();

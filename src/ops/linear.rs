@@ -8,7 +8,7 @@
 
 use super::case::Case;
 use crate::device::gemm::{self, Finish, Product, View};
-use crate::device::parallel::{self, Panel};
+use crate::device::parallel::Panel;
 use crate::device::simd::Real;
 use crate::error::Result;
 use crate::tape::{Need, Var};
@@ -32,16 +32,13 @@ impl Var {
         let (y, slope) = by_real!("linear", x.dtype(), forward(&x, &weight, b.map(Var::value), true))?;
         let none = Var::constant(y.clone());
         Var::record("linear_gelu", [self, w, b.unwrap_or(&none)], y, move |dy, need| {
-            let dh = by_real!("linear", x.dtype(), times(dy, &slope))?;
+            let dh = by_real!("linear", x.dtype(), super::gelu::times(dy, &slope))?;
             by_real!("linear", x.dtype(), backward(&dh, &x, &weight, need))
         })
     }
 }
 
 vectorised! {
-    fn multiply<T: Real>(a: &mut [T], b: &[T]) {
-        a.iter_mut().zip(b).for_each(|(a, &b)| *a *= b);
-    }
     fn sum_rows<T: Real>(rows: &[T], columns: usize, first: usize, sum: &mut [T]) {
         sum.fill(T::ZERO);
         for row in rows.chunks_exact(columns) {
@@ -86,13 +83,6 @@ fn backward<T: Product + Element>(dh: &Tensor, x: &Tensor, w: &Tensor, need: &mu
         Ok(())
     })?;
     Ok([dx, dw, db])
-}
-
-fn times<T: Real + Element>(dy: Tensor, slope: &Tensor) -> Result<Tensor> {
-    let mut dh = dy.into_unique()?;
-    let slope = slope.data::<T>();
-    parallel::rows(dh.data_mut::<T>(), 1, |first, dh| multiply(dh, &slope[first..first + dh.len()]));
-    Ok(dh)
 }
 
 /// Sum over the rows of a matrix, each column from top to bottom.

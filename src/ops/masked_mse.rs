@@ -7,7 +7,7 @@
 use super::case::{Case, numbers};
 use super::total::sum_of_rows;
 use crate::device::parallel;
-use crate::device::simd::{Real, lane_sum};
+use crate::device::simd::{Real, sum_of2};
 use crate::error::Result;
 use crate::tape::Var;
 use crate::tensor::{Element, Tensor};
@@ -35,7 +35,7 @@ impl Var {
 vectorised! {
     fn row_errors<T: Real>(x: &[T], target: &[T], mask: &[T], p: usize, errors: &mut [f64]) {
         for ((error, &m), (x, t)) in errors.iter_mut().zip(mask).zip(x.chunks_exact(p).zip(target.chunks_exact(p))) {
-            *error = if m == T::ZERO { 0.0 } else { m.f64() * lane_sum(p, |i| (x[i] - t[i]) * (x[i] - t[i])).f64() };
+            *error = if m == T::ZERO { 0.0 } else { m.f64() * sum_of2(&x[..p], &t[..p], |x, t| (x - t) * (x - t)).f64() };
         }
     }
     fn row_gradients<T: Real>(x: &[T], target: &[T], mask: &[T], p: usize, factor: T, dx: &mut [T]) {

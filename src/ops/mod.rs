@@ -26,6 +26,9 @@ pub mod softmax;
 pub mod tokens;
 pub mod total;
 
+use crate::device::{parallel, simd::Real};
+use crate::error::Result;
+use crate::tensor::{Element, Tensor};
 use case::Case;
 
 /// Every case of every op, for the gradient check, the comparison of devices and the timing.
@@ -56,4 +59,20 @@ pub fn cases() -> Vec<Case> {
     .into_iter()
     .flatten()
     .collect()
+}
+
+/// A gradient turned into another by `f(first row, rows)`: in place where nobody else holds it, otherwise on a copy made piece by piece.
+pub(crate) fn overwrite<T: Real + Element>(gradient: Tensor, columns: usize, f: impl Fn(usize, &mut [T]) + Sync + Send) -> Result<Tensor> {
+    if gradient.is_unique() {
+        let mut gradient = gradient;
+        parallel::rows(gradient.data_mut::<T>(), columns, f);
+        return Ok(gradient);
+    }
+    let mut copy = Tensor::empty(gradient.shape(), gradient.dtype())?;
+    let source = gradient.data::<T>();
+    parallel::rows(copy.data_mut::<T>(), columns, |first, rows| {
+        rows.copy_from_slice(&source[first * columns..first * columns + rows.len()]);
+        f(first, rows);
+    });
+    Ok(copy)
 }

@@ -13,7 +13,7 @@
 use super::case::{Case, numbers};
 use crate::device::gemm::{self, Finish, Product, View};
 use crate::device::parallel::Panel;
-use crate::device::simd::{lane_max, lane_sum};
+use crate::device::simd::{lane_sum, largest, sum_of};
 use crate::error::Result;
 use crate::tape::Var;
 use crate::tensor::{Element, Tensor};
@@ -107,7 +107,7 @@ impl Side {
 vectorised! {
     fn centre<T: Product>(scores: &mut [T], n: usize, scale: T) {
         for row in scores.chunks_exact_mut(n) {
-            let most = lane_max(n, |j| row[j]);
+            let most = largest(&row[..n]);
             row.iter_mut().for_each(|a| *a = (*a - most) * scale);
         }
     }
@@ -117,9 +117,9 @@ vectorised! {
         let mut total = 0.0;
         for (s, t) in s.chunks_exact(n).zip(t.chunks_exact(n)) {
             e.iter_mut().zip(s).for_each(|(e, &s)| *e = s.exp());
-            let student = lane_sum(n, |j| e[j].f64());
+            let student = sum_of(&e[..n], |x| x.f64());
             e.iter_mut().zip(t).for_each(|(e, &t)| *e = t.exp());
-            let teacher = lane_sum(n, |j| e[j].f64());
+            let teacher = sum_of(&e[..n], |x| x.f64());
             // Where e^t is 0 the term is 0, also where s is minus infinity.
             let weighted = lane_sum(n, |j| if e[j] == T::ZERO { 0.0 } else { (e[j] * (t[j] - s[j])).f64() });
             total += weighted / teacher - teacher.ln() + student.ln();
@@ -131,8 +131,8 @@ vectorised! {
         for (s, t) in s.chunks_exact_mut(n).zip(t.chunks_exact_mut(n)) {
             s.iter_mut().for_each(|s| *s = s.exp());
             t.iter_mut().for_each(|t| *t = t.exp());
-            let student = T::ONE / lane_sum(n, |j| s[j]);
-            let teacher = T::ONE / lane_sum(n, |j| t[j]);
+            let student = T::ONE / sum_of(&s[..n], |x| x);
+            let teacher = T::ONE / sum_of(&t[..n], |x| x);
             s.iter_mut().zip(t).for_each(|(s, t)| *s = factor * (*s * student - *t * teacher));
         }
     }

@@ -6,7 +6,7 @@
 
 use super::case::Case;
 use crate::device::parallel;
-use crate::device::simd::{Real, lane_max, lane_sum};
+use crate::device::simd::{Real, largest, sum_of, sum_of2};
 use crate::error::Result;
 use crate::tape::Var;
 use crate::tensor::{Element, Tensor};
@@ -18,27 +18,24 @@ impl Var {
         ensure!(x.last() > 0, "softmax: x is {x:?}, its last axis is empty");
         let y = by_real!("softmax", x.dtype(), forward(x))?;
         let saved = y.clone();
-        Var::record("softmax", [self], y, move |dy, need| {
-            let mut dx = need.out(0)?;
-            by_real!("softmax", saved.dtype(), backward(&dy, &saved, &mut dx));
-            Ok([Some(dx)])
-        })
+        Var::record("softmax", [self], y, move |dy, _| Ok([Some(by_real!("softmax", saved.dtype(), backward(dy, &saved))?)]))
     }
 }
 
 vectorised! {
     fn forward_rows<T: Real>(x: &[T], c: usize, y: &mut [T]) {
         for (x, y) in x.chunks_exact(c).zip(y.chunks_exact_mut(c)) {
-            let most = lane_max(c, |i| x[i]);
+            let most = largest(x);
             y.iter_mut().zip(x).for_each(|(y, &x)| *y = (x - most).exp());
-            let inverse = T::ONE / lane_sum(c, |i| y[i]);
+            let inverse = T::ONE / sum_of(y, |y| y);
             y.iter_mut().for_each(|y| *y *= inverse);
         }
     }
-    fn backward_rows<T: Real>(dy: &[T], y: &[T], c: usize, dx: &mut [T]) {
-        for ((dy, y), dx) in dy.chunks_exact(c).zip(y.chunks_exact(c)).zip(dx.chunks_exact_mut(c)) {
-            let dot = lane_sum(c, |i| y[i] * dy[i]);
-            dx.iter_mut().zip(dy).zip(y).for_each(|((dx, &dy), &y)| *dx = y * (dy - dot));
+    /// dy becomes dx.
+    fn backward_rows<T: Real>(dy: &mut [T], y: &[T], c: usize) {
+        for (dy, y) in dy.chunks_exact_mut(c).zip(y.chunks_exact(c)) {
+            let dot = sum_of2(y, dy, |y, dy| y * dy);
+            dy.iter_mut().zip(y).for_each(|(dy, &y)| *dy = y * (*dy - dot));
         }
     }
 }
@@ -51,13 +48,9 @@ fn forward<T: Real + Element>(x: &Tensor) -> Result<Tensor> {
     Ok(y)
 }
 
-fn backward<T: Real + Element>(dy: &Tensor, y: &Tensor, dx: &mut Tensor) {
-    let c = y.last();
-    let (dy, y) = (dy.data::<T>(), y.data::<T>());
-    parallel::rows(dx.data_mut::<T>(), c, |first, dx| {
-        let part = first * c..first * c + dx.len();
-        backward_rows(&dy[part.clone()], &y[part], c, dx);
-    });
+fn backward<T: Real + Element>(dy: Tensor, y: &Tensor) -> Result<Tensor> {
+    let (c, y) = (y.last(), y.data::<T>());
+    super::overwrite(dy, c, |first, dy| backward_rows(dy, &y[first * c..first * c + dy.len()], c))
 }
 
 pub fn cases() -> Vec<Case> {

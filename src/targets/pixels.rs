@@ -7,7 +7,7 @@
 //! root keeps constant patches at 0. Statistics are two passes in f64, so a nearly constant bright patch keeps its digits.
 
 use crate::device::parallel;
-use crate::device::simd::{Real, lane_sum};
+use crate::device::simd::{Real, sum_of};
 use crate::error::Result;
 use crate::tensor::{Element, Tensor};
 use crate::{by_real, ensure};
@@ -71,8 +71,8 @@ fn normalise<T: Real + Element>(patches: &mut Tensor) -> Result<()> {
 
 /// Mean and sqrt(var + 1e-6) of one patch of at least two values: what takes a normalised patch back to pixels.
 pub fn statistics<T: Real>(patch: &[T]) -> (f64, f64) {
-    let mean = lane_sum(patch.len(), |i| patch[i].f64()) / patch.len() as f64;
-    let squares = lane_sum(patch.len(), |i| (patch[i].f64() - mean).powi(2));
+    let mean = sum_of(patch, |x| x.f64()) / patch.len() as f64;
+    let squares = sum_of(patch, |x| (x.f64() - mean) * (x.f64() - mean));
     (mean, (squares / (patch.len() as f64 - 1.0) + EPS).sqrt())
 }
 
