@@ -1,16 +1,20 @@
-//! Times of single ops on the CPU at the shapes a ViT meets, forward and backward.
+//! Times of single ops on the CPU at the shapes a ViT meets, forward and backward, and of the update that follows.
 
 use super::{Times, timed};
 use crate::device::gemm::{self, Finish, View};
 use crate::device::parallel::{self, Panel};
 use crate::error::{Error, Result};
 use crate::ops::case::numbers;
+use crate::optim::adamw::AdamW;
+use crate::optim::{Optimizer, groups};
+use crate::param::{Init, ParamsBuilder};
+use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Dtype, Tensor};
 use serde_json::{Map, Value, json};
 
 /// What can be measured.
-pub const NAMES: [&str; 7] = ["matmul_forward", "matmul_input", "matmul_weight", "layernorm", "gelu", "softmax", "attention"];
+pub const NAMES: [&str; 8] = ["matmul_forward", "matmul_input", "matmul_weight", "layernorm", "gelu", "softmax", "attention", "adamw"];
 
 const PRODUCT_ROWS: [usize; 3] = [400, 1576, 3152];
 const PRODUCTS: [(usize, usize); 7] = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (1536, 512), (512, 2048), (576, 192)];
@@ -18,6 +22,7 @@ const NORMS: [(usize, usize); 3] = [(1576, 512), (400, 768), (3152, 512)];
 const GELUS: [(usize, usize); 2] = [(1576, 2048), (400, 3072)];
 const SOFTMAXES: [(usize, usize); 1] = [(25_216, 197)];
 const ATTENTIONS: [(usize, usize, usize, usize); 3] = [(8, 50, 12, 64), (8, 197, 16, 32), (16, 50, 3, 64)];
+const UPDATES: [usize; 2] = [5_700_000, 31_200_000];
 
 /// Runs of each case that do not count.
 const WARMUP: usize = 2;
@@ -69,6 +74,11 @@ pub fn run(only: &[String], runs: usize, mut row: impl FnMut(Row)) -> Result<()>
                 for (b, n, heads, d) in ATTENTIONS {
                     let case = [("b", b), ("n", n), ("heads", heads), ("d", d)];
                     row(both_ways(op, &case, &[&[b, n, 3 * heads * d]], runs, |x| x[0].attention(heads))?);
+                }
+            }
+            "adamw" => {
+                for numel in UPDATES {
+                    row(update(op, numel, runs)?);
                 }
             }
             _ => {
@@ -133,6 +143,15 @@ fn product(op: &'static str, (m, n, k): (usize, usize, usize), runs: usize) -> R
             Ok(())
         },
     )
+}
+
+fn update(op: &'static str, numel: usize, runs: usize) -> Result<Row> {
+    let mut b = ParamsBuilder::default();
+    let id = b.add("weight", &[numel, 1], Init::Normal(0.02))?;
+    let mut params = b.build(Dtype::F32, &Rng::new(0))?;
+    params.accept(id, random(&[numel, 1])?)?;
+    let mut optimizer = AdamW::new(groups::all(&params, 0.05), (0.9, 0.95), 1e-8)?;
+    measure(op, &[("numel", numel)], runs, || Ok(()), |()| optimizer.step(&mut params, 1e-3))
 }
 
 /// Times `once` on what `prepare` gives; preparing is not timed.
