@@ -1,8 +1,8 @@
 //! Matrix product on the CPU: c = a b or c += a b on strided views, with what follows it done while a tile of c is still in the first cache.
 //!
 //! One kernel, written once over a vector type, computes a tile of MR rows and NV vectors of columns in registers: per step of k it loads
-//! NV vectors of b, and broadcasts MR numbers of a. b is packed into panels of a tile's width just before they are used; a is read where it
-//! lies if its rows run along k, and packed otherwise. k is cut into blocks, so that a panel of b stays near while the rows go by.
+//! NV vectors of b, and broadcasts MR numbers of a. Both factors are packed just before they are used: a in groups of a tile's rows, which stay in
+//! the second cache while the panels of b, as wide as a tile, go by. k is cut into blocks to that end.
 //!
 //! Each element's sum is taken block by block, in each block from front to back: an order that k alone decides. So the result does not depend
 //! on the number of threads, nor on which rows or columns are computed together.
@@ -68,6 +68,8 @@ pub fn parallel<T: Product>(c: &mut Panel<T>, k: usize, a: View<T>, b: View<T>, 
     product(c, k, a, b, finish, true);
 }
 
+/// Vectors of a whole tile: with two, and as many rows as leave registers for them, b is read least.
+const VECTORS: usize = 2;
 /// Steps of k between a line of b that is asked for and the one in use.
 const AHEAD: usize = 8;
 /// Steps of k that are summed in registers before c is touched.
@@ -156,19 +158,18 @@ impl Product for f64 {
 }
 
 /// A kernel compiled for some processors: numbers in a vector, rows and vectors of a tile (as many sums as leave registers for b), and the
-/// functions that pack for it and compute a piece of a product with it.
+/// function that computes a piece of a product with it.
 pub struct Kernel<T> {
     width: usize,
     rows: usize,
     vectors: usize,
     work: unsafe fn(&Job<T>, Work<T>),
-    fill: unsafe fn(&mut [T], View<T>, Range<usize>, Range<usize>, usize),
 }
 
 /// Writes one kernel. Its functions carry the processor's features themselves, so that the instructions are used whatever gets inlined.
 macro_rules! kernel {
     (
-        $(#[$feature:meta])? $module:ident: $number:ty, $width:literal lanes in $register:ty, tile of [$($rows:literal)+] rows and $vectors:literal vectors,
+        $(#[$feature:meta])? $module:ident: $number:ty, $width:literal lanes in $register:ty, tile of [$($rows:literal)+] rows,
         $zero:ident $splat:ident $load:ident $store:ident $fma:ident $part:ident $near:ident $turn:expr
     ) => {
         mod $module {
@@ -182,26 +183,23 @@ macro_rules! kernel {
             /// Rows of a whole tile.
             const MOST: usize = [$($rows),+].len();
 
-            pub static KERNEL: Kernel<Number> = Kernel { width: WIDTH, rows: MOST, vectors: $vectors, fill, work };
-
-            /// Packs rows of a factor with the processor's own registers.
-            $(#[$feature])?
-            unsafe fn fill(packed: &mut [Number], from: View<Number>, rows: Range<usize>, steps: Range<usize>, width: usize) {
-                pack(packed, from, rows, steps, width, $turn);
-            }
+            pub static KERNEL: Kernel<Number> = Kernel { width: WIDTH, rows: MOST, vectors: VECTORS, work };
 
             /// All tiles of a piece, block of k after block of k.
             $(#[$feature])?
             unsafe fn work(job: &Job<Number>, w: Work<Number>) {
-                let mut panel = Buffer::take(w.depth * WIDTH * $vectors * size_of::<Number>());
+                let mut panel = Buffer::take(w.depth * WIDTH * VECTORS * size_of::<Number>());
                 let panel = bytemuck::cast_slice_mut::<u8, Number>(panel.bytes_mut());
+                let mut left = Buffer::take((w.rows.len().next_multiple_of(MOST) * w.depth + SQUARE) * size_of::<Number>());
+                let left = bytemuck::cast_slice_mut::<u8, Number>(left.bytes_mut());
                 for block in 0..w.blocks {
                     let first = block * w.depth;
                     let steps = w.depth.min(job.k - first);
+                    pack_left(left, w.a, w.rows.clone(), job.m, first..first + steps, MOST, $turn);
                     let (last, add) = (block + 1 == w.blocks, block > 0 || job.finish.add);
                     let mut column = w.columns.start;
                     while column < w.columns.end {
-                        let columns = (w.columns.end - column).min(WIDTH * $vectors);
+                        let columns = (w.columns.end - column).min(WIDTH * VECTORS);
                         let vectors = columns.div_ceil(WIDTH);
                         let panel = &mut panel[..steps * vectors * WIDTH];
                         pack(panel, w.b.transposed(), column..column + columns, first..first + steps, vectors * WIDTH, $turn);
@@ -209,18 +207,14 @@ macro_rules! kernel {
                         let mut row = w.rows.start;
                         while row < w.rows.end {
                             let rows = (w.rows.end - row).min(MOST);
-                            let (a, a_row, a_step) = match w.a {
-                                Left::InPlace(view) => (view.data[(row * view.row + first).min(view.data.len())..].as_ptr(), view.row, 1),
-                                Left::Packed(packed) => (packed[row * job.k + first * MOST..].as_ptr(), 1, MOST),
-                            };
+                            let a = left[(row - w.rows.start) * steps..].as_ptr();
                             // SAFETY: rows and columns lie inside c; a and b hold `steps` steps of them.
                             unsafe {
                                 let c = job.start.add(row * job.stride + column);
                                 match (rows, vectors) {
                                     $(
-                                        ($rows, 1) => tile::<$rows, 1>(steps, a, a_row, a_step, panel, c, job.stride, columns, add),
-                                        ($rows, 2) => tile::<$rows, 2>(steps, a, a_row, a_step, panel, c, job.stride, columns, add),
-                                        ($rows, 3) => tile::<$rows, 3>(steps, a, a_row, a_step, panel, c, job.stride, columns, add),
+                                        ($rows, 1) => tile::<$rows, 1>(steps, a, panel, c, job.stride, columns, add),
+                                        ($rows, 2) => tile::<$rows, 2>(steps, a, panel, c, job.stride, columns, add),
                                     )+
                                     _ => unreachable!("a tile of {rows} rows and {vectors} vectors"),
                                 }
@@ -238,58 +232,59 @@ macro_rules! kernel {
             /// c[ROWS, columns] = or += sum over steps of a b, in registers.
             $(#[$feature])?
             #[allow(clippy::too_many_arguments)]
-            unsafe fn tile<const ROWS: usize, const VECTORS: usize>(
+            unsafe fn tile<const ROWS: usize, const WIDE: usize>(
                 steps: usize,
                 mut a: *const Number,
-                a_row: usize,
-                a_step: usize,
                 mut b: *const Number,
                 c: *mut Number,
                 stride: usize,
                 columns: usize,
                 add: bool,
             ) {
-                // SAFETY: a has ROWS rows and `steps` steps, b `steps` lines of VECTORS vectors, c ROWS rows of `columns` numbers.
+                // SAFETY: a has ROWS rows and `steps` steps, b `steps` lines of WIDE vectors, c ROWS rows of `columns` numbers.
                 unsafe {
-                    let mut sums: [[$register; VECTORS]; ROWS] = [[$zero(); VECTORS]; ROWS];
+                    let mut sums: [[$register; WIDE]; ROWS] = [[$zero(); WIDE]; ROWS];
                     let mut i = 0;
                     while i < ROWS {
-                        $near(c.wrapping_add(i * stride));
-                        $near(c.wrapping_add(i * stride + columns - 1));
+                        let mut v = 0;
+                        while v < WIDE {
+                            $near(c.wrapping_add(i * stride + v * WIDTH));
+                            v += 1;
+                        }
                         i += 1;
                     }
                     let mut step = 0;
                     while step < steps {
-                        let mut right: [$register; VECTORS] = [$zero(); VECTORS];
+                        let mut right: [$register; WIDE] = [$zero(); WIDE];
                         let mut v = 0;
-                        while v < VECTORS {
+                        while v < WIDE {
                             right[v] = $load(b.add(v * WIDTH));
                             v += 1;
                         }
                         let mut v = 0;
-                        while v < VECTORS {
-                            $near(b.wrapping_add((v + AHEAD * VECTORS) * WIDTH));
+                        while v < WIDE {
+                            $near(b.wrapping_add((v + AHEAD * WIDE) * WIDTH));
                             v += 1;
                         }
                         let mut i = 0;
                         while i < ROWS {
-                            let left = $splat(*a.add(i * a_row));
+                            let left = $splat(*a.add(i));
                             let mut v = 0;
-                            while v < VECTORS {
+                            while v < WIDE {
                                 sums[i][v] = $fma(left, right[v], sums[i][v]);
                                 v += 1;
                             }
                             i += 1;
                         }
-                        a = a.add(a_step);
-                        b = b.add(VECTORS * WIDTH);
+                        a = a.add(MOST);
+                        b = b.add(WIDE * WIDTH);
                         step += 1;
                     }
                     let one = $splat(1.0);
                     let mut i = 0;
                     while i < ROWS {
                         let mut v = 0;
-                        while v < VECTORS {
+                        while v < WIDE {
                             let (c, left) = (c.add(i * stride + v * WIDTH), columns.saturating_sub(v * WIDTH));
                             if left >= WIDTH {
                                 let sum = if add { $fma($load(c), one, sums[i][v]) } else { sums[i][v] };
@@ -351,19 +346,19 @@ macro_rules! kernel {
 }
 
 #[cfg(target_arch = "x86_64")]
-kernel!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")] avx512_f32: f32, 16 lanes in __m512, tile of [1 2 3 4 5 6 7 8] rows and 3 vectors,
+kernel!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")] avx512_f32: f32, 16 lanes in __m512, tile of [1 2 3 4 5 6 7 8 9 10 11 12 13 14] rows,
     _mm512_setzero_ps _mm512_set1_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_fmadd_ps part_f32 near Some(turn_f32));
 #[cfg(target_arch = "x86_64")]
-kernel!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")] avx512_f64: f64, 8 lanes in __m512d, tile of [1 2 3 4 5 6 7 8] rows and 3 vectors,
+kernel!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")] avx512_f64: f64, 8 lanes in __m512d, tile of [1 2 3 4 5 6 7 8 9 10 11 12 13 14] rows,
     _mm512_setzero_pd _mm512_set1_pd _mm512_loadu_pd _mm512_storeu_pd _mm512_fmadd_pd part near None);
 #[cfg(target_arch = "x86_64")]
-kernel!(#[target_feature(enable = "avx2,fma")] avx2_f32: f32, 8 lanes in __m256, tile of [1 2 3 4] rows and 3 vectors,
+kernel!(#[target_feature(enable = "avx2,fma")] avx2_f32: f32, 8 lanes in __m256, tile of [1 2 3 4 5 6] rows,
     _mm256_setzero_ps _mm256_set1_ps _mm256_loadu_ps _mm256_storeu_ps _mm256_fmadd_ps part near None);
 #[cfg(target_arch = "x86_64")]
-kernel!(#[target_feature(enable = "avx2,fma")] avx2_f64: f64, 4 lanes in __m256d, tile of [1 2 3 4] rows and 3 vectors,
+kernel!(#[target_feature(enable = "avx2,fma")] avx2_f64: f64, 4 lanes in __m256d, tile of [1 2 3 4 5 6] rows,
     _mm256_setzero_pd _mm256_set1_pd _mm256_loadu_pd _mm256_storeu_pd _mm256_fmadd_pd part near None);
-kernel!(plain_f32: f32, 4 lanes in [f32; 4], tile of [1 2 3 4] rows and 3 vectors, zero4 splat4 load4 store4 fma4 part far None);
-kernel!(plain_f64: f64, 4 lanes in [f64; 4], tile of [1 2 3 4] rows and 3 vectors, zero4 splat4 load4 store4 fma4 part far None);
+kernel!(plain_f32: f32, 4 lanes in [f32; 4], tile of [1 2 3 4] rows, zero4 splat4 load4 store4 fma4 part far None);
+kernel!(plain_f64: f64, 4 lanes in [f64; 4], tile of [1 2 3 4] rows, zero4 splat4 load4 store4 fma4 part far None);
 
 /// Asks for a number's line of memory, so that it is near when it is needed.
 #[cfg(target_arch = "x86_64")]
@@ -435,57 +430,42 @@ fn fma4<T: Real>(a: [T; 4], b: [T; 4], c: [T; 4]) -> [T; 4] {
 pub struct Work<'a, T> {
     rows: Range<usize>,
     columns: Range<usize>,
-    a: Left<'a, T>,
+    a: View<'a, T>,
     b: View<'a, T>,
     blocks: usize,
     depth: usize,
 }
 
-/// The left factor: where it lies, or packed in groups of a tile's rows with k slowest.
-#[derive(Clone, Copy)]
-enum Left<'a, T> {
-    InPlace(View<'a, T>),
-    Packed(&'a [T]),
-}
-
 /// Rows of a piece: so many that a block of the left factor stays in the second cache while the panels go by.
-const PIECE_ROWS: usize = 512;
-/// Into so many pieces a product is cut at least, if it is big enough.
-const PIECES: usize = 8;
+const PIECE_ROWS: usize = 448;
+/// Columns of a piece, roughly: so many that packing its rows is worth it.
+const PIECE_COLUMNS: usize = 512;
+/// Into so many pieces a product that is shared out is cut at least.
+const PIECES: usize = 4;
 
-/// Packs the left factor if its rows do not run along k, cuts the product into pieces by shape, and runs the kernel on each.
+/// Cuts the product into pieces by shape, and runs the kernel on each.
 fn drive<T: Product>(job: &Job<T>, a: View<T>, b: View<T>, share: bool, kernel: &Kernel<T>) {
     let (m, n, k) = (job.m, job.n, job.k);
     let blocks = k.div_ceil(DEPTH).max(1);
-    let depth = k.div_ceil(blocks).max(1);
-    let mut packed = (a.column != 1).then(|| Buffer::take(m.div_ceil(kernel.rows) * kernel.rows * k.max(1) * size_of::<T>()));
-    let left = match &mut packed {
-        None => Left::InPlace(a),
-        Some(buffer) => {
-            let packed = bytemuck::cast_slice_mut::<u8, T>(buffer.bytes_mut());
-            let fill = |(i, group): (usize, &mut [T])| {
-                // SAFETY: the processor has the instructions that the kernel was compiled for.
-                unsafe { (kernel.fill)(group, a, i * kernel.rows..((i + 1) * kernel.rows).min(m), 0..k, kernel.rows) }
-            };
-            let groups = kernel.rows * k.max(1);
-            if share {
-                packed.par_chunks_mut(groups).enumerate().for_each(fill);
-            } else {
-                packed.chunks_mut(groups).enumerate().for_each(fill);
-            }
-            Left::Packed(packed)
+    // Whole squares, for the transposition while packing.
+    let depth = k.div_ceil(blocks).next_multiple_of(SQUARE).max(1);
+    let blocks = k.div_ceil(depth).max(1);
+    // Every piece packs what it reads: it should be tall and wide, but there must be some of them.
+    let (mut down, mut across) = (1, 1);
+    if share {
+        (down, across) = (m.div_ceil(PIECE_ROWS), (n / PIECE_COLUMNS).max(1));
+        while down * across < PIECES {
+            if m / down >= n / across { down *= 2 } else { across *= 2 }
         }
-    };
+    }
     // Whole tiles, as evenly as they go.
     let (tall, wide) = (m.div_ceil(kernel.rows), n.div_ceil(kernel.width * kernel.vectors));
-    let down = if share { m.div_ceil(PIECE_ROWS) } else { 1 };
-    let across = if share { PIECES.div_ceil(down).min(wide) } else { 1 };
     let row = |piece: usize| (tall * piece / down * kernel.rows).min(m);
     let column = |piece: usize| (wide * piece / across * kernel.width * kernel.vectors).min(n);
     let one = |i: usize| {
         let (i, j) = (i / across, i % across);
-        let piece = Work { rows: row(i)..row(i + 1), columns: column(j)..column(j + 1), a: left, b, blocks, depth };
-        // SAFETY: the views hold what the job says (checked where it was made), the packed copy has just been made for its sizes, the pieces
+        let piece = Work { rows: row(i)..row(i + 1), columns: column(j)..column(j + 1), a, b, blocks, depth };
+        // SAFETY: the views hold what the job says (checked where it was made), the pieces
         // are disjoint, and the processor has the instructions that the kernel was compiled for.
         unsafe { (kernel.work)(job, piece) }
     };
@@ -503,10 +483,8 @@ fn pack<T: Real>(packed: &mut [T], from: View<T>, rows: Range<usize>, steps: Ran
         let lines = steps.map(|step| &from.data[step * from.column + rows.start..][..count]);
         // A copy of known length is a few instructions, one of unknown length a call.
         match (width == count, width) {
-            (true, 8) => copy_lines::<T, 8>(packed, lines),
             (true, 16) => copy_lines::<T, 16>(packed, lines),
             (true, 32) => copy_lines::<T, 32>(packed, lines),
-            (true, 48) => copy_lines::<T, 48>(packed, lines),
             _ => {
                 for (to, line) in packed.chunks_exact_mut(width).zip(lines) {
                     to[..count].copy_from_slice(line);
@@ -545,6 +523,64 @@ fn pack<T: Real>(packed: &mut [T], from: View<T>, rows: Range<usize>, steps: Ran
 fn copy_lines<'a, T: Real, const WIDTH: usize>(packed: &mut [T], lines: impl Iterator<Item = &'a [T]>) {
     for (to, line) in packed.as_chunks_mut::<WIDTH>().0.iter_mut().zip(lines) {
         *to = *<&[T; WIDTH]>::try_from(line).expect("a line of this length");
+    }
+}
+
+/// Rows of the left factor in groups of `most`, in each group step after step; zeros where the last group has no rows. `all` rows can be read.
+#[inline(always)]
+fn pack_left<T: Real>(
+    packed: &mut [T],
+    from: View<T>,
+    rows: Range<usize>,
+    all: usize,
+    steps: Range<usize>,
+    most: usize,
+    turn: Option<Turn<T>>,
+) {
+    const TOGETHER: usize = 8;
+    let depth = steps.len();
+    let groups = rows.len().div_ceil(most);
+    for first in (0..groups).step_by(TOGETHER) {
+        let last = (first + TOGETHER).min(groups);
+        if from.row == 1 {
+            // Some groups together, step by step: the lines of memory that they share are read once.
+            for step in 0..depth {
+                for group in first..last {
+                    let row = rows.start + group * most;
+                    let count = most.min(rows.end - row);
+                    let line = &mut packed[(group * depth + step) * most..][..most];
+                    let source = &from.data[(steps.start + step) * from.column + row..];
+                    if count == 14 && most == 14 {
+                        *line.first_chunk_mut::<14>().expect("a line of this length") = *source.first_chunk().expect("a row of this length");
+                    } else {
+                        line[..count].copy_from_slice(&source[..count]);
+                        line[count..].fill(T::ZERO);
+                    }
+                }
+            }
+            continue;
+        }
+        for group in first..last {
+            let row = rows.start + group * most;
+            let packed = &mut packed[group * depth * most..][..depth * most + SQUARE];
+            let mut done = 0;
+            if let (Some(turn), true) = (turn, from.column == 1 && row + SQUARE <= all && most <= SQUARE) {
+                // A square is wider than a group: each line's surplus is overwritten by the next, the last one's by the next group.
+                while done + SQUARE <= depth {
+                    let source = &from.data[row * from.row + steps.start + done..][..(SQUARE - 1) * from.row + SQUARE];
+                    let target = &mut packed[done * most..][..(SQUARE - 1) * most + SQUARE];
+                    // SAFETY: both hold SQUARE lines of SQUARE numbers at these distances, as the slices say.
+                    unsafe { turn(source.as_ptr(), from.row, target.as_mut_ptr(), most) };
+                    done += SQUARE;
+                }
+            }
+            for step in done..depth {
+                for i in 0..most {
+                    let value = if row + i < rows.end { from.data[(row + i) * from.row + (steps.start + step) * from.column] } else { T::ZERO };
+                    packed[step * most + i] = value;
+                }
+            }
+        }
     }
 }
 
