@@ -170,7 +170,7 @@ pub struct Kernel<T> {
 macro_rules! kernel {
     (
         $(#[$feature:meta])? $module:ident: $number:ty, $width:literal lanes in $register:ty, tile of [$($rows:literal)+] rows,
-        $zero:ident $splat:ident $load:ident $store:ident $fma:ident $part:ident $near:ident $turn:expr
+        $zero:ident $splat:ident $load:ident $store:ident $fma:ident $near:ident $turn:expr
     ) => {
         mod $module {
             use super::*;
@@ -190,12 +190,16 @@ macro_rules! kernel {
             unsafe fn work(job: &Job<Number>, w: Work<Number>) {
                 let mut panel = Buffer::take(w.depth * WIDTH * VECTORS * size_of::<Number>());
                 let panel = bytemuck::cast_slice_mut::<u8, Number>(panel.bytes_mut());
-                let mut left = Buffer::take((w.rows.len().next_multiple_of(MOST) * w.depth + SQUARE) * size_of::<Number>());
+                let in_place = w.a.column == 1 && w.columns.len() <= FEW_COLUMNS;
+                let rows = if in_place { 0 } else { w.rows.len().next_multiple_of(MOST) };
+                let mut left = Buffer::take((rows * w.depth + SQUARE) * size_of::<Number>());
                 let left = bytemuck::cast_slice_mut::<u8, Number>(left.bytes_mut());
                 for block in 0..w.blocks {
                     let first = block * w.depth;
                     let steps = w.depth.min(job.k - first);
-                    pack_left(left, w.a, w.rows.clone(), job.m, first..first + steps, MOST, $turn);
+                    if !in_place {
+                        pack_left(left, w.a, w.rows.clone(), job.m, first..first + steps, MOST, $turn);
+                    }
                     let (last, add) = (block + 1 == w.blocks, block > 0 || job.finish.add);
                     let mut column = w.columns.start;
                     while column < w.columns.end {
@@ -207,14 +211,19 @@ macro_rules! kernel {
                         let mut row = w.rows.start;
                         while row < w.rows.end {
                             let rows = (w.rows.end - row).min(MOST);
-                            let a = left[(row - w.rows.start) * steps..].as_ptr();
+                            let (a, a_row) = match in_place {
+                                true => (w.a.data[row * w.a.row + first..].as_ptr(), w.a.row),
+                                false => (left[(row - w.rows.start) * steps..].as_ptr(), 1),
+                            };
                             // SAFETY: rows and columns lie inside c; a and b hold `steps` steps of them.
                             unsafe {
                                 let c = job.start.add(row * job.stride + column);
-                                match (rows, vectors) {
+                                match (rows, vectors, in_place) {
                                     $(
-                                        ($rows, 1) => tile::<$rows, 1>(steps, a, panel, c, job.stride, columns, add),
-                                        ($rows, 2) => tile::<$rows, 2>(steps, a, panel, c, job.stride, columns, add),
+                                        ($rows, 1, true) => tile::<$rows, 1, true>(steps, a, a_row, panel, c, job.stride, columns, add),
+                                        ($rows, 1, false) => tile::<$rows, 1, false>(steps, a, a_row, panel, c, job.stride, columns, add),
+                                        ($rows, 2, true) => tile::<$rows, 2, true>(steps, a, a_row, panel, c, job.stride, columns, add),
+                                        ($rows, 2, false) => tile::<$rows, 2, false>(steps, a, a_row, panel, c, job.stride, columns, add),
                                     )+
                                     _ => unreachable!("a tile of {rows} rows and {vectors} vectors"),
                                 }
@@ -232,9 +241,10 @@ macro_rules! kernel {
             /// c[ROWS, columns] = or += sum over steps of a b, in registers.
             $(#[$feature])?
             #[allow(clippy::too_many_arguments)]
-            unsafe fn tile<const ROWS: usize, const WIDE: usize>(
+            unsafe fn tile<const ROWS: usize, const WIDE: usize, const IN_PLACE: bool>(
                 steps: usize,
                 mut a: *const Number,
+                a_row: usize,
                 mut b: *const Number,
                 c: *mut Number,
                 stride: usize,
@@ -268,7 +278,7 @@ macro_rules! kernel {
                         }
                         let mut i = 0;
                         while i < ROWS {
-                            let left = $splat(*a.add(i));
+                            let left = $splat(*a.add(if IN_PLACE { i * a_row } else { i }));
                             let mut v = 0;
                             while v < WIDE {
                                 sums[i][v] = $fma(left, right[v], sums[i][v]);
@@ -276,25 +286,56 @@ macro_rules! kernel {
                             }
                             i += 1;
                         }
-                        a = a.add(MOST);
+                        a = a.add(if IN_PLACE { 1 } else { MOST });
                         b = b.add(WIDE * WIDTH);
                         step += 1;
                     }
+                    // The whole tile first and apart: short loops of known length keep the sums in their registers.
                     let one = $splat(1.0);
+                    let whole = columns == WIDE * WIDTH;
                     let mut i = 0;
-                    while i < ROWS {
+                    while i < ROWS && whole && add {
                         let mut v = 0;
                         while v < WIDE {
-                            let (c, left) = (c.add(i * stride + v * WIDTH), columns.saturating_sub(v * WIDTH));
-                            if left >= WIDTH {
-                                let sum = if add { $fma($load(c), one, sums[i][v]) } else { sums[i][v] };
-                                $store(c, sum);
-                            } else if left > 0 {
-                                $part(c, sums[i][v], left, add);
-                            }
+                            let c = c.add(i * stride + v * WIDTH);
+                            $store(c, $fma($load(c), one, sums[i][v]));
                             v += 1;
                         }
                         i += 1;
+                    }
+                    while i < ROWS && whole {
+                        let mut v = 0;
+                        while v < WIDE {
+                            $store(c.add(i * stride + v * WIDTH), sums[i][v]);
+                            v += 1;
+                        }
+                        i += 1;
+                    }
+                    if !whole {
+                        let mut rows = [[[0.0; WIDTH]; WIDE]; ROWS];
+                        let mut i = 0;
+                        while i < ROWS {
+                            let mut v = 0;
+                            while v < WIDE {
+                                $store(rows[i][v].as_mut_ptr(), sums[i][v]);
+                                v += 1;
+                            }
+                            i += 1;
+                        }
+                        edge(rows.as_flattened().as_flattened(), WIDE * WIDTH, c, stride, columns, add);
+                    }
+                }
+            }
+
+            /// The first `columns` numbers of a tile's rows, where c has no more.
+            $(#[$feature])?
+            #[inline(never)]
+            unsafe fn edge(rows: &[Number], width: usize, c: *mut Number, stride: usize, columns: usize, add: bool) {
+                for (i, row) in rows.chunks_exact(width).enumerate() {
+                    // SAFETY: c has as many rows, of `columns` numbers.
+                    let c = unsafe { std::slice::from_raw_parts_mut(c.add(i * stride), columns) };
+                    for (c, &x) in c.iter_mut().zip(row) {
+                        *c = if add { *c + x } else { x };
                     }
                 }
             }
@@ -347,18 +388,18 @@ macro_rules! kernel {
 
 #[cfg(target_arch = "x86_64")]
 kernel!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")] avx512_f32: f32, 16 lanes in __m512, tile of [1 2 3 4 5 6 7 8 9 10 11 12 13 14] rows,
-    _mm512_setzero_ps _mm512_set1_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_fmadd_ps part_f32 near Some(turn_f32));
+    _mm512_setzero_ps _mm512_set1_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_fmadd_ps near Some(turn_f32));
 #[cfg(target_arch = "x86_64")]
 kernel!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")] avx512_f64: f64, 8 lanes in __m512d, tile of [1 2 3 4 5 6 7 8 9 10 11 12 13 14] rows,
-    _mm512_setzero_pd _mm512_set1_pd _mm512_loadu_pd _mm512_storeu_pd _mm512_fmadd_pd part near None);
+    _mm512_setzero_pd _mm512_set1_pd _mm512_loadu_pd _mm512_storeu_pd _mm512_fmadd_pd near None);
 #[cfg(target_arch = "x86_64")]
 kernel!(#[target_feature(enable = "avx2,fma")] avx2_f32: f32, 8 lanes in __m256, tile of [1 2 3 4 5 6] rows,
-    _mm256_setzero_ps _mm256_set1_ps _mm256_loadu_ps _mm256_storeu_ps _mm256_fmadd_ps part near None);
+    _mm256_setzero_ps _mm256_set1_ps _mm256_loadu_ps _mm256_storeu_ps _mm256_fmadd_ps near None);
 #[cfg(target_arch = "x86_64")]
 kernel!(#[target_feature(enable = "avx2,fma")] avx2_f64: f64, 4 lanes in __m256d, tile of [1 2 3 4 5 6] rows,
-    _mm256_setzero_pd _mm256_set1_pd _mm256_loadu_pd _mm256_storeu_pd _mm256_fmadd_pd part near None);
-kernel!(plain_f32: f32, 4 lanes in [f32; 4], tile of [1 2 3 4] rows, zero4 splat4 load4 store4 fma4 part far None);
-kernel!(plain_f64: f64, 4 lanes in [f64; 4], tile of [1 2 3 4] rows, zero4 splat4 load4 store4 fma4 part far None);
+    _mm256_setzero_pd _mm256_set1_pd _mm256_loadu_pd _mm256_storeu_pd _mm256_fmadd_pd near None);
+kernel!(plain_f32: f32, 4 lanes in [f32; 4], tile of [1 2 3 4] rows, zero4 splat4 load4 store4 fma4 far None);
+kernel!(plain_f64: f64, 4 lanes in [f64; 4], tile of [1 2 3 4] rows, zero4 splat4 load4 store4 fma4 far None);
 
 /// Asks for a number's line of memory, so that it is near when it is needed.
 #[cfg(target_arch = "x86_64")]
@@ -366,30 +407,6 @@ kernel!(plain_f64: f64, 4 lanes in [f64; 4], tile of [1 2 3 4] rows, zero4 splat
 fn near<T>(at: *const T) {
     // SAFETY: a prefetch reads nothing and cannot fail, whatever the address.
     unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast()) }
-}
-
-/// Stores or adds the first `left` numbers of a register.
-#[inline(always)]
-unsafe fn part<T: Real, V: Copy>(c: *mut T, sum: V, left: usize, add: bool) {
-    // SAFETY: the caller gives `left` writable numbers at c, and a register is its numbers one behind the other.
-    unsafe {
-        let sum = std::slice::from_raw_parts((&raw const sum).cast::<T>(), left);
-        for (j, &x) in sum.iter().enumerate() {
-            *c.add(j) = if add { *c.add(j) + x } else { x };
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn part_f32(c: *mut f32, sum: std::arch::x86_64::__m512, left: usize, add: bool) {
-    use std::arch::x86_64::*;
-    let mask = (1u32 << left).wrapping_sub(1) as __mmask16;
-    // SAFETY: only the first `left` numbers are touched, which the caller owns.
-    unsafe {
-        let before = if add { _mm512_maskz_loadu_ps(mask, c) } else { _mm512_setzero_ps() };
-        _mm512_mask_storeu_ps(c, mask, _mm512_add_ps(before, sum));
-    }
 }
 
 // Four numbers and plain arithmetic, for processors without AVX2.
@@ -442,6 +459,8 @@ const PIECE_ROWS: usize = 448;
 const PIECE_COLUMNS: usize = 512;
 /// Into so many pieces a product that is shared out is cut at least.
 const PIECES: usize = 4;
+/// For so many columns the left factor is read where it lies, if its rows run along k.
+const FEW_COLUMNS: usize = 256;
 
 /// Cuts the product into pieces by shape, and runs the kernel on each.
 fn drive<T: Product>(job: &Job<T>, a: View<T>, b: View<T>, share: bool, kernel: &Kernel<T>) {
@@ -551,7 +570,8 @@ fn pack_left<T: Real>(
                     let line = &mut packed[(group * depth + step) * most..][..most];
                     let source = &from.data[(steps.start + step) * from.column + row..];
                     if count == 14 && most == 14 {
-                        *line.first_chunk_mut::<14>().expect("a line of this length") = *source.first_chunk().expect("a row of this length");
+                        *line.first_chunk_mut::<14>().expect("a line of this length") =
+                            *source.first_chunk().expect("a row of this length");
                     } else {
                         line[..count].copy_from_slice(&source[..count]);
                         line[count..].fill(T::ZERO);
@@ -576,7 +596,8 @@ fn pack_left<T: Real>(
             }
             for step in done..depth {
                 for i in 0..most {
-                    let value = if row + i < rows.end { from.data[(row + i) * from.row + (steps.start + step) * from.column] } else { T::ZERO };
+                    let value =
+                        if row + i < rows.end { from.data[(row + i) * from.row + (steps.start + step) * from.column] } else { T::ZERO };
                     packed[step * most + i] = value;
                 }
             }
