@@ -4,7 +4,8 @@
 //!   dP = dy v^T,   dS = P (dP - rows(P dP)),   dq = scale dS k,   dk = scale dS^T q,   dv = P^T dy
 //!
 //! qkv [B, N, 3 C], a token's numbers lying as [q | k | v], each head-major: H heads of width D = C / H. y [B, N, C]. Each (image, head) is worked
-//! on alone; the N x N scores live in scratch memory and are recomputed in the backward. Saved: qkv, the log-sum-exp of each row [B, H, N].
+//! on alone; the N x N scores live in scratch memory and are recomputed in the backward. Saved: qkv, and of each row of S its largest
+//! number and one over the sum of its exponentials [B, H, N, 2], so that the backward finds the very same P.
 //!
 //! Two requests: only some keys (`keys`, [B, K] token numbers, distinct in a row) take part; the first query's row of P is handed out.
 
@@ -41,10 +42,10 @@ impl Var {
         let sizes = Sizes::of(&qkv, heads, request.keys.as_ref())?;
         let keys = request.keys.clone();
         let done = by_real!("attention", qkv.dtype(), forward(&qkv, keys.as_ref(), &sizes, request.class_rows))?;
-        let lse = done.lse;
+        let saved = done.saved;
         let var = Var::record("attention", [self], done.y, move |dy, need| {
             let mut dqkv = need.out(0)?;
-            by_real!("attention", qkv.dtype(), backward(&dy, &qkv, &lse, keys.as_ref(), &sizes, &mut dqkv))?;
+            by_real!("attention", qkv.dtype(), backward(&dy, &qkv, &saved, keys.as_ref(), &sizes, &mut dqkv))?;
             Ok([Some(dqkv)])
         })?;
         Ok((var, done.class_rows))
@@ -91,7 +92,7 @@ impl Sizes {
 
 struct Done {
     y: Tensor,
-    lse: Tensor,
+    saved: Tensor,
     class_rows: Option<Tensor>,
 }
 
@@ -125,20 +126,20 @@ impl<'a, T: Product + Element> Head<'a, T> {
 }
 
 vectorised! {
-    /// Rows of scores become rows of probabilities; lse gets the log-sum-exp of each scaled row.
-    fn softmax_rows<T: Real>(scores: &mut [T], columns: usize, scale: T, lse: &mut [T]) {
-        for (row, lse) in scores.chunks_exact_mut(columns).zip(lse) {
+    /// Rows of scores become rows of probabilities.
+    fn softmax_rows<T: Real>(scores: &mut [T], columns: usize, scale: T, saved: &mut [T]) {
+        for (row, saved) in scores.chunks_exact_mut(columns).zip(saved.chunks_exact_mut(2)) {
             let most = largest(row) * scale;
             row.iter_mut().for_each(|s| *s = s.mul_add(scale, -most).exp());
-            let sum = sum_of(row, |s| s);
-            let inverse = T::ONE / sum;
+            let inverse = T::ONE / sum_of(row, |s| s);
             row.iter_mut().for_each(|s| *s *= inverse);
-            *lse = most + sum.ln();
+            (saved[0], saved[1]) = (most, inverse);
         }
     }
-    fn probabilities<T: Real>(scores: &mut [T], columns: usize, scale: T, lse: &[T]) {
-        for (row, &lse) in scores.chunks_exact_mut(columns).zip(lse) {
-            row.iter_mut().for_each(|s| *s = s.mul_add(scale, -lse).exp());
+    fn probabilities<T: Real>(scores: &mut [T], columns: usize, scale: T, saved: &[T]) {
+        for (row, saved) in scores.chunks_exact_mut(columns).zip(saved.chunks_exact(2)) {
+            let (most, inverse) = (saved[0], saved[1]);
+            row.iter_mut().for_each(|s| *s = s.mul_add(scale, -most).exp() * inverse);
         }
     }
     /// dP becomes scale dS = scale P (dP - rows(P dP)).
@@ -157,7 +158,7 @@ fn ids_of(keys: Option<&Tensor>, image: usize, s: &Sizes) -> Option<Vec<u32>> {
 fn forward<T: Product + Element>(qkv: &Tensor, keys: Option<&Tensor>, s: &Sizes, class_rows: bool) -> Result<Done> {
     let scale = T::of(1.0 / (s.width as f64).sqrt());
     let mut y = Tensor::empty(&[s.batch, s.n, s.channels()], T::DTYPE)?;
-    let mut lse = Tensor::empty(&[s.batch, s.heads, s.n], T::DTYPE)?;
+    let mut saved = Tensor::empty(&[s.batch, s.heads, s.n, 2], T::DTYPE)?;
     let mut rows = if class_rows { Some(Tensor::empty(&[s.batch, s.heads, s.keys], T::DTYPE)?) } else { None };
     let data = qkv.data::<T>();
     let panels = Panel::split(y.data_mut::<T>(), s.n, s.channels(), s.width);
@@ -165,8 +166,8 @@ fn forward<T: Product + Element>(qkv: &Tensor, keys: Option<&Tensor>, s: &Sizes,
         Some(rows) => rows.data_mut::<T>().chunks_exact_mut(s.keys).map(Some).collect(),
         None => (0..panels.len()).map(|_| None).collect(),
     };
-    let pieces = panels.into_par_iter().zip(lse.data_mut::<T>().par_chunks_exact_mut(s.n)).zip(row_parts);
-    pieces.enumerate().try_for_each(|(i, ((mut y, lse), class_row))| {
+    let pieces = panels.into_par_iter().zip(saved.data_mut::<T>().par_chunks_exact_mut(2 * s.n)).zip(row_parts);
+    pieces.enumerate().try_for_each(|(i, ((mut y, saved), class_row))| {
         let (image, head) = (i / s.heads, i % s.heads);
         let qkv = &data[image * s.image()..][..s.image()];
         let both = ids_of(keys, image, s).map(|ids| gathered(qkv, &ids, s, head)).transpose()?;
@@ -174,26 +175,26 @@ fn forward<T: Product + Element>(qkv: &Tensor, keys: Option<&Tensor>, s: &Sizes,
         let mut scores = Tensor::empty(&[s.n, s.keys], T::DTYPE)?;
         let p = scores.data_mut::<T>();
         gemm::serial(&mut Panel::of(p, s.keys), s.width, h.q, h.k.transposed(), Finish::replace());
-        softmax_rows(p, s.keys, scale, lse);
+        softmax_rows(p, s.keys, scale, saved);
         gemm::serial(&mut y, s.keys, View::rows(p, s.keys), h.v, Finish::replace());
         if let Some(row) = class_row {
             row.copy_from_slice(&p[..s.keys]);
         }
         Ok(())
     })?;
-    Ok(Done { y, lse, class_rows: rows })
+    Ok(Done { y, saved, class_rows: rows })
 }
 
 fn backward<T: Product + Element>(
     dy: &Tensor,
     qkv: &Tensor,
-    lse: &Tensor,
+    saved: &Tensor,
     keys: Option<&Tensor>,
     s: &Sizes,
     dqkv: &mut Tensor,
 ) -> Result<()> {
     let scale = T::of(1.0 / (s.width as f64).sqrt());
-    let (dy, lse, data) = (dy.data::<T>(), lse.data::<T>(), qkv.data::<T>());
+    let (dy, saved, data) = (dy.data::<T>(), saved.data::<T>(), qkv.data::<T>());
     // Panels come image by image, in each the q parts of all heads, then the k parts, then the v parts.
     let mut panels: Vec<Option<Panel<T>>> =
         Panel::split(dqkv.data_mut::<T>(), s.n, 3 * s.channels(), s.width).into_iter().map(Some).collect();
@@ -213,7 +214,7 @@ fn backward<T: Product + Element>(
         let mut scratch = Tensor::empty(&[2, s.n, s.keys], T::DTYPE)?;
         let (p, ds) = scratch.data_mut::<T>().split_at_mut(s.n * s.keys);
         gemm::serial(&mut Panel::of(p, s.keys), s.width, h.q, h.k.transposed(), Finish::replace());
-        probabilities(p, s.keys, scale, &lse[i * s.n..][..s.n]);
+        probabilities(p, s.keys, scale, &saved[2 * i * s.n..][..2 * s.n]);
         gemm::serial(&mut Panel::of(ds, s.keys), s.width, dout, h.v.transposed(), Finish::replace());
         score_gradients(ds, p, s.keys, scale);
         gemm::serial(&mut dq, s.keys, View::rows(ds, s.keys), h.k, Finish::replace());
