@@ -6,6 +6,7 @@ use crate::formats;
 use crate::measure::{ops, parity, step};
 use crate::nn::presets;
 use crate::tensor::Dtype;
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -125,11 +126,21 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Help and version go to standard output with code 0, mistakes to standard error with code 2.
+/// Help and version go to standard output with code 0, mistakes to standard error in one line with code 2.
 fn clap_exit(error: &clap::Error) -> ExitCode {
-    // A closed pipe is no reason to fail.
-    let _ = error.print();
-    ExitCode::from(if error.use_stderr() { 2 } else { 0 })
+    if !error.use_stderr() {
+        // A closed pipe is no reason to fail.
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let text = match error.kind() {
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "a command is missing".to_string(),
+        _ => error.to_string(),
+    };
+    let lines = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"));
+    let line = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
+    eprintln!("masque: {}; --help lists what can be typed", line.trim_start_matches("error: "));
+    ExitCode::from(2)
 }
 
 fn run(cli: Cli) -> Result<ExitCode> {
@@ -139,9 +150,6 @@ fn run(cli: Cli) -> Result<ExitCode> {
     parallel::set_threads(cli.threads.unwrap_or(0))?;
     match cli.command {
         Command::Measure(Measure::Ops(args)) => {
-            if args.rounds == 0 {
-                return Err(Error::usage("--rounds 0: at least one run is needed"));
-            }
             ops::run(&args.only, args.rounds, |row| say(&if args.shared.json { row.json().to_string() } else { row.text() }))?;
         }
         Command::Measure(Measure::Step { step: args, shared }) => {

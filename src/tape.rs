@@ -33,8 +33,11 @@ struct Node {
     kind: Kind,
 }
 
+/// Takes the gradient of an op's result and answers for each input.
+type Backward = Box<dyn FnOnce(Tensor, &mut Need) -> Result<Vec<Option<Tensor>>>>;
+
 enum Kind {
-    Op(Box<dyn FnOnce(Tensor, &mut Need) -> Result<Vec<Option<Tensor>>>>),
+    Op(Backward),
     /// A parameter of the set with this number.
     Param {
         set: u64,

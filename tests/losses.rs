@@ -158,7 +158,8 @@ fn logits_of_ten_thousand_are_no_trouble() {
 fn losses_do_not_hide_a_nan() {
     let z = tensor(&[1, 3], &[1.0, f64::NAN, 0.0]);
     let flat = tensor(&[1, 3], &[0.2, 0.3, 0.5]);
-    let losses: [&dyn Fn(&Var) -> Result<Var>; 7] = [
+    type Criterion<'a> = &'a dyn Fn(&Var) -> Result<Var>;
+    let losses: [Criterion; 7] = [
         &|z| z.cross_entropy(&[0], 0.0),
         &|z| z.cross_entropy_soft(&flat),
         &|z| z.bce(&flat, true),

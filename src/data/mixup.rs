@@ -91,7 +91,7 @@ fn check_lam(lam: f64) -> Result<()> {
 }
 
 fn check_even(batch: usize) -> Result<()> {
-    ensure!(batch % 2 == 0, "mixup: a batch of {batch} cannot be paired with its reverse; use an even batch size");
+    ensure!(batch.is_multiple_of(2), "mixup: a batch of {batch} cannot be paired with its reverse; use an even batch size");
     Ok(())
 }
 
@@ -101,7 +101,7 @@ fn for_each_pair(images: &mut [f32], batch: usize, mut update: impl FnMut(&mut [
     if images.is_empty() {
         return Ok(());
     }
-    ensure!(batch > 0 && images.len() % batch == 0, "mixup: {} values are not {batch} images", images.len());
+    ensure!(batch > 0 && images.len().is_multiple_of(batch), "mixup: {} values are not {batch} images", images.len());
     let image = images.len() / batch;
     let (first, second) = images.split_at_mut(images.len() / 2);
     for (x, y) in first.chunks_exact_mut(image).zip(second.chunks_exact_mut(image).rev()) {

@@ -47,8 +47,14 @@ impl Row {
     }
 }
 
+/// No case is run more often than this.
+const MOST_RUNS: usize = 1_000_000;
+
 /// Measures the ops named in `only` (all if empty), each case `runs` times after two runs that do not count.
 pub fn run(only: &[String], runs: usize, mut row: impl FnMut(Row)) -> Result<()> {
+    if !(1..=MOST_RUNS).contains(&runs) {
+        return Err(Error::usage(format!("--rounds {runs} is not from 1 to {MOST_RUNS}")));
+    }
     if let Some(name) = only.iter().find(|name| !NAMES.contains(&name.as_str())) {
         return Err(Error::usage(format!("--only {name}: there is no such op; there are {}", NAMES.join(", "))));
     }

@@ -3,7 +3,8 @@
 use super::{Times, timed};
 use crate::device::{memory, parallel};
 use crate::ensure;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::masking;
 use crate::methods::mae::{Mae, MaeConfig};
 use crate::methods::{Batch, Method};
 use crate::nn::decoder::DecoderConfig;
@@ -32,7 +33,7 @@ pub struct StepArgs {
     #[arg(long, default_value_t = 16)]
     pub batch: usize,
     /// Part of the patches that is hidden
-    #[arg(long, default_value_t = 0.75)]
+    #[arg(long, default_value_t = 0.75, allow_negative_numbers = true)]
     pub mask_ratio: f64,
     /// Width of the decoder
     #[arg(long, default_value_t = 512)]
@@ -71,13 +72,61 @@ pub struct Report {
     requests: usize,
 }
 
+/// No more steps than this are counted.
+const MOST_STEPS: usize = 1_000_000;
+/// A step that needs more bytes than this, 2^40, is refused before anything is allocated.
+const MOST_BYTES: u128 = 1 << 40;
+
+/// What cannot be meant, as a sentence.
+fn check(args: &StepArgs, encoder: &VitConfig, decoder: &DecoderConfig) -> std::result::Result<(), String> {
+    let counted = |flag: &str, value: usize, least: usize| match (least..=MOST_STEPS).contains(&value) {
+        true => Ok(()),
+        false => Err(format!("{flag} {value} is not from {least} to {MOST_STEPS}")),
+    };
+    counted("--steps", args.steps, 1)?;
+    counted("--warmup", args.warmup, 0)?;
+    if args.batch == 0 {
+        return Err("--batch 0: at least one image is needed".into());
+    }
+    encoder.check().map_err(|error| error.chain())?;
+    let (width, heads) = (decoder.width, decoder.heads);
+    if width == 0 || heads == 0 || !width.is_multiple_of(4) || !width.is_multiple_of(heads) {
+        return Err(format!("--decoder-dim {width} has to be a multiple of 4 and of --decoder-heads {heads}"));
+    }
+    let bytes = least_bytes(args.batch, encoder, decoder);
+    if bytes > MOST_BYTES {
+        let giga = bytes / 1_000_000_000;
+        return Err(format!("a step needs at least {giga} GB of memory; make the batch, the images or the model smaller"));
+    }
+    let (patches, ratio) = (encoder.patches(), args.mask_ratio);
+    let kept = masking::len_keep(patches, ratio).map_err(|error| error.chain())?;
+    if kept == 0 || kept == patches {
+        return Err(format!("--mask-ratio {ratio} keeps {kept} of {patches} patches; at least one has to be kept and one hidden"));
+    }
+    Ok(())
+}
+
+/// Less than a step needs: four numbers a weight, and for each token of the decoder sixteen times its width in each block.
+fn least_bytes(batch: usize, encoder: &VitConfig, decoder: &DecoderConfig) -> u128 {
+    let product = |sizes: &[usize]| sizes.iter().fold(1u128, |product, &size| product.saturating_mul(size as u128));
+    let side = encoder.image[0];
+    let weights = [
+        product(&[12, encoder.width, encoder.width, encoder.depth]),
+        product(&[12, decoder.width, decoder.width, decoder.depth]),
+        product(&[encoder.patch, encoder.patch, 3, encoder.width.saturating_add(decoder.width)]),
+    ];
+    let activations =
+        [product(&[batch, 3, side, side]), product(&[16, batch, side / encoder.patch, side / encoder.patch, decoder.width, decoder.depth])];
+    let sum = |sizes: &[u128]| sizes.iter().fold(0u128, |sum, &size| sum.saturating_add(size));
+    sum(&weights).saturating_mul(16).saturating_add(sum(&activations).saturating_mul(4))
+}
+
 pub fn run(args: &StepArgs) -> Result<Report> {
-    ensure!(args.batch > 0 && args.steps > 0, "--batch {} and --steps {} must be at least 1", args.batch, args.steps);
-    ensure!((0.0..1.0).contains(&args.mask_ratio), "--mask-ratio {} is not in [0, 1)", args.mask_ratio);
     let preset = presets::mae(&args.model, args.image_size)?;
     let encoder = VitConfig { patch: args.patch_size.unwrap_or(preset.patch), ..preset };
     let patch = encoder.patch;
     let decoder = DecoderConfig { width: args.decoder_dim, depth: args.decoder_depth, heads: args.decoder_heads };
+    check(args, &encoder, &decoder).map_err(Error::usage)?;
     let rng = Rng::new(args.seed);
     let config = MaeConfig { encoder, decoder, mask_ratio: args.mask_ratio, norm_pix: args.norm_pix };
     let mut mae = Mae::new(config, Dtype::F32, &rng)?;

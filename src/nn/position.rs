@@ -17,7 +17,7 @@ const A: f64 = -0.75;
 
 /// The sine-cosine table [extra + h*w, dim] of a grid `[h, w]`.
 pub fn sincos(grid: [usize; 2], dim: usize, extra: usize) -> Result<Vec<f32>> {
-    ensure!(dim > 0 && dim % 4 == 0, "position: width {dim} is not a positive multiple of 4");
+    ensure!(dim > 0 && dim.is_multiple_of(4), "position: width {dim} is not a positive multiple of 4");
     let values = table_len(grid, dim, extra)?;
     let q = dim / 4;
     let omega: Vec<f64> = (0..q).map(|k| 1.0 / 10000f64.powf(k as f64 / q as f64)).collect();

@@ -12,11 +12,14 @@ pub struct Input {
     pub values: Vec<f64>,
 }
 
+/// What a case computes from its inputs.
+pub type Run = Box<dyn Fn(&[Var]) -> Result<Var> + Send + Sync>;
+
 pub struct Case {
     /// The op's name, then what is particular: `layernorm: one row, C = 37`.
     pub name: String,
     pub inputs: Vec<Input>,
-    pub run: Box<dyn Fn(&[Var]) -> Result<Var> + Send + Sync>,
+    pub run: Run,
     /// Whether f32 can be compared with f64 at the usual tolerance; false where the case is ill-conditioned on purpose.
     pub conditioned: bool,
 }

@@ -1,0 +1,21 @@
+//! Time of a training step: `cargo bench --bench step`. The same as `masque measure step --batch 4 --steps 3 --warmup 1`.
+
+use clap::Parser;
+use masque::measure::step::{self, StepArgs};
+
+#[derive(Parser)]
+struct Defaults {
+    #[command(flatten)]
+    step: StepArgs,
+}
+
+fn main() {
+    let args = StepArgs { batch: 4, steps: 3, warmup: 1, ..Defaults::parse_from(["step"]).step };
+    match step::run(&args) {
+        Ok(report) => println!("{}", report.text()),
+        Err(error) => {
+            eprintln!("{}", error.chain());
+            std::process::exit(1);
+        }
+    }
+}
