@@ -195,11 +195,6 @@ impl Tensor {
         Arc::strong_count(&self.buffer) == 1
     }
 
-    /// Whether two tensors are handles on the same numbers.
-    pub fn same_memory(&self, other: &Tensor) -> bool {
-        Arc::ptr_eq(&self.buffer, &other.buffer)
-    }
-
     /// This tensor if nobody else holds its numbers, otherwise a copy.
     pub fn into_unique(self) -> Result<Self> {
         if self.is_unique() { Ok(self) } else { self.copy() }

@@ -1,13 +1,13 @@
 //! Matrix product on the CPU: c = a b or c += a b on strided views, with what follows it done while a tile of c is still in the first cache.
 //!
-//! One kernel, written once over a vector type, computes a tile of MR rows and NV vectors of columns in registers: per step of k it loads
-//! NV vectors of b, and broadcasts MR numbers of a. Both factors are packed just before they are used: a in groups of a tile's rows, which stay in
+//! One kernel, written once over a vector type, computes a tile of some rows and two vectors of columns in registers: per step of k it loads
+//! two vectors of b and broadcasts a number of a for each row. Both factors are packed just before they are used: a in groups of a tile's rows, which stay in
 //! the second cache while the panels of b, as wide as a tile, go by. k is cut into blocks to that end.
 //!
 //! Each element's sum is taken block by block, in each block from front to back: an order that k alone decides. So the result does not depend
 //! on the number of threads, nor on which rows or columns are computed together.
 //!
-//! Against the `gemm` crate and PyTorch's MKL: `tests/reference/bench_torch.py --what ops`.
+//! Against PyTorch's MKL: `tests/reference/bench_torch.py --what ops`.
 
 use super::memory::Buffer;
 use super::parallel::Panel;
@@ -38,19 +38,17 @@ impl<'a, T> View<'a, T> {
     }
 }
 
-/// What happens to c: replaced or added to, and then, on request and in this order, h = ab + bias; h *= times; h += plus; or y = gelu(h)
-/// with c keeping the derivative. `times`, `plus` and `gelu` have the shape of c, without gaps.
+/// What happens to c: replaced or added to; then, on request, a bias is added to each row; then, on request, y = gelu(c) is written and c keeps
+/// the derivative. y has the shape of c, without gaps.
 pub struct Finish<'a, T> {
     pub add: bool,
     pub bias: Option<&'a [T]>,
-    pub times: Option<&'a [T]>,
-    pub plus: Option<&'a [T]>,
     pub gelu: Option<&'a mut [T]>,
 }
 
 impl<T> Finish<'_, T> {
     pub fn replace() -> Self {
-        Self { add: false, bias: None, times: None, plus: None, gelu: None }
+        Self { add: false, bias: None, gelu: None }
     }
 
     pub fn add() -> Self {
@@ -80,8 +78,7 @@ const WORTH_SHARING: usize = 1 << 18;
 fn product<T: Product>(c: &mut Panel<T>, k: usize, a: View<T>, b: View<T>, finish: Finish<T>, share: bool) {
     let (m, n) = (c.rows(), c.width());
     assert!(a.holds(m, k) && b.holds(k, n), "a product of {m} x {k} and {k} x {n} reaches beyond its slices");
-    let like_c = [finish.times.map(<[T]>::len), finish.plus.map(<[T]>::len), finish.gelu.as_ref().map(|y| y.len())];
-    assert!(like_c.iter().flatten().all(|&len| len == m * n), "what follows a product has the shape of its result");
+    assert!(finish.gelu.as_ref().is_none_or(|y| y.len() == m * n), "what follows a product has the shape of its result");
     assert!(finish.bias.is_none_or(|bias| bias.len() == n), "a bias has as many numbers as the result has columns");
     if m == 0 || n == 0 {
         return;
@@ -106,19 +103,14 @@ pub struct Job<T> {
 struct Raw<T> {
     add: bool,
     bias: *const T,
-    times: *const T,
-    plus: *const T,
     gelu: *mut T,
 }
 
 impl<T> Raw<T> {
     fn of(finish: Finish<T>) -> Self {
-        let address = |slice: Option<&[T]>| slice.map_or(std::ptr::null(), <[T]>::as_ptr);
         Self {
             add: finish.add,
-            bias: address(finish.bias),
-            times: address(finish.times),
-            plus: address(finish.plus),
+            bias: finish.bias.map_or(std::ptr::null(), <[T]>::as_ptr),
             gelu: finish.gelu.map_or(std::ptr::null_mut(), <[T]>::as_mut_ptr),
         }
     }
@@ -340,15 +332,15 @@ macro_rules! kernel {
                 }
             }
 
-            /// Bias, factor, addend or GELU on a tile that has just been completed.
+            /// Bias and GELU on a tile that has just been completed.
             $(#[$feature])?
             unsafe fn finish_tile(job: &Job<Number>, row: usize, rows: usize, column: usize, columns: usize) {
                 let f = &job.finish;
-                if f.bias.is_null() && f.times.is_null() && f.plus.is_null() && f.gelu.is_null() {
+                if f.bias.is_null() && f.gelu.is_null() {
                     return;
                 }
                 for i in row..row + rows {
-                    // SAFETY: the tile lies inside c, and the other operands have c's shape.
+                    // SAFETY: the tile lies inside c, the bias has a number a column, and y has c's shape.
                     unsafe {
                         let at = i * job.n + column;
                         let c = std::slice::from_raw_parts_mut(job.start.add(i * job.stride + column), columns);
@@ -356,18 +348,6 @@ macro_rules! kernel {
                             let bias = std::slice::from_raw_parts(f.bias.add(column), columns);
                             for j in 0..columns {
                                 c[j] += bias[j];
-                            }
-                        }
-                        if !f.times.is_null() {
-                            let times = std::slice::from_raw_parts(f.times.add(at), columns);
-                            for j in 0..columns {
-                                c[j] *= times[j];
-                            }
-                        }
-                        if !f.plus.is_null() {
-                            let plus = std::slice::from_raw_parts(f.plus.add(at), columns);
-                            for j in 0..columns {
-                                c[j] += plus[j];
                             }
                         }
                         if !f.gelu.is_null() {
@@ -696,8 +676,7 @@ mod tests {
             c
         };
         assert_eq!(run(Finish::replace()), [1.0, 0.0]);
-        let all = Finish { bias: Some(&[1.0, 2.0]), times: Some(&[3.0, 4.0]), plus: Some(&[0.5, 0.25]), ..Finish::replace() };
-        assert_eq!(run(all), [6.5, 8.25]);
+        assert_eq!(run(Finish { bias: Some(&[1.0, 2.0]), ..Finish::add() }), [11.0, 11.0]);
         let mut y = [0.0; 2];
         let slope = run(Finish { gelu: Some(&mut y), ..Finish::replace() });
         let (probability, density) = 1.0f64.normal();
