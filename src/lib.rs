@@ -37,3 +37,8 @@ pub mod rng;
 pub mod tape;
 pub mod targets;
 pub mod tensor;
+
+/// Compiles and runs the example in the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
