@@ -11,7 +11,7 @@ struct Defaults {
 
 fn main() {
     let args = StepArgs { batch: 4, steps: 3, warmup: 1, ..Defaults::parse_from(["step"]).step };
-    match step::run(&args) {
+    match masque::device::parallel::with_threads(0, || step::run(&args)).and_then(|report| report) {
         Ok(report) => println!("{}", report.text()),
         Err(error) => {
             eprintln!("{}", error.chain());

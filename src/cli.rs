@@ -147,8 +147,11 @@ fn run(cli: Cli) -> Result<ExitCode> {
     if cli.threads == Some(0) {
         return Err(Error::usage("--threads 0: at least one thread is needed; leave the flag out to use every core"));
     }
-    parallel::set_threads(cli.threads.unwrap_or(0))?;
-    match cli.command {
+    parallel::with_threads(cli.threads.unwrap_or(0), || execute(cli.command))?
+}
+
+fn execute(command: Command) -> Result<ExitCode> {
+    match command {
         Command::Measure(Measure::Ops(args)) => {
             ops::run(&args.only, args.rounds, |row| say(&if args.shared.json { row.json().to_string() } else { row.text() }))?;
         }

@@ -3,13 +3,20 @@
 use crate::error::{Context, Error, Result};
 use rayon::prelude::*;
 
-/// Fixes the number of threads for the whole process; 0 leaves the choice to the machine. Call it before any work.
-pub fn set_threads(threads: usize) -> Result<()> {
+/// Runs the program's work `f` on one of so many threads; 0 leaves the number to the machine. Call it once, before any work.
+///
+/// The caller of a parallel loop is then itself one of the threads that work on it: nobody has to be woken before the loop begins.
+pub fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> Result<R> {
     if threads > 1024 {
         return Err(Error::usage(format!("--threads {threads} is more than 1024; leave it out to use every core")));
     }
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting the threads")
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK);
+    pool.build_global().context("starting the threads")?;
+    Ok(rayon::scope(|_| f()))
 }
+
+/// As much stack as a program's first thread has.
+const STACK: usize = 8 << 20;
 
 pub fn threads() -> usize {
     rayon::current_num_threads()
