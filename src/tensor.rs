@@ -3,9 +3,10 @@
 //! A tensor is a shared handle: a clone costs nothing, [`Tensor::data_mut`] needs to be the only one.
 
 use crate::device::memory::{Buffer, Slab};
-use crate::device::{Device, parallel, simd::Real};
+use crate::device::simd::{Real, add};
+use crate::device::{Device, parallel};
 use crate::error::Result;
-use crate::{bail, ensure, vectorised};
+use crate::{bail, ensure};
 use bytemuck::Pod;
 use half::bf16;
 use std::fmt;
@@ -298,11 +299,6 @@ fn convert<A: Element, B: Element>(from: &[A], to: &mut [B], f: impl Fn(A) -> B 
 }
 
 fn add_into<T: Real + Element>(sum: &mut [T], other: &[T]) {
-    vectorised! {
-        fn add<T: Real>(sum: &mut [T], other: &[T]) {
-            sum.iter_mut().zip(other).for_each(|(sum, &x)| *sum += x);
-        }
-    }
     parallel::rows(sum, 1, |first, sum| add(sum, &other[first..first + sum.len()]));
 }
 

@@ -329,6 +329,17 @@ pub fn fold<T: Real>(mut lanes: [T; LANES], join: impl Fn(T, T) -> T) -> T {
     lanes[0]
 }
 
+crate::vectorised! {
+    /// sum += x, element by element.
+    pub fn add<T: Real>(sum: &mut [T], x: &[T]) {
+        sum.iter_mut().zip(x).for_each(|(sum, &x)| *sum += x);
+    }
+    /// x *= factors, element by element.
+    pub fn multiply<T: Real>(x: &mut [T], factors: &[T]) {
+        x.iter_mut().zip(factors).for_each(|(x, &factor)| *x *= factor);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

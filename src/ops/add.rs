@@ -6,7 +6,8 @@
 //! x [B, T, C]; table [1, R, C] or [R, C], its first e rows belonging to other tokens; ids [B, T], distinct in a row.
 
 use super::case::Case;
-use crate::device::{parallel, simd::Real};
+use crate::device::parallel;
+use crate::device::simd::{Real, add};
 use crate::error::Result;
 use crate::tape::Var;
 use crate::tensor::{Dtype, Element, Tensor};
@@ -43,9 +44,6 @@ impl Var {
 }
 
 vectorised! {
-    fn add_into<T: Real>(sum: &mut [T], x: &[T]) {
-        sum.iter_mut().zip(x).for_each(|(sum, &x)| *sum += x);
-    }
     fn add_to<T: Real>(a: &[T], b: &[T], y: &mut [T]) {
         y.iter_mut().zip(a).zip(b).for_each(|((y, &a), &b)| *y = a + b);
     }
@@ -82,7 +80,7 @@ fn table_gradient<T: Real + Element>(dy: &Tensor, skip: usize, ids: Option<&Tens
     let (dtable, ids) = (dtable.data_mut::<T>(), ids.map(|ids| ids.data::<u32>()));
     dtable.fill(T::ZERO);
     for (i, dy) in dy.data::<T>().chunks_exact(c.max(1)).enumerate() {
-        add_into(&mut dtable[row_of(i, tokens, skip, ids) * c..][..c], dy);
+        add(&mut dtable[row_of(i, tokens, skip, ids) * c..][..c], dy);
     }
     Ok(())
 }

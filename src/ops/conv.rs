@@ -12,7 +12,7 @@ use super::case::Case;
 use super::linear::column_sums;
 use crate::device::gemm::{self, Finish, Product, View};
 use crate::device::parallel::Panel;
-use crate::device::simd::{LANES, Real, lane_sum};
+use crate::device::simd::{LANES, Real, lane_sum, multiply};
 use crate::error::Result;
 use crate::tape::Var;
 use crate::tensor::{Element, Tensor};
@@ -255,9 +255,6 @@ impl Plane {
 vectorised! {
     fn plane_sum<T: Real>(x: &[T]) -> T {
         lane_sum(x.len(), |i| x[i])
-    }
-    fn multiply<T: Real>(x: &mut [T], mask: &[T]) {
-        x.iter_mut().zip(mask).for_each(|(x, &m)| *x *= m);
     }
     /// y = the padded plane seen through the taps, plus the bias.
     fn filter_plane<T: Real>(padded: &[T], taps: &[T], bias: T, p: Plane, y: &mut [T]) {

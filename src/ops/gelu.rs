@@ -6,7 +6,8 @@
 //! Phi is the standard normal distribution, phi its density. Saved for backward: the derivative Phi(x) + x phi(x), which comes with the value.
 
 use super::case::Case;
-use crate::device::{parallel, simd::Real};
+use crate::device::parallel;
+use crate::device::simd::{Real, multiply};
 use crate::error::Result;
 use crate::tape::Var;
 use crate::tensor::{Element, Tensor};
@@ -30,9 +31,6 @@ vectorised! {
             *y = x * probability;
             *slope = x.mul_add(density, probability);
         }
-    }
-    fn multiply<T: Real>(dy: &mut [T], slope: &[T]) {
-        dy.iter_mut().zip(slope).for_each(|(dy, &slope)| *dy *= slope);
     }
 }
 

@@ -8,7 +8,7 @@
 
 use super::case::Case;
 use crate::device::parallel;
-use crate::device::simd::{LANES, Real, fold, sum_of};
+use crate::device::simd::{LANES, Real, add, fold, sum_of};
 use crate::error::Result;
 use crate::tape::{Need, Var};
 use crate::tensor::{Element, Tensor};
@@ -89,10 +89,6 @@ vectorised! {
                 *dy = rstd * (*dy * w - average - (x - mean) * rstd * projection);
             }
         }
-    }
-
-    fn add<T: Real>(sum: &mut [T], x: &[T]) {
-        sum.iter_mut().zip(x).for_each(|(sum, &x)| *sum += x);
     }
 }
 

@@ -7,11 +7,12 @@
 
 use super::case::Case;
 use super::gather::check_ids;
-use crate::device::{parallel, simd::Real};
+use crate::device::parallel;
+use crate::device::simd::{Real, add};
 use crate::error::Result;
 use crate::tape::{Need, Var};
 use crate::tensor::{Element, Tensor};
-use crate::{by_real, ensure, vectorised};
+use crate::{by_real, ensure};
 use rayon::prelude::*;
 
 impl Var {
@@ -34,12 +35,6 @@ impl Var {
         Var::record("unshuffle", [self, mask_token], y, move |dy, need| {
             by_real!("unshuffle", dtype, backward(&dy, &restore, tokens, extra, need))
         })
-    }
-}
-
-vectorised! {
-    fn add<T: Real>(sum: &mut [T], x: &[T]) {
-        sum.iter_mut().zip(x).for_each(|(sum, &x)| *sum += x);
     }
 }
 

@@ -7,7 +7,7 @@
 //! x [B, N, C]; each t [1, 1, C], the same for all images, or [B, 1, C], one an image: then dt_i = dy[b, i].
 
 use super::case::Case;
-use crate::device::simd::Real;
+use crate::device::simd::{Real, add};
 use crate::error::Result;
 use crate::tape::Var;
 use crate::tensor::{Element, Tensor};
@@ -74,9 +74,6 @@ impl Var {
 }
 
 vectorised! {
-    fn add<T: Real>(sum: &mut [T], x: &[T]) {
-        sum.iter_mut().zip(x).for_each(|(sum, &x)| *sum += x);
-    }
     fn times<T: Real>(x: &[T], factor: T, y: &mut [T]) {
         y.iter_mut().zip(x).for_each(|(y, &x)| *y = x * factor);
     }
