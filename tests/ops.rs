@@ -65,6 +65,7 @@ fn f32_agrees_with_f64() {
             let (got, want) = (got.to_f64(), want.to_f64());
             let scale = want.iter().fold(1e-3f64, |most, x| most.max(x.abs()));
             let error = got.iter().zip(&want).fold(0.0f64, |most, (a, b)| most.max((a - b).abs()));
+            assert!(got.iter().all(|x| x.is_finite()), "{}: tensor {i} has a number that is none", case.name);
             assert!(error <= 1e-5 * scale, "{}: tensor {i}: {error} at a scale of {scale}", case.name);
         }
     }

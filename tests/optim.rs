@@ -83,6 +83,7 @@ fn length(numbers: impl Iterator<Item = f64>) -> f64 {
 /// max |a - b| / max |b|
 fn relative(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
+    assert!(a.iter().all(|x| x.is_finite()));
     let largest = b.iter().fold(0.0f64, |m, x| m.max(x.abs()));
     let worst = a.iter().zip(b).fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
     if largest < 1e-12 { worst } else { worst / largest }

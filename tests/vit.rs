@@ -47,6 +47,7 @@ fn close(file: &TensorFile, name: &str, got: &Tensor, limit: f64) {
     let want = tensor(file, name);
     assert_eq!(got.shape(), want.shape(), "{name}");
     let (got, want) = (got.to_f64(), want.to_f64());
+    assert!(got.iter().all(|x| x.is_finite()), "{name} has a number that is none");
     let scale = want.iter().fold(0f64, |most, x| most.max(x.abs()));
     let error = got.iter().zip(&want).fold(0f64, |most, (a, b)| most.max((a - b).abs()));
     assert!(error <= limit * scale, "{name}: off by {} of its scale, more than {limit}", error / scale);
@@ -90,6 +91,7 @@ fn student_matches(name: &str) {
 
         let attention = tensor(&file, "out/attn"); // [B, H, T, T]
         let first_rows: Vec<f64> = attention.data::<f64>().chunks_exact(17).step_by(17).flatten().copied().collect();
+        assert!(rows.to_f64().iter().all(|x| x.is_finite()));
         let scale = first_rows.iter().fold(0f64, |most, x| most.max(*x));
         let error = rows.to_f64().iter().zip(&first_rows).fold(0f64, |most, (a, b)| most.max((a - b).abs()));
         assert!(error <= limit * scale, "class rows: off by {}", error / scale);

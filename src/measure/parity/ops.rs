@@ -82,8 +82,12 @@ fn attention(case: &Case, i: usize, _: &Fields, dtype: Dtype, record: &mut Recor
 
     let tape = Tape::new();
     let qkv = tape.leaf(Tensor::from_slice(&[b, n, 3 * width], &qkv)?.cast(dtype)?);
-    let scores = qkv.detach().take_heads(0, 3, h)?.bmm_nt(&qkv.detach().take_heads(1, 3, h)?)?;
-    record.tensor(format!("out/{i}/probs"), scores.scale((d as f64).powf(-0.5))?.softmax()?.value());
+    // The attention itself keeps no probabilities: the file has room for them, so the operations they are made of may write them out.
+    let probs = format!("out/{i}/probs");
+    if case.file.contains(&probs) {
+        let scores = qkv.detach().take_heads(0, 3, h)?.bmm_nt(&qkv.detach().take_heads(1, 3, h)?)?;
+        record.tensor(probs, scores.scale((d as f64).powf(-0.5))?.softmax()?.value());
+    }
     let y = qkv.attention(h)?;
     let unpacked = |numbers: &[f64], row: usize, first: usize| (0..b * h * n * d).map(|at| numbers[packed(at, row) + first]).collect();
     record.numbers(format!("out/{i}/y"), &[b, h, n, d], unpacked(&y.value().to_f64(), width, 0));

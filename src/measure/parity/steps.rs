@@ -175,6 +175,10 @@ fn optimizer(optim: &Fields, subject: &mut impl Subject, rates: &[f64], record: 
 
 /// The optimiser of this name with its numbers.
 pub fn make(kind: &str, numbers: &Fields, groups: Vec<Group>) -> Result<Box<dyn Optimizer>> {
+    for variant in ["amsgrad", "nesterov", "maximize", "dampening"] {
+        let off = numbers.get(variant).is_none_or(|value| value == false || value.as_f64() == Some(0.0));
+        ensure!(off, "the optimiser's {variant} is not supported yet");
+    }
     Ok(match kind {
         "adamw" => {
             let betas = if numbers.has("betas") { numbers.numbers("betas")? } else { vec![0.9, 0.999] };
