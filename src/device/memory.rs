@@ -86,6 +86,14 @@ pub fn taken_from_system() -> (usize, usize) {
     (POOL.taken.load(Ordering::Relaxed), POOL.requests.load(Ordering::Relaxed))
 }
 
+/// Bytes of memory that the machine has; 2^40 where the system does not say.
+pub fn of_the_machine() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kilobytes = total.and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kilobytes.map_or(1 << 40, |kilobytes| kilobytes * 1024)
+}
+
 fn class_of(bytes: usize) -> usize {
     let units = bytes.div_ceil(ALIGN).max(1);
     let power = usize::BITS as usize - 1 - units.leading_zeros() as usize;

@@ -74,8 +74,6 @@ pub struct Report {
 
 /// No more steps than this are counted.
 const MOST_STEPS: usize = 1_000_000;
-/// A step that needs more bytes than this, 2^40, is refused before anything is allocated.
-const MOST_BYTES: u128 = 1 << 40;
 
 /// What cannot be meant, as a sentence.
 fn check(args: &StepArgs, encoder: &VitConfig, decoder: &DecoderConfig) -> std::result::Result<(), String> {
@@ -94,9 +92,14 @@ fn check(args: &StepArgs, encoder: &VitConfig, decoder: &DecoderConfig) -> std::
         return Err(format!("--decoder-dim {width} has to be a multiple of 4 and of --decoder-heads {heads}"));
     }
     let bytes = least_bytes(args.batch, encoder, decoder);
-    if bytes > MOST_BYTES {
-        let giga = bytes / 1_000_000_000;
-        return Err(format!("a step needs at least {giga} GB of memory; make the batch, the images or the model smaller"));
+    let there = u128::from(memory::of_the_machine());
+    if bytes > there {
+        let giga = |bytes: u128| bytes / 1_000_000_000;
+        return Err(format!(
+            "a step needs at least {} GB of memory but the machine has {}; make the batch, the images or the model smaller",
+            giga(bytes),
+            giga(there)
+        ));
     }
     let (patches, ratio) = (encoder.patches(), args.mask_ratio);
     let kept = masking::len_keep(patches, ratio).map_err(|error| error.chain())?;
