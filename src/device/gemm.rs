@@ -668,6 +668,34 @@ mod tests {
     }
 
     #[test]
+    fn every_kernel_that_this_processor_can_run_is_right() {
+        let mut kernels = vec![("plain", &plain_f64::KERNEL)];
+        #[cfg(target_arch = "x86_64")]
+        if level() >= Level::Avx2 {
+            kernels.push(("AVX2", &avx2_f64::KERNEL));
+        }
+        let draw = |name: &str, n: usize| Rng::new(5).normal(name, n).into_iter().map(f64::from).collect::<Vec<_>>();
+        for (m, n, k) in [(1, 1, 1), (7, 9, 5), (13, 17, 400), (31, 300, 33)] {
+            let (a, b, bias) = (draw("a", m * k), draw("b", k * n), draw("bias", n));
+            for (name, kernel) in &kernels {
+                for transposed in [false, true] {
+                    let mut c = vec![0.0; m * n];
+                    let a_view = if transposed { View::rows(&a, m).transposed() } else { View::rows(&a, k) };
+                    let finish = Raw::of(Finish { bias: Some(&bias), ..Finish::replace() });
+                    let job = Job { m, n, k, start: c.as_mut_ptr(), stride: n, finish };
+                    drive(&job, a_view, View::rows(&b, n), true, kernel);
+                    for (at, c) in c.iter().enumerate() {
+                        let (i, j) = (at / n, at % n);
+                        let left = |p: usize| a[if transposed { p * m + i } else { i * k + p }];
+                        let exact = bias[j] + (0..k).map(|p| left(p) * b[p * n + j]).sum::<f64>();
+                        assert!((c - exact).abs() < 1e-11, "{name} {m} {n} {k} {transposed}: ({i}, {j}) is {c}, not {exact}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn what_follows_a_product_is_done_in_its_order() {
         let (a, b): (Vec<f64>, Vec<f64>) = (vec![1.0, 2.0], vec![0.5, -1.0, 0.25, 0.5]);
         let run = |finish: Finish<f64>| {
