@@ -22,7 +22,7 @@ pub enum Init {
     Constant(f32),
     /// Uniform in [-a, a).
     Uniform(f32),
-    /// Normal with this deviation, redrawn outside +-2 absolute: at the deviations in use, a plain normal.
+    /// Normal with this deviation, cut at +-2 absolute: at the deviations in use, a plain normal.
     Normal(f32),
     Table(Vec<f32>),
 }

@@ -3,8 +3,8 @@
 //! A tensor is a shared handle: a clone costs nothing, [`Tensor::data_mut`] needs to be the only one.
 
 use crate::device::memory::{Buffer, Slab};
+use crate::device::parallel;
 use crate::device::simd::{Real, add};
-use crate::device::{Device, parallel};
 use crate::error::Result;
 use crate::{bail, ensure};
 use bytemuck::Pod;
@@ -153,10 +153,6 @@ impl Tensor {
 
     pub fn dtype(&self) -> Dtype {
         self.dtype
-    }
-
-    pub fn device(&self) -> Device {
-        Device::Cpu
     }
 
     pub fn numel(&self) -> usize {

@@ -53,11 +53,6 @@ pub fn rows2<T: Send, U: Send>(
     pieces.enumerate().for_each(|(i, (y, z))| f(i * piece, y, z));
 }
 
-/// Runs `f(i)` for 0..n on any thread.
-pub fn each(n: usize, f: impl Fn(usize) + Sync + Send) {
-    (0..n).into_par_iter().for_each(f);
-}
-
 /// Some columns of a row-major matrix, exclusively borrowed while others may hold the other columns.
 pub struct Panel<'a, T> {
     start: *mut T,
