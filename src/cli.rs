@@ -1,6 +1,6 @@
 //! Floor 8: what was typed, turned into objects. Below this file nobody sees a string flag.
 
-use crate::device::{Device, parallel};
+use crate::device::{Named, parallel};
 use crate::error::{Error, Result};
 use crate::formats;
 use crate::measure::{ops, parity, step};
@@ -54,8 +54,8 @@ struct Shared {
     #[arg(long)]
     json: bool,
     /// Where to compute
-    #[arg(long, default_value = "cpu")]
-    device: Device,
+    #[arg(long, default_value = "cpu", value_name = "cpu|emulated|gpu")]
+    device: Named,
 }
 
 #[derive(Args)]
@@ -76,8 +76,8 @@ struct ParityArgs {
     #[arg(required = true, value_name = "PATH")]
     paths: Vec<PathBuf>,
     /// Where to compute
-    #[arg(long, default_value = "cpu")]
-    device: Device,
+    #[arg(long, default_value = "cpu", value_name = "cpu|emulated|gpu")]
+    device: Named,
     /// f32, or f64 to tell a mistake from rounding
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
@@ -178,7 +178,7 @@ fn say(line: &str) {
 fn check(args: ParityArgs) -> Result<ExitCode> {
     let options = parity::Options {
         paths: args.paths,
-        device: args.device,
+        device: args.device.open()?,
         precision: match args.precision {
             Precision::F32 => Dtype::F32,
             Precision::F64 => Dtype::F64,

@@ -2,13 +2,16 @@
 //!
 //! All values of a model lie one behind the other in one buffer, in the order in which they were registered, and so do the gradients of
 //! those that are trained. An optimiser, a clip or an exchange between machines sees ranges of flat buffers and never a layer.
+//!
+//! In bf16 a GPU holds a third buffer, the working copy that products read; values, gradients and moments stay f32. Whoever changes values brings it up to
+//! date: the optimiser in the same pass, everything else by [`Params::refresh`].
 
 use crate::ensure;
 use crate::error::{Context, Error, Result};
 use crate::formats::FileTensor;
 use crate::rng::Rng;
 use crate::tape::{Tape, Var};
-use crate::tensor::{Dtype, Element, Shape, Tensor};
+use crate::tensor::{Device, Dtype, Element, Flat, Shape, Tensor};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -69,8 +72,11 @@ struct Entry {
 pub struct Params {
     set: u64,
     dtype: Dtype,
+    device: Device,
     entries: Vec<Entry>,
     values: Vec<Tensor>,
+    /// The values in bf16; empty unless that is the precision.
+    working: Vec<Tensor>,
     by_name: HashMap<String, ParamId>,
     gradients_allocated: bool,
 }
@@ -108,12 +114,14 @@ impl ParamsBuilder {
     /// Lays all parameters out and draws their starting values, each from the generator's stream of its name.
     pub fn build(self, dtype: Dtype, rng: &Rng) -> Result<Params> {
         static SETS: AtomicU64 = AtomicU64::new(0);
-        let values = Tensor::slab(self.entries.iter().map(|(_, shape, _, _)| &shape[..]), dtype)?;
+        let values = Tensor::slab(&Device::Cpu, self.entries.iter().map(|(_, shape, _, _)| &shape[..]), dtype)?;
         let mut params = Params {
             set: SETS.fetch_add(1, Ordering::Relaxed),
             dtype,
+            device: Device::Cpu,
             entries: Vec::new(),
             values,
+            working: Vec::new(),
             by_name: HashMap::new(),
             gradients_allocated: false,
         };
@@ -132,8 +140,43 @@ impl Params {
         self.set
     }
 
+    /// Of values and gradients.
     pub fn dtype(&self) -> Dtype {
         self.dtype
+    }
+
+    /// Of activations, and of what products read.
+    pub fn precision(&self) -> Dtype {
+        if self.working.is_empty() { self.dtype } else { Dtype::Bf16 }
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Puts all values on a device, to be computed with in this precision. Gradients are forgotten.
+    pub fn move_to(&mut self, device: &Device, precision: Dtype) -> Result<()> {
+        let fits = precision == self.dtype || (precision == Dtype::Bf16 && self.dtype == Dtype::F32 && device.gpu().is_some());
+        ensure!(fits, "device {device} does not compute in {precision} with parameters in {}; use f32, or bf16 on a GPU", self.dtype);
+        ensure!(device.gpu().is_none() || self.dtype == Dtype::F32, "device {device} computes in f32 or bf16, not {}", self.dtype);
+        let shapes = || self.values.iter().map(Tensor::shape);
+        let mut values = Tensor::slab(device, shapes(), self.dtype)?;
+        let working = if precision == Dtype::Bf16 { Tensor::slab(device, shapes(), precision)? } else { Vec::new() };
+        for (to, from) in values.iter_mut().zip(&self.values) {
+            to.upload(&from.on(&Device::Cpu)?)?;
+        }
+        (self.device, self.values, self.working) = (device.clone(), values, working);
+        self.forget_gradients();
+        self.refresh()
+    }
+
+    /// Brings the working copy up to date after values were changed.
+    pub fn refresh(&mut self) -> Result<()> {
+        for (working, value) in self.working.iter_mut().zip(&self.values) {
+            ensure!(working.is_unique(), "the working copy is still in use by a recorded forward pass");
+            working.round_from(value)?;
+        }
+        Ok(())
     }
 
     pub fn len(&self) -> usize {
@@ -186,14 +229,24 @@ impl Params {
         if self.role(id) == Role::Trained { tape.param(value, self.set, id) } else { Var::constant(value) }
     }
 
+    /// The same as products take it: the working copy where there is one.
+    pub fn working(&self, tape: &Tape, id: ParamId) -> Var {
+        let Some(value) = self.working.get(id.0) else { return self.var(tape, id) };
+        if self.role(id) == Role::Trained { tape.param(value.clone(), self.set, id) } else { Var::constant(value.clone()) }
+    }
+
     /// Stops training every parameter whose name does not satisfy `trained`. All gradients are forgotten: their buffer holds what is trained.
     pub fn train_only(&mut self, trained: impl Fn(&str) -> bool) {
         for entry in &mut self.entries {
             if entry.role == Role::Trained && !trained(&entry.name) {
                 entry.role = Role::Frozen;
             }
-            (entry.gradient, entry.has_gradient) = (None, false);
         }
+        self.forget_gradients();
+    }
+
+    fn forget_gradients(&mut self) {
+        self.entries.iter_mut().for_each(|entry| (entry.gradient, entry.has_gradient) = (None, false));
         self.gradients_allocated = false;
     }
 
@@ -201,10 +254,15 @@ impl Params {
     pub fn set_value(&mut self, id: ParamId, value: &Tensor) -> Result<()> {
         let own = &self.values[id.0];
         ensure!(value.shape() == own.shape(), "{} is {:?}, the model wants {:?}", self.name(id), value.shape(), own.shape());
-        let value = value.cast(self.dtype)?;
-        match self.dtype {
-            Dtype::F64 => self.value_mut(id)?.data_mut::<f64>().copy_from_slice(value.data()),
-            _ => self.value_mut(id)?.data_mut::<f32>().copy_from_slice(value.data()),
+        let value = value.cast(self.dtype)?.on(&Device::Cpu)?;
+        self.value_mut(id)?.upload(&value)?;
+        self.refresh_one(id)
+    }
+
+    fn refresh_one(&mut self, id: ParamId) -> Result<()> {
+        if let Some(working) = self.working.get_mut(id.0) {
+            ensure!(working.is_unique(), "the working copy is still in use by a recorded forward pass");
+            working.round_from(&self.values[id.0])?;
         }
         Ok(())
     }
@@ -271,9 +329,34 @@ impl Params {
         self.allocate_gradients()?;
         let absent = self.entries.iter_mut().filter(|entry| !entry.has_gradient);
         for gradient in absent.filter_map(|entry| entry.gradient.as_mut()).filter(|gradient| gradient.is_unique()) {
-            gradient.fill(T::zeroed());
+            gradient.clear()?;
         }
         let whole = Tensor::with_flat(self.entries.iter_mut().filter_map(|entry| entry.gradient.as_mut()), f);
+        whole.ok_or_else(|| Error::new("a gradient is still held elsewhere, or nothing is trained"))
+    }
+
+    /// All values on a GPU, of every role, in the order of registration.
+    pub fn flat_values(&mut self) -> Result<Flat> {
+        let whole = Tensor::flat(&mut self.values);
+        whole.ok_or_else(|| Error::new("the values are still in use by a recorded forward pass"))
+    }
+
+    /// Their working copy, laid out like them but for the size of a number; None where there is none.
+    pub fn flat_working(&mut self) -> Result<Option<Flat>> {
+        if self.working.is_empty() {
+            return Ok(None);
+        }
+        let whole = Tensor::flat(&mut self.working);
+        whole.map(Some).ok_or_else(|| Error::new("the working copy is still in use by a recorded forward pass"))
+    }
+
+    /// The gradients on a GPU of everything that is trained, in the order of registration, zeros where backward gave none.
+    pub fn flat_gradients(&mut self) -> Result<Flat> {
+        self.allocate_gradients()?;
+        for entry in self.entries.iter_mut().filter(|entry| !entry.has_gradient) {
+            entry.gradient.as_mut().filter(|gradient| gradient.is_unique()).map_or(Ok(()), Tensor::clear)?;
+        }
+        let whole = Tensor::flat(self.entries.iter_mut().filter_map(|entry| entry.gradient.as_mut()));
         whole.ok_or_else(|| Error::new("a gradient is still held elsewhere, or nothing is trained"))
     }
 
@@ -289,7 +372,7 @@ impl Params {
         }
         let ids: Vec<ParamId> = self.trained().collect();
         let shapes = ids.iter().map(|&id| self.values[id.0].shape());
-        let gradients = Tensor::slab(shapes, self.dtype)?;
+        let gradients = Tensor::slab(&self.device, shapes, self.dtype)?;
         for (id, gradient) in ids.into_iter().zip(gradients) {
             self.entries[id.0].gradient = Some(gradient);
         }

@@ -9,7 +9,7 @@
 use crate::ensure;
 use crate::error::{Context, Error, Result};
 use crate::param::{ParamId, Params};
-use crate::tensor::{Dtype, Shape, Tensor};
+use crate::tensor::{Device, Dtype, Shape, Tensor};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -29,6 +29,7 @@ struct Node {
     name: &'static str,
     inputs: Vec<Option<usize>>,
     shape: Shape,
+    /// Of its gradient.
     dtype: Dtype,
     kind: Kind,
 }
@@ -56,6 +57,7 @@ pub struct Var {
 
 /// What a backward is asked for: gradients of some of its inputs.
 pub struct Need {
+    device: Device,
     wanted: Vec<bool>,
     lent: Vec<Option<Tensor>>,
     shapes: Vec<Option<(Shape, Dtype)>>,
@@ -73,7 +75,7 @@ impl Need {
             return Ok(lent);
         }
         let (shape, dtype) = self.shapes[i].expect("out is asked only for a wanted input");
-        Tensor::empty(&shape, dtype)
+        Tensor::empty_on(&self.device, &shape, dtype)
     }
 
     /// The gradient of input i as `f` makes it, or None if it is not wanted.
@@ -112,6 +114,16 @@ impl Tape {
         self.push("leaf", Vec::new(), value, Kind::Leaf)
     }
 
+    /// A leaf whose gradient is f32 also where it is bf16, as a parameter's is.
+    pub fn weight(&self, value: Tensor) -> Var {
+        let gradient = if value.dtype() == Dtype::Bf16 { Dtype::F32 } else { value.dtype() };
+        let leaf = self.leaf(value);
+        if let (Some(recording), Some((_, place))) = (&self.0, &leaf.place) {
+            recording.borrow_mut().nodes[*place].dtype = gradient;
+        }
+        leaf
+    }
+
     pub(crate) fn param(&self, value: Tensor, set: u64, id: ParamId) -> Var {
         let Some(recording) = &self.0 else { return Var::constant(value) };
         if let Some(&place) = recording.borrow().parameters.get(&(set, id)) {
@@ -126,7 +138,12 @@ impl Tape {
         let Some(recording) = &self.0 else { return Var::constant(value) };
         let nodes = &mut recording.borrow_mut().nodes;
         let shape = Shape::new(value.shape()).expect("a tensor's shape is a shape");
-        nodes.push(Node { name, inputs, shape, dtype: value.dtype(), kind });
+        // The gradient of a parameter is f32 also where its working copy is bf16.
+        let dtype = match (&kind, value.dtype()) {
+            (Kind::Param { .. }, Dtype::Bf16) => Dtype::F32,
+            (_, dtype) => dtype,
+        };
+        nodes.push(Node { name, inputs, shape, dtype, kind });
         Var { value, place: Some((self.clone(), nodes.len() - 1)) }
     }
 
@@ -137,10 +154,7 @@ impl Tape {
     /// Gradients of `loss`, one number, with respect to everything on this tape. Those of `params` are added to what their gradient buffers hold.
     pub fn backward(&self, loss: &Var, params: &mut [&mut Params]) -> Result<Gradients> {
         ensure!(loss.value.numel() == 1, "backward: the loss is {:?}, not one number", loss.value.shape());
-        let mut one = Tensor::scalar(1.0, loss.value.dtype())?;
-        if !loss.value.shape().is_empty() {
-            one = one.reshape(loss.value.shape())?;
-        }
+        let one = Tensor::full_on(&loss.value.device(), loss.value.shape(), loss.value.dtype(), 1.0)?;
         self.backward_from(loss, one, params)
     }
 
@@ -155,6 +169,7 @@ impl Tape {
             output.value.shape()
         );
         let last = place.expect("checked above");
+        let device = gradient.device();
         let recording = self.0.as_ref().map(|recording| recording.take()).expect("a tape with a place on it is on");
         let nodes = recording.nodes;
         let facts: Vec<(Shape, Dtype)> = nodes.iter().map(|node| (node.shape, node.dtype)).collect();
@@ -174,7 +189,7 @@ impl Tape {
                 Kind::Leaf => leaves.push((place, gradient)),
                 Kind::Param { set, id } => owner(params, set)?.accept(id, gradient)?,
                 Kind::Op(backward) => {
-                    let mut need = need(&node.inputs, &facts, &owners, &gradients, params)?;
+                    let mut need = need(&device, &node.inputs, &facts, &owners, &gradients, params)?;
                     let answers = backward(gradient, &mut need).with_context(|| format!("the backward of {}", node.name))?;
                     give_back(need, &node.inputs, &owners, params)?;
                     for (i, (input, answer)) in node.inputs.iter().zip(answers).enumerate() {
@@ -213,6 +228,7 @@ fn owner<'a>(params: &'a mut [&mut Params], set: u64) -> Result<&'a mut Params> 
 
 /// Lends each wanted parameter's own gradient range, where nothing has been written to it and this is its first gradient on this walk.
 fn need(
+    device: &Device,
     inputs: &[Option<usize>],
     facts: &[(Shape, Dtype)],
     owners: &[Option<(u64, ParamId)>],
@@ -228,7 +244,7 @@ fn need(
         });
     }
     let shapes = inputs.iter().map(|input| input.map(|place| facts[place])).collect();
-    Ok(Need { wanted: inputs.iter().map(Option::is_some).collect(), lent, shapes })
+    Ok(Need { device: device.clone(), wanted: inputs.iter().map(Option::is_some).collect(), lent, shapes })
 }
 
 /// Ranges that were lent and not used go back.

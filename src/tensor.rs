@@ -1,49 +1,21 @@
 //! Floor 2: numbers with a shape. Contiguous, row-major, no strides; no gradients here.
 //!
-//! A tensor is a shared handle: a clone costs nothing, [`Tensor::data_mut`] needs to be the only one.
+//! A tensor is a shared handle: a clone costs nothing, [`Tensor::data_mut`] needs to be the only one. It lives on one device; [`Tensor::on`] makes its
+//! twin on another. Only on the CPU are its numbers there to be read: what is wanted of a GPU's is brought over first.
 
+use crate::device::gpu::{Block, Gpu};
+use crate::device::launch::{Args, Launch, Operand, typed};
 use crate::device::memory::{Buffer, Slab};
 use crate::device::parallel;
 use crate::device::simd::{Real, add};
+pub use crate::device::{Device, Dtype};
 use crate::error::Result;
+use crate::rng::Rng;
 use crate::{bail, ensure};
 use bytemuck::Pod;
 use half::bf16;
 use std::fmt;
 use std::sync::Arc;
-
-/// What the elements are. f64 exists to check the others with: every op's CPU code is written once for f32 and f64.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Dtype {
-    F32,
-    F64,
-    Bf16,
-    U32,
-    U8,
-}
-
-impl Dtype {
-    pub fn size(self) -> usize {
-        match self {
-            Dtype::F64 => 8,
-            Dtype::F32 | Dtype::U32 => 4,
-            Dtype::Bf16 => 2,
-            Dtype::U8 => 1,
-        }
-    }
-}
-
-impl fmt::Display for Dtype {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Dtype::F32 => "f32",
-            Dtype::F64 => "f64",
-            Dtype::Bf16 => "bf16",
-            Dtype::U32 => "u32",
-            Dtype::U8 => "u8",
-        })
-    }
-}
 
 /// A type that tensors can hold.
 pub trait Element: Pod + Send + Sync {
@@ -92,23 +64,111 @@ impl fmt::Debug for Shape {
 }
 
 #[derive(Clone)]
+enum Storage {
+    Cpu(Arc<Buffer>),
+    Gpu(Arc<Block>),
+}
+
+#[derive(Clone)]
 pub struct Tensor {
-    buffer: Arc<Buffer>,
+    storage: Storage,
     shape: Shape,
     dtype: Dtype,
+}
+
+/// Numbers that lie one behind the other on a GPU, zeros in the gaps between tensors: a whole slab.
+pub struct Flat {
+    address: u64,
+    /// How many numbers.
+    pub len: usize,
+}
+
+impl Operand for Flat {
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn address_mut(&mut self) -> u64 {
+        self.address
+    }
+}
+
+impl Operand for Tensor {
+    fn address(&self) -> u64 {
+        match &self.storage {
+            Storage::Gpu(block) => block.address(),
+            Storage::Cpu(_) => panic!("a kernel is given {self:?}, which is not on its device"),
+        }
+    }
+
+    fn address_mut(&mut self) -> u64 {
+        assert!(self.is_unique(), "a tensor is written only by its one owner");
+        self.address()
+    }
 }
 
 impl Tensor {
     /// Memory from the pool with arbitrary content: for results that are about to be written.
     pub fn empty(shape: &[usize], dtype: Dtype) -> Result<Self> {
+        Self::empty_on(&Device::Cpu, shape, dtype)
+    }
+
+    pub fn empty_on(device: &Device, shape: &[usize], dtype: Dtype) -> Result<Self> {
         let shape = Shape::new(shape)?;
-        Ok(Self { buffer: Arc::new(Buffer::take(shape.numel() * dtype.size())), shape, dtype })
+        let bytes = shape.numel() * dtype.size();
+        let storage = match device {
+            Device::Cpu => Storage::Cpu(Arc::new(Buffer::take(bytes))),
+            Device::Gpu(gpu) => Storage::Gpu(Arc::new(gpu.take(bytes)?)),
+        };
+        Ok(Self { storage, shape, dtype })
+    }
+
+    /// The same on this tensor's device.
+    pub fn alike(&self, shape: &[usize], dtype: Dtype) -> Result<Self> {
+        match &self.storage {
+            Storage::Cpu(_) => Self::empty(shape, dtype),
+            Storage::Gpu(block) => Self::empty_on(&Device::Gpu(block.gpu().clone()), shape, dtype),
+        }
     }
 
     pub fn zeros(shape: &[usize], dtype: Dtype) -> Result<Self> {
-        let mut tensor = Self::empty(shape, dtype)?;
-        tensor.buffer_mut().fill(0);
+        Self::zeros_on(&Device::Cpu, shape, dtype)
+    }
+
+    pub fn zeros_on(device: &Device, shape: &[usize], dtype: Dtype) -> Result<Self> {
+        let mut tensor = Self::empty_on(device, shape, dtype)?;
+        tensor.clear()?;
         Ok(tensor)
+    }
+
+    /// The same number everywhere.
+    pub fn full_on(device: &Device, shape: &[usize], dtype: Dtype, value: f64) -> Result<Self> {
+        let mut tensor = Self::empty_on(device, shape, dtype)?;
+        let n = tensor.numel();
+        match (device.gpu(), dtype) {
+            (None, Dtype::F32) => tensor.fill(value as f32),
+            (None, Dtype::F64) => tensor.fill(value),
+            (None, Dtype::Bf16) => tensor.fill(bf16::from_f64(value)),
+            (Some(gpu), Dtype::F32) => {
+                let args = Args::new().out(&mut tensor).bits((value as f32).to_bits()).long(n);
+                gpu.launch("fill_32", Launch::elements(n, 8), args)?;
+            }
+            (Some(gpu), Dtype::Bf16) => {
+                let args = Args::new().out(&mut tensor).bits(bf16::from_f64(value).to_bits() as u32).long(n);
+                gpu.launch("fill_16", Launch::elements(n, 8), args)?;
+            }
+            (_, other) => bail!("fill: {device} cannot fill {other}"),
+        }
+        Ok(tensor)
+    }
+
+    /// Numbers uniform in [0, 1) by their name, f32; recorded work draws them afresh at each replay.
+    pub fn drawn(device: &Device, rng: &Rng, name: &str, shape: &[usize]) -> Result<Self> {
+        let size = Shape::new(shape)?;
+        match device {
+            Device::Cpu => Self::from_slice(shape, &rng.uniform(name, size.numel())?),
+            Device::Gpu(gpu) => Ok(Self { storage: Storage::Gpu(gpu.drawn(rng, name, size.numel())?), shape: size, dtype: Dtype::F32 }),
+        }
     }
 
     pub fn from_slice<T: Element>(shape: &[usize], data: &[T]) -> Result<Self> {
@@ -127,24 +187,95 @@ impl Tensor {
         }
     }
 
-    /// Zeroed tensors of one dtype that lie one behind the other in one allocation; see [`Tensor::with_flat`].
-    pub fn slab<'a>(shapes: impl IntoIterator<Item = &'a [usize]>, dtype: Dtype) -> Result<Vec<Self>> {
+    /// Zeroed tensors of one dtype that lie one behind the other in one allocation; see [`Tensor::with_flat`] and [`Tensor::flat`].
+    pub fn slab<'a>(device: &Device, shapes: impl IntoIterator<Item = &'a [usize]>, dtype: Dtype) -> Result<Vec<Self>> {
         let shapes = shapes.into_iter().map(Shape::new).collect::<Result<Vec<_>>>()?;
         let lengths: Vec<usize> = shapes.iter().map(|shape| shape.numel() * dtype.size()).collect();
-        let ranges = Slab::cut(&lengths);
-        Ok(ranges.into_iter().zip(shapes).map(|(range, shape)| Self { buffer: Arc::new(range), shape, dtype }).collect())
+        let ranges: Vec<Storage> = match device {
+            Device::Cpu => Slab::cut(&lengths).into_iter().map(|range| Storage::Cpu(Arc::new(range))).collect(),
+            Device::Gpu(gpu) => gpu.slab(&lengths)?.into_iter().map(|range| Storage::Gpu(Arc::new(range))).collect(),
+        };
+        Ok(ranges.into_iter().zip(shapes).map(|(storage, shape)| Self { storage, shape, dtype }).collect())
     }
 
-    /// Gives `f` all tensors of one slab as one slice, zeros in the gaps; None if one is missing, out of order or shared.
+    /// Gives `f` all tensors of one slab of the CPU as one slice, zeros in the gaps; None if one is missing, out of order or shared.
     pub fn with_flat<'a, T: Element, R>(tensors: impl IntoIterator<Item = &'a mut Tensor>, f: impl FnOnce(&mut [T]) -> R) -> Option<R> {
         let mut ranges: Vec<&mut Arc<Buffer>> = Vec::new();
         for tensor in tensors {
-            if tensor.dtype != T::DTYPE {
-                return None;
+            match &mut tensor.storage {
+                Storage::Cpu(buffer) if tensor.dtype == T::DTYPE => ranges.push(buffer),
+                _ => return None,
             }
-            ranges.push(&mut tensor.buffer);
         }
         Slab::whole_mut(&mut ranges).map(|bytes| f(bytemuck::cast_slice_mut(bytes)))
+    }
+
+    /// All tensors of one slab of a GPU, for a kernel; None if one is missing, out of order or shared.
+    pub fn flat<'a>(tensors: impl IntoIterator<Item = &'a mut Tensor>) -> Option<Flat> {
+        let mut ranges: Vec<&mut Arc<Block>> = Vec::new();
+        let mut size = 1;
+        for tensor in tensors {
+            size = tensor.dtype.size();
+            match &mut tensor.storage {
+                Storage::Gpu(block) => ranges.push(block),
+                Storage::Cpu(_) => return None,
+            }
+        }
+        Gpu::whole(ranges).map(|(address, bytes)| Flat { address, len: bytes / size })
+    }
+
+    pub fn device(&self) -> Device {
+        match &self.storage {
+            Storage::Cpu(_) => Device::Cpu,
+            Storage::Gpu(block) => Device::Gpu(block.gpu().clone()),
+        }
+    }
+
+    /// The GPU that it is on, if it is on one: what an op looks at to choose its code.
+    pub fn gpu(&self) -> Option<&Gpu> {
+        match &self.storage {
+            Storage::Cpu(_) => None,
+            Storage::Gpu(block) => Some(block.gpu()),
+        }
+    }
+
+    /// The same numbers on this device; free if that is where they are.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        if self.gpu() == device.gpu() {
+            return Ok(self.clone());
+        }
+        if let Storage::Gpu(block) = &self.storage {
+            let mut here = Self::empty(&self.shape, self.dtype)?;
+            block.gpu().download(block, here.buffer_mut())?;
+            return here.on(device);
+        }
+        let mut there = Self::empty_on(device, &self.shape, self.dtype)?;
+        there.upload(self)?;
+        Ok(there)
+    }
+
+    /// Writes the numbers of a tensor of the CPU into the memory of this one, which must be the only handle on it where it is on the CPU itself.
+    pub fn upload(&mut self, from: &Tensor) -> Result<()> {
+        ensure!(self.shape == from.shape && self.dtype == from.dtype, "upload: {self:?} from {from:?}");
+        let bytes = from.bytes();
+        match &self.storage {
+            Storage::Cpu(_) => self.buffer_mut().copy_from_slice(bytes),
+            Storage::Gpu(block) => block.gpu().upload(block, 0, bytes)?,
+        }
+        Ok(())
+    }
+
+    /// Zeros everywhere.
+    pub fn clear(&mut self) -> Result<()> {
+        match &mut self.storage {
+            Storage::Cpu(_) => self.buffer_mut().fill(0),
+            Storage::Gpu(block) => {
+                let block = Arc::get_mut(block).expect("a tensor is written only by its one owner");
+                let gpu = block.gpu().clone();
+                gpu.set(block, 0)?;
+            }
+        }
+        Ok(())
     }
 
     pub fn shape(&self) -> &[usize] {
@@ -169,10 +300,10 @@ impl Tensor {
         self.shape.split_last().map_or(1, |(_, before)| before.iter().product())
     }
 
-    /// The elements. Asking for another type than the tensor's is a mistake of ours: ops check dtypes at their entry.
+    /// The elements. Asking for another type than the tensor's, or for those of a GPU, is a mistake of ours: ops check at their entry.
     pub fn data<T: Element>(&self) -> &[T] {
         assert!(self.dtype == T::DTYPE, "a tensor of {} read as {}", self.dtype, T::DTYPE);
-        bytemuck::cast_slice(&self.buffer.bytes()[..self.numel() * self.dtype.size()])
+        bytemuck::cast_slice(self.bytes())
     }
 
     /// The elements, to be written; the tensor must be the only handle on them.
@@ -181,15 +312,30 @@ impl Tensor {
         bytemuck::cast_slice_mut(self.buffer_mut())
     }
 
+    fn bytes(&self) -> &[u8] {
+        match &self.storage {
+            Storage::Cpu(buffer) => &buffer.bytes()[..self.numel() * self.dtype.size()],
+            Storage::Gpu(_) => panic!("the numbers of {self:?} are read where they are not"),
+        }
+    }
+
     fn buffer_mut(&mut self) -> &mut [u8] {
         let bytes = self.numel() * self.dtype.size();
-        let buffer = Arc::get_mut(&mut self.buffer).expect("a tensor is written only by its one owner");
-        &mut buffer.bytes_mut()[..bytes]
+        match &mut self.storage {
+            Storage::Cpu(buffer) => {
+                let buffer = Arc::get_mut(buffer).expect("a tensor is written only by its one owner");
+                &mut buffer.bytes_mut()[..bytes]
+            }
+            Storage::Gpu(_) => panic!("the numbers of a tensor of a GPU are written where they are not"),
+        }
     }
 
     /// Whether this is the only handle on the numbers, so that they may be overwritten.
     pub fn is_unique(&self) -> bool {
-        Arc::strong_count(&self.buffer) == 1
+        match &self.storage {
+            Storage::Cpu(buffer) => Arc::strong_count(buffer) == 1,
+            Storage::Gpu(block) => Arc::strong_count(block) == 1,
+        }
     }
 
     /// This tensor if nobody else holds its numbers, otherwise a copy.
@@ -199,17 +345,29 @@ impl Tensor {
 
     /// New memory with the same numbers.
     pub fn copy(&self) -> Result<Self> {
-        let mut copy = Self::empty(&self.shape, self.dtype)?;
-        let bytes = self.numel() * self.dtype.size();
-        copy.buffer_mut().copy_from_slice(&self.buffer.bytes()[..bytes]);
+        let mut copy = self.alike(&self.shape, self.dtype)?;
+        copy.take_from(self)?;
         Ok(copy)
+    }
+
+    /// Takes over the numbers of a tensor of the same device, shape and dtype.
+    fn take_from(&mut self, other: &Tensor) -> Result<()> {
+        let bytes = other.numel() * other.dtype.size();
+        match (&mut self.storage, &other.storage) {
+            (Storage::Gpu(to), Storage::Gpu(from)) => {
+                let to = Arc::get_mut(to).expect("a tensor is written only by its one owner");
+                from.gpu().copy(to, from, bytes)?;
+            }
+            _ => self.buffer_mut().copy_from_slice(other.bytes()),
+        }
+        Ok(())
     }
 
     /// The same numbers under another shape; free.
     pub fn reshape(&self, shape: &[usize]) -> Result<Self> {
         let new = Shape::new(shape)?;
         ensure!(new.numel() == self.numel(), "reshape: {:?} has {} elements but {shape:?} has {}", self.shape, self.numel(), new.numel());
-        Ok(Self { buffer: self.buffer.clone(), shape: new, dtype: self.dtype })
+        Ok(Self { storage: self.storage.clone(), shape: new, dtype: self.dtype })
     }
 
     pub fn fill<T: Element>(&mut self, value: T) {
@@ -222,7 +380,15 @@ impl Tensor {
         if dtype == self.dtype {
             return Ok(self.clone());
         }
-        let mut out = Self::empty(&self.shape, dtype)?;
+        let mut out = self.alike(&self.shape, dtype)?;
+        if let Some(gpu) = self.gpu() {
+            let known = matches!((self.dtype, dtype), (F32, Bf16) | (Bf16, F32) | (U8, F32) | (U8, Bf16));
+            ensure!(known, "cast: a GPU has no conversion from {} to {dtype}", self.dtype);
+            let n = self.numel();
+            let kernel = typed(&typed("cast", self.dtype), dtype);
+            gpu.launch(&kernel, Launch::elements(n, 8), Args::new().out(&mut out).input(self).long(n))?;
+            return Ok(out);
+        }
         match (self.dtype, dtype) {
             (F32, F64) => convert(self.data(), out.data_mut(), |x: f32| x as f64),
             (F64, F32) => convert(self.data(), out.data_mut(), |x: f64| x as f32),
@@ -231,9 +397,18 @@ impl Tensor {
             (F64, Bf16) => convert(self.data(), out.data_mut(), bf16::from_f64),
             (Bf16, F64) => convert(self.data(), out.data_mut(), bf16::to_f64),
             (U8, F32) => convert(self.data(), out.data_mut(), |x: u8| x as f32),
+            (U8, F64) => convert(self.data(), out.data_mut(), |x: u8| x as f64),
             (from, to) => bail!("cast: {from} to {to} is not a conversion that loses nothing but digits"),
         }
         Ok(out)
+    }
+
+    /// The numbers of `from`, f32 on a GPU, rounded to bf16 into the memory of this tensor.
+    pub fn round_from(&mut self, from: &Tensor) -> Result<()> {
+        ensure!(self.shape == from.shape && self.dtype == Dtype::Bf16 && from.dtype == Dtype::F32, "round: {self:?} from {from:?}");
+        let Some(gpu) = from.gpu() else { bail!("round: {from:?} is on the CPU") };
+        let n = from.numel();
+        gpu.launch("cast_f32_bf16", Launch::elements(n, 8), Args::new().out(self).input(from).long(n))
     }
 
     /// All elements as f64, whatever they are; for reports and comparisons.
@@ -256,8 +431,8 @@ impl Tensor {
     /// The numbers of `other` in the memory of self.
     pub fn replace(mut self, other: &Tensor) -> Result<Self> {
         ensure!(self.shape == other.shape && self.dtype == other.dtype, "replace: {self:?} by {other:?}");
-        let bytes = other.numel() * other.dtype.size();
-        self.buffer_mut().copy_from_slice(&other.buffer.bytes()[..bytes]);
+        ensure!(self.gpu() == other.gpu(), "replace: {self:?} and {other:?} are on different devices");
+        self.take_from(other)?;
         Ok(self)
     }
 
@@ -271,7 +446,13 @@ impl Tensor {
             other.shape,
             other.dtype
         );
+        ensure!(self.gpu() == other.gpu(), "sum: {self:?} and {other:?} are on different devices");
         let mut sum = self.into_unique()?;
+        if let Some(gpu) = other.gpu() {
+            let (n, kernel) = (sum.numel(), typed("accumulate", sum.dtype));
+            gpu.launch(&kernel, Launch::elements(n, 8), Args::new().out(&mut sum).input(other).long(n))?;
+            return Ok(sum);
+        }
         match sum.dtype {
             Dtype::F32 => add_into(sum.data_mut::<f32>(), other.data()),
             Dtype::F64 => add_into(sum.data_mut::<f64>(), other.data()),
@@ -283,7 +464,8 @@ impl Tensor {
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {:?}", self.dtype, self.shape)
+        write!(f, "{} {:?}", self.dtype, self.shape)?;
+        self.gpu().map_or(Ok(()), |gpu| write!(f, " on {}", gpu.name()))
     }
 }
 

@@ -79,6 +79,10 @@ fn every_op_has_a_case_with_its_name() {
         let text = std::fs::read_to_string(&file).unwrap();
         for (_, rest) in text.match_indices("Var::record").map(|(at, _)| text.split_at(at)) {
             let op = rest.split('"').nth(1).unwrap();
+            // A tool of the cases themselves, whose derivative is not that of its value.
+            if op == "rounded" {
+                continue;
+            }
             assert!(names.iter().any(|name| name.split(':').next() == Some(op)), "{op} in {file:?} has no case");
         }
     }

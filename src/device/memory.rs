@@ -94,7 +94,7 @@ pub fn of_the_machine() -> u64 {
     kilobytes.map_or(1 << 40, |kilobytes| kilobytes * 1024)
 }
 
-fn class_of(bytes: usize) -> usize {
+pub(super) fn class_of(bytes: usize) -> usize {
     let units = bytes.div_ceil(ALIGN).max(1);
     let power = usize::BITS as usize - 1 - units.leading_zeros() as usize;
     let quarter = (units << 2 >> power) - 4;
@@ -102,7 +102,7 @@ fn class_of(bytes: usize) -> usize {
     if class_bytes(class) < bytes { class + 1 } else { class }
 }
 
-fn class_bytes(class: usize) -> usize {
+pub(super) fn class_bytes(class: usize) -> usize {
     let (power, quarter) = (class / 4, class % 4);
     (((4 + quarter) << power).div_ceil(4)) * ALIGN
 }

@@ -1,33 +1,129 @@
 //! Floor 1: where numbers live and run.
 //!
-//! There is one device today, the CPU: its memory pool ([`memory`]), its vector instructions ([`simd`]), its matrix product ([`gemm`]) and the
-//! way work is shared out over threads ([`parallel`]). All `unsafe` code of the numeric part is on this floor.
+//! | module | what it is |
+//! |---|---|
+//! | [`memory`], [`simd`], [`gemm`], [`parallel`] | the CPU: its pool, its vector instructions, its matrix product, its threads |
+//! | [`gpu`] | a GPU, real or emulated: memory that is kept, launches, products, recorded work |
+//! | [`launch`] | kernels by name and their argument lists, one for both kinds of GPU |
+//! | [`product`] | what a matrix product on a GPU is asked for |
+//! | [`emulated`] | the kernels compiled by the C++ compiler, one fiber a CUDA thread |
+//! | [`real`] | CUDA: context, stream, fatbins, graphs, cuBLASLt |
+//! | [`libs`] | finding CUDA's libraries; what is missing is a sentence |
+//!
+//! All `unsafe` code of the numeric part is on this floor.
 
+#[cfg(feature = "emulated")]
+pub mod emulated;
 pub mod gemm;
+pub mod gpu;
+pub mod launch;
+pub mod libs;
 pub mod memory;
 pub mod parallel;
+pub mod product;
+pub mod real;
 pub mod simd;
 
 use crate::error::{Error, Result};
+use gpu::Gpu;
+use std::fmt;
+
+/// What the elements of a tensor are. f64 exists to check the others with: every op's CPU code is written once for f32 and f64.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum Dtype {
+    F32,
+    F64,
+    Bf16,
+    U32,
+    U8,
+}
+
+impl Dtype {
+    pub fn size(self) -> usize {
+        match self {
+            Dtype::F64 => 8,
+            Dtype::F32 | Dtype::U32 => 4,
+            Dtype::Bf16 => 2,
+            Dtype::U8 => 1,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::F32 => "f32",
+            Dtype::F64 => "f64",
+            Dtype::Bf16 => "bf16",
+            Dtype::U32 => "u32",
+            Dtype::U8 => "u8",
+        }
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
 
 /// Where a tensor lives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-#[non_exhaustive]
+#[derive(Clone, Default, PartialEq, Debug)]
 pub enum Device {
     #[default]
     Cpu,
+    Gpu(Gpu),
 }
 
-impl std::str::FromStr for Device {
+impl Device {
+    pub fn gpu(&self) -> Option<&Gpu> {
+        match self {
+            Device::Cpu => None,
+            Device::Gpu(gpu) => Some(gpu),
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("cpu"),
+            Device::Gpu(gpu) => f.write_str(gpu.name()),
+        }
+    }
+}
+
+/// A device as it is typed; [`Named::open`] makes it one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Named {
+    #[default]
+    Cpu,
+    Emulated,
+    /// The CUDA device of this number.
+    Gpu(usize),
+}
+
+impl Named {
+    pub fn open(self) -> Result<Device> {
+        match self {
+            Named::Cpu => Ok(Device::Cpu),
+            #[cfg(feature = "emulated")]
+            Named::Emulated => Ok(Device::Gpu(Gpu::emulated()?)),
+            #[cfg(not(feature = "emulated"))]
+            Named::Emulated => Err(Error::new("device emulated: this binary was built without it; build with the feature \"emulated\"")),
+            Named::Gpu(ordinal) => Ok(Device::Gpu(Gpu::cuda(ordinal)?)),
+        }
+    }
+}
+
+impl std::str::FromStr for Named {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
+        let unknown = || Error::usage(format!("device {name} is unknown; use cpu, emulated, gpu or gpu:1"));
         match name {
-            "cpu" => Ok(Device::Cpu),
-            "emulated" | "gpu" => {
-                Err(Error::usage(format!("device {name}: this version of masque has no CUDA kernels yet; use --device cpu")))
-            }
-            _ => Err(Error::usage(format!("device {name} is unknown; use --device cpu"))),
+            "cpu" => Ok(Named::Cpu),
+            "emulated" => Ok(Named::Emulated),
+            "gpu" => Ok(Named::Gpu(0)),
+            _ => name.strip_prefix("gpu:").and_then(|number| number.parse().ok()).map(Named::Gpu).ok_or_else(unknown),
         }
     }
 }

@@ -24,11 +24,11 @@ impl Linear {
     }
 
     pub fn forward(&self, s: &Scope, x: &Var) -> Result<Var> {
-        x.linear(&s.param(self.weight), self.bias.map(|bias| s.param(bias)).as_ref())
+        x.linear(&s.working(self.weight), self.bias.map(|bias| s.working(bias)).as_ref())
     }
 
     /// gelu(x W^T + b).
     pub fn forward_gelu(&self, s: &Scope, x: &Var) -> Result<Var> {
-        x.linear_gelu(&s.param(self.weight), self.bias.map(|bias| s.param(bias)).as_ref())
+        x.linear_gelu(&s.working(self.weight), self.bias.map(|bias| s.working(bias)).as_ref())
     }
 }

@@ -40,6 +40,11 @@ impl<'a> Scope<'a> {
     pub fn param(&self, id: ParamId) -> Var {
         self.params.var(self.tape, id)
     }
+
+    /// The parameter as products take it: in bf16 where that is the precision.
+    pub fn working(&self, id: ParamId) -> Var {
+        self.params.working(self.tape, id)
+    }
 }
 
 /// How the weights of a model start.

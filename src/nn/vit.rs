@@ -190,7 +190,7 @@ impl PatchEmbed {
             c.image[0],
             c.image[1]
         );
-        let pixels = gather_patches(&images.cast(s.params.dtype())?, (c.patch, c.patch), kept)?; // [B, K, P]
+        let pixels = gather_patches(&images.cast(s.params.precision())?, (c.patch, c.patch), kept)?; // [B, K, P]
         self.0.forward(s, &Var::constant(pixels))
     }
 }

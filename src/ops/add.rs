@@ -6,6 +6,8 @@
 //! x [B, T, C]; table [1, R, C] or [R, C], its first e rows belonging to other tokens; ids [B, T], distinct in a row.
 
 use super::case::Case;
+use crate::device::gpu::Gpu;
+use crate::device::launch::{Args, Launch, typed};
 use crate::device::parallel;
 use crate::device::simd::{Real, add};
 use crate::error::Result;
@@ -17,7 +19,10 @@ impl Var {
     pub fn add(&self, other: &Var) -> Result<Var> {
         let (a, b) = (self.value(), other.value());
         ensure!(a.shape() == b.shape() && a.dtype() == b.dtype(), "add: {a:?} and {b:?} differ");
-        let y = by_real!("add", a.dtype(), sum(a, b))?;
+        let y = match a.gpu() {
+            Some(gpu) => sum_on(gpu, a, b)?,
+            None => by_real!("add", a.dtype(), sum(a, b))?,
+        };
         Var::record("add", [self, other], y, |dy, _| Ok([Some(dy.clone()), Some(dy)]))
     }
 
@@ -47,6 +52,12 @@ vectorised! {
     fn add_to<T: Real>(a: &[T], b: &[T], y: &mut [T]) {
         y.iter_mut().zip(a).zip(b).for_each(|((y, &a), &b)| *y = a + b);
     }
+}
+
+fn sum_on(gpu: &Gpu, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (mut y, n) = (a.alike(a.shape(), a.dtype())?, a.numel());
+    gpu.launch(&typed("add", a.dtype()), Launch::elements(n, 8), Args::new().out(&mut y).input(a).input(b).long(n))?;
+    Ok(y)
 }
 
 fn sum<T: Real + Element>(a: &Tensor, b: &Tensor) -> Result<Tensor> {

@@ -4,11 +4,14 @@
 //!   dx = dh W,   dW = dh^T x,   db = sum_rows(dh)        dh = dy, or dy gelu'(h) with h = x W^T + b
 //!
 //! x [.., K]; W [N, ..] with K numbers a row (a convolution's weight serves as it is); b [N]; y [.., N]. Saved for backward: x, W, and with GELU
-//! its derivative, which takes the place of h.
+//! its derivative, which takes the place of h. On a GPU the products are the library's; with GELU it saves x W^T and its kernel adds the bias.
 
-use super::case::Case;
+use super::case::{Case, rounded};
+use super::{gelu, sum_of_rows_on};
 use crate::device::gemm::{self, Finish, Product, View};
+use crate::device::gpu::Gpu;
 use crate::device::parallel::Panel;
+use crate::device::product::{Factor, Product as GpuProduct, Target};
 use crate::device::simd::Real;
 use crate::error::Result;
 use crate::tape::{Need, Var};
@@ -19,6 +22,15 @@ impl Var {
     /// x W^T + b.
     pub fn linear(&self, w: &Var, b: Option<&Var>) -> Result<Var> {
         let (x, weight) = (self.value().clone(), w.value().clone());
+        if let Some(gpu) = x.gpu().cloned() {
+            let h = product_on(&gpu, &x, &weight, b.map(Var::value))?;
+            let none = Var::constant(h.clone());
+            return Var::record("linear", [self, w, b.unwrap_or(&none)], h, move |dy, need| {
+                let db = need.give(2, |db| sum_of_rows_on(&gpu, &dy, db))?;
+                let [dx, dw] = gradients_on(&gpu, &dy, &x, &weight, need)?;
+                Ok([dx, dw, db])
+            });
+        }
         let (h, _) = by_real!("linear", x.dtype(), forward(&x, &weight, b.map(Var::value), false))?;
         let none = Var::constant(h.clone());
         Var::record("linear", [self, w, b.unwrap_or(&none)], h, move |dy, need| {
@@ -29,6 +41,19 @@ impl Var {
     /// gelu(x W^T + b).
     pub fn linear_gelu(&self, w: &Var, b: Option<&Var>) -> Result<Var> {
         let (x, weight) = (self.value().clone(), w.value().clone());
+        if let Some(gpu) = x.gpu().cloned() {
+            let bias = b.map(|b| b.value().clone());
+            check(&x, &weight, bias.as_ref())?;
+            let h = product_on(&gpu, &x, &weight, None)?;
+            let y = gelu::with_bias(&gpu, &h, bias.as_ref())?;
+            let none = Var::constant(y.clone());
+            return Var::record("linear_gelu", [self, w, b.unwrap_or(&none)], y, move |dy, need| {
+                let mut db = if need.wants(2) { Some(need.out(2)?) } else { None };
+                let dh = gelu::gradient_with_bias(&gpu, &dy, &h, bias.as_ref(), db.as_mut())?;
+                let [dx, dw] = gradients_on(&gpu, &dh, &x, &weight, need)?;
+                Ok([dx, dw, db])
+            });
+        }
         let (y, slope) = by_real!("linear", x.dtype(), forward(&x, &weight, b.map(Var::value), true))?;
         let none = Var::constant(y.clone());
         Var::record("linear_gelu", [self, w, b.unwrap_or(&none)], y, move |dy, need| {
@@ -47,8 +72,8 @@ vectorised! {
     }
 }
 
-/// (y, derivative of the GELU or y again).
-fn forward<T: Product + Element>(x: &Tensor, w: &Tensor, b: Option<&Tensor>, gelu: bool) -> Result<(Tensor, Tensor)> {
+/// Rows and columns of the weight, once everything fits.
+fn check(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<(usize, usize)> {
     let (k, n) = (x.last(), w.shape().first().copied().unwrap_or(1));
     ensure!(
         w.numel() == n * k && w.dtype() == x.dtype() && k > 0 && n > 0,
@@ -57,6 +82,39 @@ fn forward<T: Product + Element>(x: &Tensor, w: &Tensor, b: Option<&Tensor>, gel
     if let Some(b) = b {
         ensure!(b.shape() == [n] && b.dtype() == x.dtype(), "linear: bias is {b:?} but weight is {w:?}");
     }
+    Ok((n, k))
+}
+
+fn product_on(gpu: &Gpu, x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+    let (n, k) = check(x, w, b)?;
+    let mut shape = x.shape().to_vec();
+    *shape.last_mut().expect("k > 0 means an axis") = n;
+    let mut h = x.alike(&shape, x.dtype())?;
+    let (left, right) = (Factor::rows(x, x.dtype(), k), Factor::rows(w, w.dtype(), k).turned());
+    let target = Target::rows(&mut h, x.dtype(), n);
+    gpu.product(GpuProduct::new([x.rows(), n, k], left, right, target).bias(b))?;
+    Ok(h)
+}
+
+/// dx and dW; the latter in f32, whatever W is.
+fn gradients_on(gpu: &Gpu, dh: &Tensor, x: &Tensor, w: &Tensor, need: &mut Need) -> Result<[Option<Tensor>; 2]> {
+    let (rows, n, k, dtype) = (x.rows(), dh.last(), x.last(), x.dtype());
+    let left = Factor::rows(dh, dtype, n);
+    let dx = need.give(0, |dx| {
+        let target = Target::rows(dx, dtype, k);
+        gpu.product(GpuProduct::new([rows, k, n], left, Factor::rows(w, dtype, k), target))
+    })?;
+    let dw = need.give(1, |dw| {
+        let kind = dw.dtype();
+        let target = Target::rows(dw, kind, k);
+        gpu.product(GpuProduct::new([n, k, rows], left.turned(), Factor::rows(x, dtype, k), target))
+    })?;
+    Ok([dx, dw])
+}
+
+/// (y, derivative of the GELU or y again).
+fn forward<T: Product + Element>(x: &Tensor, w: &Tensor, b: Option<&Tensor>, gelu: bool) -> Result<(Tensor, Tensor)> {
+    let (n, k) = check(x, w, b)?;
     let mut shape = x.shape().to_vec();
     *shape.last_mut().expect("k > 0 means an axis") = n;
     let mut h = Tensor::empty(&shape, x.dtype())?;
@@ -96,12 +154,29 @@ pub(crate) fn column_sums<T: Real>(rows: &[T], columns: usize, sums: &mut [T]) {
 }
 
 pub fn cases() -> Vec<Case> {
+    let plain = |name: &str, shapes: &[&[usize]]| {
+        let case = Case::new(&format!("linear: {name}"), shapes, |x| x[0].linear(&x[1], x.get(2)));
+        case.weights(&[1, 2][..shapes.len() - 1])
+    };
+    let gelu = |name: &str, shapes: &[&[usize]]| {
+        let case = Case::new(&format!("linear_gelu: {name}"), shapes, |x| x[0].linear_gelu(&x[1], x.get(2)));
+        let case = case.weights(&[1, 2][..shapes.len() - 1]);
+        case.rounded(|x| {
+            let h = rounded(&x[0].linear(&x[1], None)?)?;
+            let Some(bias) = x.get(2) else { return h.gelu() };
+            // h + bias as a layer that leaves h as it is.
+            let n = bias.shape()[0];
+            let same: Vec<f64> = (0..n * n).map(|i| if i / n == i % n { 1.0 } else { 0.0 }).collect();
+            h.linear_gelu(&Var::constant(Tensor::from_slice(&[n, n], &same)?.cast(h.dtype())?), Some(bias))
+        })
+    };
     vec![
-        Case::new("linear: 2 x 5 rows, 37 to 19", &[&[2, 5, 37], &[19, 37], &[19]], |x| x[0].linear(&x[1], Some(&x[2]))),
-        Case::new("linear: one row, no bias", &[&[1, 16], &[8, 16]], |x| x[0].linear(&x[1], None)),
-        Case::new("linear: a convolution's weight", &[&[3, 12], &[5, 3, 2, 2], &[5]], |x| x[0].linear(&x[1], Some(&x[2]))),
-        Case::new("linear: enough rows for several pieces", &[&[300, 64], &[70, 64], &[70]], |x| x[0].linear(&x[1], Some(&x[2]))),
-        Case::new("linear_gelu: 2 x 5 rows, 37 to 19", &[&[2, 5, 37], &[19, 37], &[19]], |x| x[0].linear_gelu(&x[1], Some(&x[2]))),
-        Case::new("linear_gelu: no bias", &[&[4, 8], &[3, 8]], |x| x[0].linear_gelu(&x[1], None)),
+        plain("2 x 5 rows, 37 to 19", &[&[2, 5, 37], &[19, 37], &[19]]),
+        plain("one row, no bias", &[&[1, 16], &[8, 16]]),
+        plain("a convolution's weight", &[&[3, 12], &[5, 3, 2, 2], &[5]]),
+        plain("enough rows for several pieces", &[&[300, 64], &[70, 64], &[70]]),
+        gelu("2 x 5 rows, 37 to 19", &[&[2, 5, 37], &[19, 37], &[19]]),
+        gelu("no bias", &[&[4, 8], &[3, 8]]),
+        gelu("rows of vectors", &[&[40, 16], &[264, 16], &[264]]),
     ]
 }

@@ -2,13 +2,15 @@
 //!
 //!   y = w_1 l_1 + .. + w_n l_n,   dl_i = w_i dy
 //!
-//! Each l is one number, shape []. The sum is taken in f64.
+//! Each l is one number, shape []. The sum is taken in f64, on a GPU in f32 (kernels/total.cu).
 
 use super::case::Case;
+use crate::device::gpu::Gpu;
+use crate::device::launch::{Args, Launch};
 use crate::device::parallel;
 use crate::error::Result;
 use crate::tape::Var;
-use crate::tensor::Tensor;
+use crate::tensor::{Device, Dtype, Tensor};
 use crate::{by_real, ensure};
 use rayon::prelude::*;
 
@@ -24,6 +26,9 @@ impl Var {
             );
         }
         let dtype = first.dtype();
+        if let Some(gpu) = first.gpu() {
+            return weighted_sum_on(gpu, terms);
+        }
         let y = Tensor::scalar(terms.iter().map(|(weight, loss)| weight * loss.value().item()).sum(), dtype)?;
         let losses: Vec<&Var> = terms.iter().map(|(_, loss)| *loss).collect();
         let weights: Vec<f64> = terms.iter().map(|(weight, _)| *weight).collect();
@@ -32,6 +37,25 @@ impl Var {
             weights.iter().enumerate().map(share).collect()
         })
     }
+}
+
+fn weighted_sum_on(gpu: &Gpu, terms: &[(f64, &Var)]) -> Result<Var> {
+    let mut y = Tensor::zeros_on(&Device::Gpu(gpu.clone()), &[], Dtype::F32)?;
+    for (weight, loss) in terms {
+        gpu.launch("add_scaled_scalar", Launch::new(1, 1), Args::new().out(&mut y).input(loss.value()).float(*weight))?;
+    }
+    let losses: Vec<&Var> = terms.iter().map(|(_, loss)| *loss).collect();
+    let weights: Vec<f64> = terms.iter().map(|(weight, _)| *weight).collect();
+    let gpu = gpu.clone();
+    Var::record_many("weighted_sum", &losses, y, move |dy, need| {
+        let share = |(i, &weight): (usize, &f64)| {
+            need.give(i, |out| {
+                out.clear()?;
+                gpu.launch("add_scaled_scalar", Launch::new(1, 1), Args::new().out(out).input(&dy).float(weight))
+            })
+        };
+        weights.iter().enumerate().map(share).collect()
+    })
 }
 
 fn put<T: crate::device::simd::Real + crate::tensor::Element>(out: &mut Tensor, value: f64) -> Result<()> {
@@ -49,7 +73,8 @@ pub(crate) fn sum_of_rows(rows: usize, columns: usize, f: impl Fn(usize, &mut [f
 
 pub fn cases() -> Vec<Case> {
     vec![
-        Case::new("weighted_sum: three losses", &[&[], &[], &[]], |x| Var::weighted_sum(&[(1.0, &x[0]), (-0.5, &x[1]), (0.0, &x[2])])),
-        Case::new("weighted_sum: one loss twice", &[&[]], |x| Var::weighted_sum(&[(0.25, &x[0]), (2.0, &x[0])])),
+        Case::new("weighted_sum: three losses", &[&[], &[], &[]], |x| Var::weighted_sum(&[(1.0, &x[0]), (-0.5, &x[1]), (0.0, &x[2])]))
+            .vectors(&[0, 1, 2]),
+        Case::new("weighted_sum: one loss twice", &[&[]], |x| Var::weighted_sum(&[(0.25, &x[0]), (2.0, &x[0])])).vectors(&[0]),
     ]
 }

@@ -19,7 +19,7 @@ pub struct Ema {
 impl Ema {
     pub fn new(params: &mut Params, decay: f64) -> Result<Self> {
         ensure!((0.0..=1.0).contains(&decay), "an average with a decay of {decay}: it must be in [0, 1]");
-        let values = Tensor::slab(params.ids().map(|id| params.value(id).shape()), params.dtype())?;
+        let values = Tensor::slab(params.device(), params.ids().map(|id| params.value(id).shape()), params.dtype())?;
         let mut ema = Self { decay, set: params.set(), values };
         by_real!("average", params.dtype(), both(&mut ema, params, |ema, w| ema.copy_from_slice(w)))?;
         Ok(ema)

@@ -95,7 +95,7 @@ impl State {
         if !self.tensors.is_empty() {
             return Ok(());
         }
-        let slab = |_: &&str| Tensor::slab(self.slots.iter().map(|slot| params.value(slot.id).shape()), params.dtype());
+        let slab = |_: &&str| Tensor::slab(params.device(), self.slots.iter().map(|slot| params.value(slot.id).shape()), params.dtype());
         self.tensors = self.names.iter().map(slab).collect::<Result<_>>()?;
         Ok(())
     }

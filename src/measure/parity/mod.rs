@@ -198,7 +198,6 @@ enum Ran {
 
 fn run_case(path: &Path, options: &Options) -> Result<Ran> {
     let (case, mut record) = (Case::open(path)?, Record::default());
-    let Device::Cpu = options.device;
     let (method, dtype) = (case.fields()?.text("method")?, options.precision);
     let model = case.part("model")?;
     let kind = if model.has("kind") { model.text("kind")? } else { "" };

@@ -1,0 +1,468 @@
+//! A GPU: real, or emulated by the same kernels on the CPU.
+//!
+//! Work is handed over in order and done in that order: kernels, products, copies. The memory of a tensor that is dropped goes back to a pool and may be
+//! handed out again at once, since whatever uses it next comes later. Nothing is ever given back to the system before the device itself goes.
+//!
+//! **Recorded work.** [`Gpu::capture`] records what its closure hands over instead of doing it; [`Graph::replay`] does it, as often as wanted. Memory that was
+//! handed out meanwhile belongs to the graph. Numbers that differ from replay to replay are drawn by name ([`Gpu::drawn`]) or lie in memory that is
+//! written between replays ([`Gpu::upload`]); an upload inside a recording is refused.
+
+use super::launch::{Args, KERNELS, Kernel, Launch, Versions, find};
+use super::memory::{ALIGN, class_bytes, class_of};
+use super::product::Product;
+use super::real;
+use crate::ensure;
+use crate::error::{Context, Error, Result};
+use crate::rng::Rng;
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// One thing for the device to do.
+#[derive(Clone)]
+pub(super) enum Work {
+    Kernel {
+        kernel: &'static Kernel,
+        launch: Launch,
+        words: Vec<u64>,
+        letters: String,
+    },
+    Product(Product),
+    Copy {
+        to: u64,
+        from: u64,
+        bytes: usize,
+    },
+    /// Every byte becomes this one.
+    Set {
+        to: u64,
+        byte: u8,
+        bytes: usize,
+    },
+}
+
+/// What a real and an emulated device have to offer. Addresses come from `allocate`; work on them is done in the order of submission.
+pub(super) trait Backend: Send + Sync {
+    fn allocate(&self, bytes: usize) -> Result<u64>;
+    /// Once nothing that was submitted uses it any more.
+    fn release(&self, address: u64, bytes: usize);
+    fn submit(&self, work: Work) -> Result<()>;
+    fn upload(&self, to: u64, bytes: &[u8]) -> Result<()>;
+    /// Waits for everything submitted before.
+    fn download(&self, from: u64, bytes: &mut [u8]) -> Result<()>;
+    fn wait(&self) -> Result<()>;
+    fn begin_recording(&self) -> Result<()>;
+    fn end_recording(&self) -> Result<Box<dyn Recorded>>;
+    /// Bytes of the device's memory.
+    fn memory(&self) -> u64;
+    /// Most bytes of shared memory of a block.
+    fn most_shared(&self) -> usize;
+    /// Whether an error of a kernel (an index out of range) is noted in the fault cells rather than answered by `submit`.
+    fn notes_faults(&self) -> bool;
+}
+
+/// Recorded work.
+pub(super) trait Recorded: Send + Sync {
+    fn replay(&self) -> Result<()>;
+}
+
+/// A handle; clones are the same device.
+#[derive(Clone)]
+pub struct Gpu(Arc<Inner>);
+
+struct Inner {
+    name: String,
+    backend: Box<dyn Backend>,
+    #[cfg(feature = "emulated")]
+    emulated: Option<Arc<super::emulated::Emulated>>,
+    real: Option<Arc<real::Real>>,
+    state: Mutex<State>,
+    /// A cell for each of [`KERNELS`].
+    faults: u64,
+}
+
+struct State {
+    arena: Arc<Arena>,
+    chosen: HashMap<&'static str, &'static str>,
+    /// Present while recording.
+    draws: Option<Vec<Draw>>,
+    /// Whether fresh memory is filled with what is no number.
+    poison: bool,
+    allocated: Vec<(u64, usize)>,
+}
+
+/// Free blocks by size class.
+#[derive(Default)]
+struct Arena {
+    free: Mutex<HashMap<usize, Vec<u64>>>,
+}
+
+/// A piece of the device's memory, exclusively owned; shared by putting it in an `Arc`.
+pub struct Block {
+    gpu: Gpu,
+    address: u64,
+    bytes: usize,
+    home: Home,
+}
+
+enum Home {
+    Arena { arena: Arc<Arena>, class: usize },
+    Slab { slab: Arc<Block>, offset: usize },
+}
+
+impl Block {
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        if let Home::Arena { arena, class } = &self.home {
+            lock(&arena.free).entry(*class).or_default().push(self.address);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("no code that holds this lock panics")
+}
+
+/// Numbers that each replay draws afresh.
+struct Draw {
+    name: String,
+    count: usize,
+    block: Arc<Block>,
+}
+
+/// Recorded work, its memory, and what it draws.
+pub struct Graph {
+    recorded: Box<dyn Recorded>,
+    gpu: Gpu,
+    draws: Vec<Draw>,
+    _arena: Arc<Arena>,
+}
+
+impl Graph {
+    /// Does the recorded work once more, with the numbers that `rng` gives for the recorded names.
+    pub fn replay(&self, rng: &Rng) -> Result<()> {
+        for draw in &self.draws {
+            let numbers = rng.uniform(&draw.name, draw.count)?;
+            self.gpu.upload(&draw.block, 0, bytemuck::cast_slice(&numbers))?;
+        }
+        self.recorded.replay().context("replaying recorded work")
+    }
+}
+
+impl Gpu {
+    #[cfg(feature = "emulated")]
+    pub fn emulated() -> Result<Self> {
+        let emulated = Arc::new(super::emulated::Emulated::default());
+        let inner = |faults| Inner {
+            name: "emulated".to_string(),
+            backend: Box::new(emulated.clone()),
+            emulated: Some(emulated.clone()),
+            real: None,
+            state: Mutex::new(State::new(true)),
+            faults,
+        };
+        Self::with_faults(inner)
+    }
+
+    /// The CUDA device of this number.
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        let real = Arc::new(real::Real::open(ordinal).with_context(|| format!("device gpu:{ordinal}"))?);
+        let inner = |faults| Inner {
+            name: format!("gpu:{ordinal}"),
+            backend: Box::new(real.clone()),
+            #[cfg(feature = "emulated")]
+            emulated: None,
+            real: Some(real.clone()),
+            state: Mutex::new(State::new(false)),
+            faults,
+        };
+        Self::with_faults(inner)
+    }
+
+    fn with_faults(inner: impl FnOnce(u64) -> Inner) -> Result<Self> {
+        let mut inner = inner(0);
+        let bytes = KERNELS.len() * 4;
+        inner.faults = inner.backend.allocate(bytes)?;
+        inner.backend.submit(Work::Set { to: inner.faults, byte: 0, bytes })?;
+        lock(&inner.state).allocated.push((inner.faults, bytes));
+        Ok(Self(Arc::new(inner)))
+    }
+
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    #[cfg(feature = "emulated")]
+    pub fn as_emulated(&self) -> Option<&super::emulated::Emulated> {
+        self.0.emulated.as_deref()
+    }
+
+    /// The CUDA side, where there is one.
+    pub fn as_real(&self) -> Option<&real::Real> {
+        self.0.real.as_deref()
+    }
+
+    /// Most bytes of shared memory that a block may have.
+    pub fn most_shared(&self) -> usize {
+        self.0.backend.most_shared()
+    }
+
+    /// Bytes of the device's memory, and how many of them have been taken.
+    pub fn memory(&self) -> (u64, u64) {
+        let taken = lock(&self.0.state).allocated.iter().map(|(_, bytes)| *bytes as u64).sum();
+        (self.0.backend.memory(), taken)
+    }
+
+    /// Fills all memory handed out from now on with what is no number, or stops doing so. The emulated device always does.
+    pub fn poison(&self, on: bool) {
+        lock(&self.0.state).poison = on;
+    }
+
+    /// At least this many bytes; the content is arbitrary.
+    pub fn take(&self, bytes: usize) -> Result<Block> {
+        let class = class_of(bytes);
+        let (arena, poison) = {
+            let state = lock(&self.0.state);
+            (state.arena.clone(), state.poison)
+        };
+        let free = lock(&arena.free).get_mut(&class).and_then(Vec::pop);
+        let address = match free {
+            Some(address) => address,
+            None => self.allocate(class_bytes(class))?,
+        };
+        if poison && bytes > 0 {
+            self.0.backend.submit(Work::Set { to: address, byte: 0xff, bytes: bytes.next_multiple_of(4).min(class_bytes(class)) })?;
+        }
+        Ok(Block { gpu: self.clone(), address, bytes, home: Home::Arena { arena, class } })
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64> {
+        let (there, taken) = self.memory();
+        let address = self.0.backend.allocate(bytes).with_context(|| {
+            format!(
+                "{}: no memory for {bytes} bytes more ({} of {} MB are taken); make the batch or the model smaller",
+                self.name(),
+                taken >> 20,
+                there >> 20
+            )
+        })?;
+        lock(&self.0.state).allocated.push((address, bytes));
+        Ok(address)
+    }
+
+    /// Zeroed ranges of these lengths in bytes, one behind the other, each starting on a multiple of [`ALIGN`].
+    pub fn slab(&self, lengths: &[usize]) -> Result<Vec<Block>> {
+        let padded = |bytes: usize| bytes.div_ceil(ALIGN) * ALIGN;
+        let bytes = lengths.iter().map(|&length| padded(length)).sum::<usize>().max(ALIGN);
+        let mut slab = self.take(bytes)?;
+        self.set(&mut slab, 0)?;
+        let slab = Arc::new(slab);
+        let mut offset = 0;
+        let range = |&length: &usize| {
+            let range = Block {
+                gpu: self.clone(),
+                address: slab.address + offset as u64,
+                bytes: length,
+                home: Home::Slab { slab: slab.clone(), offset },
+            };
+            offset += padded(length);
+            range
+        };
+        Ok(lengths.iter().map(range).collect())
+    }
+
+    /// The first address and the length in bytes of a whole slab, gaps included, if these are all its ranges in order and nobody else holds one.
+    pub fn whole<'a>(ranges: impl IntoIterator<Item = &'a mut Arc<Block>>) -> Option<(u64, usize)> {
+        let mut whole: Option<Arc<Block>> = None;
+        let mut expected = 0;
+        for range in ranges {
+            let range = Arc::get_mut(range)?;
+            let Home::Slab { slab, offset } = &range.home else { return None };
+            let first = whole.get_or_insert_with(|| slab.clone());
+            if !Arc::ptr_eq(first, slab) || *offset != expected {
+                return None;
+            }
+            expected = offset + range.bytes.div_ceil(ALIGN) * ALIGN;
+        }
+        whole.filter(|slab| slab.bytes == expected).map(|slab| (slab.address, slab.bytes))
+    }
+
+    /// Every byte of a block becomes this one.
+    pub fn set(&self, block: &mut Block, byte: u8) -> Result<()> {
+        if block.bytes == 0 {
+            return Ok(());
+        }
+        self.0.backend.submit(Work::Set { to: block.address, byte, bytes: block.bytes })
+    }
+
+    pub fn copy(&self, to: &mut Block, from: &Block, bytes: usize) -> Result<()> {
+        assert!(bytes <= to.bytes && bytes <= from.bytes, "a copy of {bytes} bytes between blocks of {} and {}", from.bytes, to.bytes);
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.0.backend.submit(Work::Copy { to: to.address, from: from.address, bytes })
+    }
+
+    /// Writes bytes from the host into a block, in the order of the device's other work. Refused while recording.
+    pub fn upload(&self, block: &Block, offset: usize, bytes: &[u8]) -> Result<()> {
+        assert!(offset + bytes.len() <= block.bytes, "an upload of {} bytes at {offset} into {}", bytes.len(), block.bytes);
+        ensure!(!self.is_recording(), "{}: recorded work cannot copy from the host; put the numbers on the device before", self.name());
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.0.backend.upload(block.address + offset as u64, bytes)
+    }
+
+    /// Waits for all work and reads a block.
+    pub fn download(&self, block: &Block, bytes: &mut [u8]) -> Result<()> {
+        assert!(bytes.len() <= block.bytes, "a download of {} bytes from {}", bytes.len(), block.bytes);
+        ensure!(!self.is_recording(), "{}: recorded work has no numbers to read yet", self.name());
+        if !bytes.is_empty() {
+            self.0.backend.download(block.address, bytes)?;
+        }
+        self.check_faults()
+    }
+
+    /// Waits for all work; an index that was out of range is an error here at the latest.
+    pub fn wait(&self) -> Result<()> {
+        self.0.backend.wait()?;
+        self.check_faults()
+    }
+
+    fn check_faults(&self) -> Result<()> {
+        if !self.0.backend.notes_faults() {
+            return Ok(());
+        }
+        let mut cells = vec![0u32; KERNELS.len()];
+        self.0.backend.download(self.0.faults, bytemuck::cast_slice_mut(&mut cells))?;
+        let Some(at) = cells.iter().position(|&cell| cell != 0) else { return Ok(()) };
+        self.0.backend.submit(Work::Set { to: self.0.faults, byte: 0, bytes: KERNELS.len() * 4 })?;
+        Err(Error::new(format!(
+            "{}: kernel {} was given an index out of range; its result is not to be used",
+            self.name(),
+            KERNELS[at].name
+        )))
+    }
+
+    /// Numbers uniform in [0, 1) by their name; a replay draws them afresh.
+    pub fn drawn(&self, rng: &Rng, name: &str, count: usize) -> Result<Arc<Block>> {
+        let block = Arc::new(self.take(count * 4)?);
+        if let Some(draws) = &mut lock(&self.0.state).draws {
+            draws.push(Draw { name: name.to_string(), count, block: block.clone() });
+            return Ok(block);
+        }
+        self.upload(&block, 0, bytemuck::cast_slice(&rng.uniform(name, count)?))?;
+        Ok(block)
+    }
+
+    pub fn is_recording(&self) -> bool {
+        lock(&self.0.state).draws.is_some()
+    }
+
+    /// Records the work that `f` hands over; nothing of it is done before the graph is replayed.
+    pub fn capture<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<(Graph, R)> {
+        ensure!(!self.is_recording(), "{}: work is being recorded already", self.name());
+        self.wait()?;
+        // The graph takes over all free memory, so that in the usual case nothing has to be allocated meanwhile.
+        let arena = Arc::new(Arena::default());
+        let outer = std::mem::replace(&mut lock(&self.0.state).arena, arena.clone());
+        std::mem::swap(&mut *lock(&arena.free), &mut *lock(&outer.free));
+        lock(&self.0.state).draws = Some(Vec::new());
+        let done = self.0.backend.begin_recording().and_then(|()| f());
+        let recorded = self.0.backend.end_recording();
+        let draws = {
+            let mut state = lock(&self.0.state);
+            state.arena = outer;
+            state.draws.take().unwrap_or_default()
+        };
+        let (result, recorded) = (done?, recorded?);
+        Ok((Graph { recorded, gpu: self.clone(), draws, _arena: arena }, result))
+    }
+
+    /// The version of an op's kernels that runs: the chosen one, unless [`Gpu::choose`] said otherwise.
+    pub fn version(&self, versions: &Versions) -> &'static str {
+        lock(&self.0.state).chosen.get(versions.op).copied().unwrap_or(versions.chosen)
+    }
+
+    /// Makes this version run on this device; for tests and timing.
+    pub fn choose(&self, versions: &Versions, version: &str) -> Result<()> {
+        let known = versions.all.iter().find(|known| **known == version);
+        let known =
+            known.ok_or_else(|| Error::new(format!("{} has no version {version}; it has {}", versions.op, versions.all.join(", "))))?;
+        lock(&self.0.state).chosen.insert(versions.op, known);
+        Ok(())
+    }
+
+    /// Launches a kernel. The only way to run one: the arguments are those that the kernel of this name declares, which the emulated device checks.
+    pub fn launch(&self, name: &str, launch: Launch, args: Args) -> Result<()> {
+        let at = find(name).ok_or_else(|| Error::new(format!("{}: there is no kernel {name}", self.name())))?;
+        let Launch { grid, block, shared } = launch;
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        ensure!(
+            (1..=1024).contains(&block) && grid[0] < 1 << 31 && grid[1] < 1 << 16 && grid[2] < 1 << 16,
+            "{}: kernel {name} cannot be launched as {grid:?} blocks of {block} threads; make the batch smaller",
+            self.name()
+        );
+        let most = self.most_shared();
+        ensure!(shared <= most, "{}: kernel {name} needs {shared} bytes of shared memory but a block has {most}", self.name());
+        let sizes = args.letters();
+        let words = args.words(self.0.faults + 4 * at as u64);
+        self.0
+            .backend
+            .submit(Work::Kernel { kernel: &KERNELS[at], launch, words, letters: sizes })
+            .with_context(|| format!("{}: kernel {name}", self.name()))
+    }
+
+    pub fn product(&self, product: Product) -> Result<()> {
+        if product.m == 0 || product.n == 0 || product.batch == 0 {
+            return Ok(());
+        }
+        self.0.backend.submit(Work::Product(product)).with_context(|| {
+            let Product { m, n, k, batch, .. } = product;
+            format!("{}: product of {batch} x [{m}, {k}] and [{k}, {n}]", self.name())
+        })
+    }
+}
+
+impl State {
+    fn new(poison: bool) -> Self {
+        Self { arena: Arc::default(), chosen: HashMap::new(), draws: None, poison, allocated: Vec::new() }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Nothing is left to report an error to.
+        let _ = self.backend.wait();
+        for (address, bytes) in lock(&self.state).allocated.drain(..) {
+            self.backend.release(address, bytes);
+        }
+    }
+}
+
+impl PartialEq for Gpu {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}

@@ -1,0 +1,141 @@
+//! Every kernel is the definition: each case of each op on the emulated device, in f32 and bf16, in every version, in several orders of threads, blocks and
+//! asynchronous copies. Where there is a CUDA device the same cases run on it.
+//!
+//! f32 may be off by 1e-5 of a tensor's largest value. bf16 may be off by twice what the CPU's own computation is off when it rounds at the same places.
+//! On the emulated device the result of an order must be that of any other, bit for bit.
+#![cfg(feature = "emulated")]
+
+use masque::device::emulated::{Copies, Order};
+use masque::device::gpu::Gpu;
+use masque::error::Result;
+use masque::ops::{
+    self,
+    case::{Case, leaves, numbers},
+};
+use masque::tape::{Tape, Var};
+use masque::tensor::{Device, Dtype, Tensor};
+
+/// Output and the inputs' gradients for the same upstream gradient each time, rounded to `rounding`.
+fn run(case: &Case, f: &ops::case::Run, device: &Device, precision: Dtype, rounding: Dtype) -> Result<Vec<Tensor>> {
+    let tape = Tape::new();
+    let inputs = leaves(case, &tape, &Device::Cpu, rounding)?;
+    // The CPU computes in f32 or f64 with numbers that were rounded before.
+    let inputs: Vec<Var> = if device.gpu().is_some() {
+        drop(inputs);
+        leaves(case, &tape, device, precision)?
+    } else {
+        inputs.iter().map(|x| Ok(tape.leaf(x.value().cast(precision)?))).collect::<Result<_>>()?
+    };
+    let y = f(&inputs)?;
+    let upstream = Tensor::from_slice(y.shape(), &numbers("upstream", 0, y.shape()))?;
+    let upstream = if y.shape().is_empty() { upstream } else { upstream.cast(rounding)? };
+    let upstream = upstream.cast(y.dtype())?.on(device)?;
+    let gradients = tape.backward_from(&y, upstream, &mut [])?;
+    let mut all = vec![y.value().on(&Device::Cpu)?];
+    for input in &inputs {
+        all.push(match gradients.of(input) {
+            Some(gradient) => gradient.on(&Device::Cpu)?,
+            None => Tensor::zeros(input.shape(), Dtype::F32)?,
+        });
+    }
+    Ok(all)
+}
+
+fn distance(a: &[f64], b: &[f64]) -> f64 {
+    let worse = |most: f64, (a, b): (&f64, &f64)| if (a - b).abs() > most || (a - b).is_nan() { (a - b).abs() } else { most };
+    a.iter().zip(b).fold(0.0, worse)
+}
+
+/// Where the GPU's result is not the definition's.
+fn compare(case: &Case, what: &str, got: &[Tensor], precision: Dtype) -> Result<()> {
+    let exact = run(case, &case.run, &Device::Cpu, Dtype::F64, if precision == Dtype::Bf16 { precision } else { Dtype::F64 })?;
+    let plain = case.run_rounded.as_ref().unwrap_or(&case.run);
+    let plain = if precision == Dtype::Bf16 { Some(run(case, plain, &Device::Cpu, Dtype::F32, precision)?) } else { None };
+    for (i, (got, want)) in got.iter().zip(&exact).enumerate() {
+        assert_eq!(got.shape(), want.shape(), "{} {what}: tensor {i}", case.name);
+        let (got_numbers, want) = (got.to_f64(), want.to_f64());
+        let scale = want.iter().fold(1e-3f64, |most, x| most.max(x.abs()));
+        let allowed = match &plain {
+            None => 1e-5 * scale,
+            Some(plain) => {
+                let rounded = plain[i].cast(Dtype::F32)?.cast(got.dtype())?.to_f64();
+                2.0 * distance(&rounded, &want) + 1e-5 * scale
+            }
+        };
+        let error = distance(&got_numbers, &want);
+        assert!(error <= allowed, "{} {what}: tensor {i} is off by {error:e}, allowed are {allowed:e} at a scale of {scale:e}", case.name);
+    }
+    Ok(())
+}
+
+fn same_bits(a: &[Tensor], b: &[Tensor]) -> bool {
+    a.iter().zip(b).all(|(a, b)| a.to_f64().iter().zip(b.to_f64()).all(|(a, b)| a.to_bits() == b.to_bits()))
+}
+
+fn orders() -> Vec<Order> {
+    let chance = (1..=4).map(|seed| Order { seed, copies: Copies::ByChance });
+    [Order { seed: 0, copies: Copies::Early }].into_iter().chain(chance).collect()
+}
+
+/// Cases whose name holds this text; all of them if the variable is not set.
+fn chosen() -> Vec<Case> {
+    let only = std::env::var("MASQUE_CASES").unwrap_or_default();
+    ops::cases().into_iter().filter(|case| case.conditioned && case.name.contains(&only)).collect()
+}
+
+fn every_case(precision: Dtype) {
+    let gpu = Gpu::emulated().unwrap();
+    let (device, emulated) = (Device::Gpu(gpu.clone()), gpu.as_emulated().unwrap());
+    for case in chosen() {
+        let versions = ops::versions().into_iter().find(|versions| versions.op == case.op());
+        for &version in versions.map_or(&[""][..], |versions| versions.all) {
+            if let Some(versions) = versions {
+                gpu.choose(versions, version).unwrap();
+            }
+            let what = format!("{precision} {version}");
+            let on_gpu =
+                || run(&case, &case.run, &device, precision, precision).unwrap_or_else(|e| panic!("{} {what}: {}", case.name, e.chain()));
+            emulated.order(Order::default());
+            let got = on_gpu();
+            compare(&case, &what, &got, precision).unwrap_or_else(|e| panic!("{} {what}: {}", case.name, e.chain()));
+            for order in orders() {
+                emulated.order(order);
+                assert!(same_bits(&got, &on_gpu()), "{} {what}: {order:?} gives other bits than the plain order", case.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_kernel_is_the_definition_in_f32() {
+    every_case(Dtype::F32);
+}
+
+#[test]
+fn every_kernel_is_the_definition_in_bf16() {
+    every_case(Dtype::Bf16);
+}
+
+#[test]
+fn a_cuda_device_gives_the_same() {
+    let gpu = match Gpu::cuda(0) {
+        Ok(gpu) => gpu,
+        Err(error) => return println!("skipped: no CUDA device: {}", error.chain()),
+    };
+    gpu.poison(true);
+    let device = Device::Gpu(gpu.clone());
+    for case in chosen() {
+        for precision in [Dtype::F32, Dtype::Bf16] {
+            let versions = ops::versions().into_iter().find(|versions| versions.op == case.op());
+            for &version in versions.map_or(&[""][..], |versions| versions.all) {
+                if let Some(versions) = versions {
+                    gpu.choose(versions, version).unwrap();
+                }
+                let what = format!("{precision} {version}");
+                let got =
+                    run(&case, &case.run, &device, precision, precision).unwrap_or_else(|e| panic!("{} {what}: {}", case.name, e.chain()));
+                compare(&case, &what, &got, precision).unwrap_or_else(|e| panic!("{} {what}: {}", case.name, e.chain()));
+            }
+        }
+    }
+}
