@@ -422,6 +422,11 @@ impl Tensor {
         }
     }
 
+    /// The same from whatever device it is on, waiting for it.
+    pub fn read(&self) -> Result<Vec<f64>> {
+        Ok(self.on(&Device::Cpu)?.to_f64())
+    }
+
     /// The one number of a tensor with one element.
     pub fn item(&self) -> f64 {
         assert_eq!(self.numel(), 1, "item of a tensor of shape {:?}", self.shape);

@@ -137,12 +137,12 @@ impl Classifier {
         let Some(running) = &self.running else { return Ok(()) };
         let unbias = images as f64 / (images as f64 - 1.0);
         for (id, fresh, factor) in [(running.mean, &batch.mean, 1.0), (running.variance, &batch.variance, unbias)] {
-            let old = params.value(id).to_f64();
+            let old = params.value(id).read()?;
             let blend = |(old, fresh): (&f64, f64)| (1.0 - PROBE_MOMENTUM) * old + PROBE_MOMENTUM * factor * fresh;
-            let new: Vec<f64> = old.iter().zip(fresh.to_f64()).map(blend).collect();
+            let new: Vec<f64> = old.iter().zip(fresh.read()?).map(blend).collect();
             params.set_value(id, &Tensor::from_slice(&[new.len()], &new)?)?;
         }
-        let batches = params.value(running.batches).item() + 1.0;
+        let batches = params.value(running.batches).read()?[0] + 1.0;
         params.set_value(running.batches, &Tensor::from_slice(&[], &[batches])?)
     }
 }

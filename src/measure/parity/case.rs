@@ -2,7 +2,7 @@
 
 use crate::error::{Context, Error, Result};
 use crate::formats::{self, FileTensor, TensorFile};
-use crate::tensor::{Dtype, Tensor};
+use crate::tensor::{Device, Dtype, Tensor};
 use crate::{bail, ensure};
 use serde_json::{Map, Value as Json};
 use std::path::Path;
@@ -15,14 +15,16 @@ const MOST_TOKENS: usize = 4096;
 pub struct Case {
     pub file: TensorFile,
     json: Json,
+    /// Where it is computed.
+    pub device: Device,
 }
 
 impl Case {
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path, device: &Device) -> Result<Self> {
         let file = formats::open(path)?;
         let text = file.metadata().get("case").ok_or_else(|| Error::new("its header has no entry \"case\""))?;
         let json: Json = serde_json::from_str(text).context("its entry \"case\" is not JSON")?;
-        let case = Self { file, json };
+        let case = Self { file, json, device: device.clone() };
         let schema = case.fields()?.size("schema")?;
         ensure!(schema == 1, "its schema is {schema}, only 1 is known");
         Ok(case)
@@ -49,10 +51,11 @@ impl Case {
         names.iter().map(|name| name.as_str().ok_or_else(|| Error::new(format!("outputs: {name} is no name")))).collect()
     }
 
-    /// Float tensor `name` as the engine's.
+    /// Float tensor `name` as the engine's, on the device.
     pub fn tensor(&self, name: &str, dtype: Dtype) -> Result<Tensor> {
         let stored = self.file.get(name)?;
-        Tensor::from_slice(stored.shape(), &self.numbers(name)?)?.cast(dtype).with_context(|| format!("tensor {name}"))
+        let read = || Tensor::from_slice(stored.shape(), &self.numbers(name)?)?.cast(dtype)?.on(&self.device);
+        read().with_context(|| format!("tensor {name}"))
     }
 
     /// The same, which must have four axes.

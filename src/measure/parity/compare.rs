@@ -8,7 +8,7 @@
 //! left, which the key third keeps to as well.
 
 use super::case::Case;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formats::{FileDtype, FileTensor};
 use crate::tensor::{Dtype, Tensor};
 use crate::{bail, ensure};
@@ -73,6 +73,8 @@ pub struct Record {
     pub buffers: HashSet<String>,
     /// How far the key third of each parameter's bias may be off.
     pub reach: HashMap<String, f64>,
+    /// The first tensor that could not be read.
+    pub problem: Option<Error>,
 }
 
 pub struct Given {
@@ -93,7 +95,10 @@ impl Record {
     }
 
     pub fn tensor(&mut self, name: String, tensor: &Tensor) {
-        self.numbers(name, tensor.shape(), tensor.to_f64());
+        match tensor.read() {
+            Ok(values) => self.numbers(name, tensor.shape(), values),
+            Err(error) => self.problem = self.problem.take().or(Some(error)),
+        }
     }
 
     pub fn number(&mut self, name: String, value: f64) {

@@ -77,6 +77,12 @@ pub fn run(options: &Options, print: &mut dyn FnMut(&str)) -> Result<Summary> {
     if !matches!(options.precision, Dtype::F32 | Dtype::F64) {
         return Err(Error::usage(format!("parity is computed in f32 or f64, not {}", options.precision)));
     }
+    if options.device.gpu().is_some() && options.precision != Dtype::F32 {
+        return Err(Error::usage(format!(
+            "device {} computes parity in f32, not {}; leave --precision out",
+            options.device, options.precision
+        )));
+    }
     let mut files = Vec::new();
     for path in &options.paths {
         find(path, &mut files)?;
@@ -197,7 +203,7 @@ enum Ran {
 }
 
 fn run_case(path: &Path, options: &Options) -> Result<Ran> {
-    let (case, mut record) = (Case::open(path)?, Record::default());
+    let (case, mut record) = (Case::open(path, &options.device)?, Record::default());
     let (method, dtype) = (case.fields()?.text("method")?, options.precision);
     let model = case.part("model")?;
     let kind = if model.has("kind") { model.text("kind")? } else { "" };
@@ -214,6 +220,9 @@ fn run_case(path: &Path, options: &Options) -> Result<Ran> {
         }
         known if NOT_YET.contains(&known) => return Ok(Ran::Unsupported(format!("the method {known} is not supported yet"))),
         other => return Err(Error::new(format!("there is no method {other:?}"))),
+    }
+    if let Some(problem) = record.problem.take() {
+        return Err(problem);
     }
     let checks = compare::compare(&case, &record, options.limits, dtype)?;
     if checks.is_empty() {

@@ -74,14 +74,14 @@ fn attention(case: &Case, i: usize, _: &Fields, dtype: Dtype, record: &mut Recor
     };
     let mut qkv = vec![0.0; b * n * 3 * width];
     for (part, tensor) in parts.iter().enumerate() {
-        let numbers = tensor.to_f64();
+        let numbers = tensor.read()?;
         numbers.iter().enumerate().for_each(|(at, x)| qkv[packed(at, 3 * width) + part * width] = *x);
     }
     let mut dy = vec![0.0; b * n * width];
-    upstream.to_f64().iter().enumerate().for_each(|(at, x)| dy[packed(at, width)] = *x);
+    upstream.read()?.iter().enumerate().for_each(|(at, x)| dy[packed(at, width)] = *x);
 
     let tape = Tape::new();
-    let qkv = tape.leaf(Tensor::from_slice(&[b, n, 3 * width], &qkv)?.cast(dtype)?);
+    let qkv = tape.leaf(Tensor::from_slice(&[b, n, 3 * width], &qkv)?.cast(dtype)?.on(&case.device)?);
     // The attention itself keeps no probabilities: the file has room for them, so the operations they are made of may write them out.
     let probs = format!("out/{i}/probs");
     if case.file.contains(&probs) {
@@ -90,9 +90,9 @@ fn attention(case: &Case, i: usize, _: &Fields, dtype: Dtype, record: &mut Recor
     }
     let y = qkv.attention(h)?;
     let unpacked = |numbers: &[f64], row: usize, first: usize| (0..b * h * n * d).map(|at| numbers[packed(at, row) + first]).collect();
-    record.numbers(format!("out/{i}/y"), &[b, h, n, d], unpacked(&y.value().to_f64(), width, 0));
-    let gradients = tape.backward_from(&y, Tensor::from_slice(y.shape(), &dy)?.cast(dtype)?, &mut [])?;
-    let gradient = gradients.of(&qkv).ok_or_else(|| Error::new("no gradient reaches q, k, v"))?.to_f64();
+    record.numbers(format!("out/{i}/y"), &[b, h, n, d], unpacked(&y.value().read()?, width, 0));
+    let gradients = tape.backward_from(&y, Tensor::from_slice(y.shape(), &dy)?.cast(dtype)?.on(&case.device)?, &mut [])?;
+    let gradient = gradients.of(&qkv).ok_or_else(|| Error::new("no gradient reaches q, k, v"))?.read()?;
     for (part, name) in ["q", "k", "v"].into_iter().enumerate() {
         record.numbers(format!("grad/{i}/{name}"), &[b, h, n, d], unpacked(&gradient, 3 * width, part * width));
     }
@@ -206,12 +206,14 @@ fn kl_ce(case: &Case, i: usize, _: &Fields, dtype: Dtype, record: &mut Record) -
 }
 
 /// Parameters that only have shapes, for an optimiser to move.
-fn bare_params(shapes: &[(String, &[usize])], dtype: Dtype) -> Result<Params> {
+fn bare_params(case: &Case, shapes: &[(String, &[usize])], dtype: Dtype) -> Result<Params> {
     let mut builder = ParamsBuilder::default();
     for (name, shape) in shapes {
         builder.add(name.clone(), shape, Init::Constant(0.0))?;
     }
-    builder.build(dtype, &Rng::new(0))
+    let mut params = builder.build(dtype, &Rng::new(0))?;
+    params.move_to(&case.device, dtype)?;
+    Ok(params)
 }
 
 fn give_gradient(params: &mut Params, name: &str, gradient: Tensor) -> Result<()> {
@@ -225,7 +227,7 @@ fn clip_grad_norm(case: &Case, i: usize, spec: &Fields, dtype: Dtype, record: &m
     let inputs = (0..).map(|j| format!("in/{i}/g{j}")).take_while(|name| case.file.contains(name));
     let gradients = inputs.map(|name| case.tensor(&name, dtype)).collect::<Result<Vec<_>>>()?;
     let shapes: Vec<_> = gradients.iter().enumerate().map(|(j, gradient)| (format!("g{j}"), gradient.shape())).collect();
-    let mut params = bare_params(&shapes, dtype)?;
+    let mut params = bare_params(case, &shapes, dtype)?;
     for (j, gradient) in gradients.iter().enumerate() {
         give_gradient(&mut params, &format!("g{j}"), gradient.copy()?)?;
     }
@@ -239,7 +241,7 @@ fn clip_grad_norm(case: &Case, i: usize, spec: &Fields, dtype: Dtype, record: &m
 
 fn optimizer_update(case: &Case, i: usize, spec: &Fields, dtype: Dtype, record: &mut Record) -> Result<()> {
     let start = case.tensor(&format!("w/{i}/p"), dtype)?;
-    let mut params = bare_params(&[("p".to_string(), start.shape())], dtype)?;
+    let mut params = bare_params(case, &[("p".to_string(), start.shape())], dtype)?;
     let id = params.find("p")?;
     params.set_value(id, &start)?;
     let numbers = spec.object("kw")?;

@@ -4,6 +4,7 @@ use super::case::Case;
 use crate::bail;
 use crate::error::{Context, Error, Result};
 use crate::formats::{Checkpoint, FileDtype, FileTensor};
+use crate::tensor::Device;
 use serde_json::Value as Json;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,7 +17,7 @@ pub fn run(path: &Path) -> Result<usize> {
         bail!("there is no {} beside its expectation", path.display());
     }
     if tensors.exists() {
-        return loads(path, &Case::open(&tensors).context("its expectation cannot be read")?);
+        return loads(path, &Case::open(&tensors, &Device::Cpu).context("its expectation cannot be read")?);
     }
     let text = std::fs::read_to_string(&text).with_context(|| format!("cannot read {}", text.display()))?;
     let expected: Json = serde_json::from_str(&text).context("its expectation is not JSON")?;

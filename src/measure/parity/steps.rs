@@ -55,7 +55,8 @@ pub fn load(case: &Case, params: &mut Params) -> Result<()> {
             ensure!(differing == 0, "the table {name} differs from the file's in {differing} of {} values", ours.numel());
         }
     }
-    params.load(case.weights())
+    params.load(case.weights())?;
+    params.move_to(&case.device, params.dtype())
 }
 
 /// Runs all steps of a case, or forward and backward alone where it has no optimiser.
@@ -84,7 +85,7 @@ pub fn run(case: &Case, subject: &mut impl Subject, record: &mut Record) -> Resu
             let tape = Tape::new();
             let loss = subject.loss(&tape, &place, record)?;
             record.tensor(place.output("loss"), loss.value());
-            total += loss.value().item();
+            total += loss.value().read()?[0];
             let part = if accumulated > 1 { loss.scale(1.0 / accumulated as f64)? } else { loss };
             tape.backward(&part, &mut [subject.params()])?;
         }
