@@ -14,6 +14,7 @@ use masque::ops::{
 };
 use masque::tape::{Tape, Var};
 use masque::tensor::{Device, Dtype, Tensor};
+use std::path::{Path, PathBuf};
 
 /// Output and the inputs' gradients for the same upstream gradient each time, rounded to `rounding`.
 fn run(case: &Case, f: &ops::case::Run, device: &Device, precision: Dtype, rounding: Dtype) -> Result<Vec<Tensor>> {
@@ -83,15 +84,20 @@ fn chosen() -> Vec<Case> {
     ops::cases().into_iter().filter(|case| case.conditioned && case.name.contains(&only)).collect()
 }
 
+/// Calls `f` with each version of the case's op chosen.
+fn in_every_version(gpu: &Gpu, case: &Case, mut f: impl FnMut(&str)) {
+    let Some(versions) = ops::versions().into_iter().find(|versions| versions.op == case.op()) else { return f("") };
+    for version in versions.all {
+        gpu.choose(versions, version).unwrap();
+        f(version);
+    }
+}
+
 fn every_case(precision: Dtype) {
     let gpu = Gpu::emulated().unwrap();
     let (device, emulated) = (Device::Gpu(gpu.clone()), gpu.as_emulated().unwrap());
     for case in chosen() {
-        let versions = ops::versions().into_iter().find(|versions| versions.op == case.op());
-        for &version in versions.map_or(&[""][..], |versions| versions.all) {
-            if let Some(versions) = versions {
-                gpu.choose(versions, version).unwrap();
-            }
+        in_every_version(&gpu, &case, |version| {
             let what = format!("{precision} {version}");
             let on_gpu =
                 || run(&case, &case.run, &device, precision, precision).unwrap_or_else(|e| panic!("{} {what}: {}", case.name, e.chain()));
@@ -102,7 +108,7 @@ fn every_case(precision: Dtype) {
                 emulated.order(order);
                 assert!(same_bits(&got, &on_gpu()), "{} {what}: {order:?} gives other bits than the plain order", case.name);
             }
-        }
+        });
     }
 }
 
@@ -116,6 +122,27 @@ fn every_kernel_is_the_definition_in_bf16() {
     every_case(Dtype::Bf16);
 }
 
+/// Every launch of every case, in memory of just the size it needs; `scripts/sanitize` runs them again where MASQUE_LAUNCHES says.
+#[test]
+fn launches_are_written_down() {
+    let gpu = Gpu::emulated().unwrap();
+    let (device, emulated) = (Device::Gpu(gpu.clone()), gpu.as_emulated().unwrap());
+    gpu.exact(true);
+    let path = std::env::var_os("MASQUE_LAUNCHES");
+    let path = path.map_or_else(|| Path::new(env!("CARGO_TARGET_TMPDIR")).join("launches"), PathBuf::from);
+    emulated.trace(&path).unwrap();
+    for case in chosen() {
+        for precision in [Dtype::F32, Dtype::Bf16] {
+            in_every_version(&gpu, &case, |version| {
+                let what = format!("{precision} {version}");
+                run(&case, &case.run, &device, precision, precision).unwrap_or_else(|e| panic!("{} {what}: {}", case.name, e.chain()));
+            });
+        }
+    }
+    emulated.end_trace().unwrap();
+    assert!(std::fs::metadata(&path).unwrap().len() > 1000);
+}
+
 #[test]
 fn a_cuda_device_gives_the_same() {
     let gpu = match Gpu::cuda(0) {
@@ -126,16 +153,12 @@ fn a_cuda_device_gives_the_same() {
     let device = Device::Gpu(gpu.clone());
     for case in chosen() {
         for precision in [Dtype::F32, Dtype::Bf16] {
-            let versions = ops::versions().into_iter().find(|versions| versions.op == case.op());
-            for &version in versions.map_or(&[""][..], |versions| versions.all) {
-                if let Some(versions) = versions {
-                    gpu.choose(versions, version).unwrap();
-                }
+            in_every_version(&gpu, &case, |version| {
                 let what = format!("{precision} {version}");
-                let got =
-                    run(&case, &case.run, &device, precision, precision).unwrap_or_else(|e| panic!("{} {what}: {}", case.name, e.chain()));
+                let got = run(&case, &case.run, &device, precision, precision);
+                let got = got.unwrap_or_else(|e| panic!("{} {what}: {}", case.name, e.chain()));
                 compare(&case, &what, &got, precision).unwrap_or_else(|e| panic!("{} {what}: {}", case.name, e.chain()));
-            }
+            });
         }
     }
 }

@@ -11,13 +11,17 @@ use super::memory::Buffer;
 use super::parallel::Panel;
 use super::product::{Factor, Product};
 use super::{Dtype, memory};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::{bail, ensure};
 use half::bf16;
 use rayon::prelude::*;
 use std::alloc::{Layout, alloc, dealloc};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::{CStr, c_char, c_void};
+use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{BufWriter, Write};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -46,11 +50,19 @@ pub struct Emulated {
     recording: Mutex<Option<Vec<Work>>>,
     /// Address and size of everything allocated.
     live: Mutex<BTreeMap<u64, usize>>,
+    trace: Mutex<Option<Trace>>,
+}
+
+/// Where launches are written down, and which were already.
+struct Trace {
+    file: BufWriter<File>,
+    seen: HashSet<u64>,
 }
 
 /// As much as a block of an H100 may have.
 const MOST_SHARED: usize = 227 << 10;
 const LAYOUT_ALIGN: usize = 256;
+const TRACE_MARK: &[u8] = b"masque launches1";
 
 #[repr(C)]
 struct RawLaunch {
@@ -75,6 +87,70 @@ unsafe extern "C" {
 impl Emulated {
     pub fn order(&self, order: Order) {
         *self.order.lock().expect("no code that holds this lock panics") = order;
+    }
+
+    /// Writes down every launch from now on, once for each kernel, size and set of scalars, with the memory it is given: what
+    /// `kernels/emulate/replay.cpp` runs again under a sanitizer. Memory should be [`super::gpu::Gpu::exact`] meanwhile.
+    pub fn trace(&self, path: &Path) -> Result<()> {
+        let file = File::create(path).with_context(|| format!("{} cannot be written", path.display()))?;
+        let mut file = BufWriter::new(file);
+        file.write_all(TRACE_MARK).with_context(|| path.display().to_string())?;
+        *self.trace.lock().expect("no code that holds this lock panics") = Some(Trace { file, seen: HashSet::new() });
+        Ok(())
+    }
+
+    /// Ends it.
+    pub fn end_trace(&self) -> Result<()> {
+        let trace = self.trace.lock().expect("no code that holds this lock panics").take();
+        trace.map_or(Ok(()), |mut trace| trace.file.flush().context("writing launches down"))
+    }
+
+    /// In 64-bit words unless said otherwise: lengths and bytes of name and letters, grid, threads, shared memory; number of allocations, length and
+    /// bytes of each; then for each argument the allocation (all ones: none) and the offset in it, or the value.
+    fn write_down(&self, name: &str, launch: &Launch, words: &[u64], letters: &str) -> Result<()> {
+        let mut trace = self.trace.lock().expect("no code that holds this lock panics");
+        let Some(trace) = &mut *trace else { return Ok(()) };
+        let is_pointer = |i: usize| letters.as_bytes()[i] == b'p';
+        let mut hash = DefaultHasher::new();
+        (name, launch.grid, launch.block, launch.shared).hash(&mut hash);
+        (0..words.len()).for_each(|i| if is_pointer(i) { (words[i] != 0).hash(&mut hash) } else { words[i].hash(&mut hash) });
+        if !trace.seen.insert(hash.finish()) {
+            return Ok(());
+        }
+        let live = self.live.lock().expect("no code that holds this lock panics");
+        let mut held: Vec<(u64, usize)> = Vec::new();
+        let mut args = Vec::new();
+        for (i, &word) in words.iter().enumerate() {
+            if !is_pointer(i) || word == 0 {
+                args.push((u64::MAX, word));
+                continue;
+            }
+            let (&start, &size) = live.range(..=word).next_back().ok_or_else(|| Error::new(format!("argument {i} is no memory")))?;
+            let at = held.iter().position(|(held, _)| *held == start).unwrap_or_else(|| {
+                held.push((start, size));
+                held.len() - 1
+            });
+            args.push((at as u64, word - start));
+        }
+        let mut out: Vec<u8> = Vec::new();
+        let mut put = |word: u64| out.extend(word.to_le_bytes());
+        put(name.len() as u64);
+        put(letters.len() as u64);
+        launch.grid.iter().for_each(|&size| put(size as u64));
+        put(launch.block as u64);
+        put(launch.shared as u64);
+        put(held.len() as u64);
+        held.iter().for_each(|(_, size)| put(*size as u64));
+        args.iter().for_each(|(at, value)| {
+            put(*at);
+            put(*value);
+        });
+        out.extend(name.bytes().chain(letters.bytes()));
+        for (start, size) in held {
+            // SAFETY: a live allocation, which was filled when it was handed out; the lock keeps it alive.
+            out.extend(unsafe { std::slice::from_raw_parts(start as *const u8, size) });
+        }
+        trace.file.write_all(&out).context("writing a launch down")
     }
 
     fn run(&self, work: &Work) -> Result<()> {
@@ -113,6 +189,7 @@ impl Emulated {
         for (&word, _) in words.iter().zip(letters.chars()).filter(|(word, letter)| *letter == 'p' && **word != 0) {
             self.check(word, 1)?;
         }
+        self.write_down(kernel.name, launch, words, letters)?;
         let order = *self.order.lock().expect("no code that holds this lock panics");
         let early = match order.copies {
             Copies::Late => 0,

@@ -88,6 +88,8 @@ struct State {
     draws: Option<Vec<Draw>>,
     /// Whether fresh memory is filled with what is no number.
     poison: bool,
+    /// Whether each piece of memory is an allocation of just its size, given back when it is dropped.
+    exact: bool,
     allocated: Vec<(u64, usize)>,
 }
 
@@ -106,8 +108,16 @@ pub struct Block {
 }
 
 enum Home {
-    Arena { arena: Arc<Arena>, class: usize },
-    Slab { slab: Arc<Block>, offset: usize },
+    /// Allocated for itself.
+    Alone,
+    Arena {
+        arena: Arc<Arena>,
+        class: usize,
+    },
+    Slab {
+        slab: Arc<Block>,
+        offset: usize,
+    },
 }
 
 impl Block {
@@ -126,8 +136,16 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        if let Home::Arena { arena, class } = &self.home {
-            lock(&arena.free).entry(*class).or_default().push(self.address);
+        match &self.home {
+            Home::Arena { arena, class } => lock(&arena.free).entry(*class).or_default().push(self.address),
+            Home::Alone => {
+                let inner = &self.gpu.0;
+                lock(&inner.state).allocated.retain(|(address, _)| *address != self.address);
+                // What fails here shows at the next call.
+                let _ = inner.backend.wait();
+                inner.backend.release(self.address, self.bytes);
+            }
+            Home::Slab { .. } => {}
         }
     }
 }
@@ -231,13 +249,23 @@ impl Gpu {
         lock(&self.0.state).poison = on;
     }
 
+    /// Makes every piece of memory an allocation of just its size from now on: slow, and what a check of memory accesses needs.
+    pub fn exact(&self, on: bool) {
+        lock(&self.0.state).exact = on;
+    }
+
     /// At least this many bytes; the content is arbitrary.
     pub fn take(&self, bytes: usize) -> Result<Block> {
         let class = class_of(bytes);
-        let (arena, poison) = {
+        let (arena, poison, exact) = {
             let state = lock(&self.0.state);
-            (state.arena.clone(), state.poison)
+            (state.arena.clone(), state.poison, state.exact)
         };
+        if exact && bytes > 0 {
+            let address = self.allocate(bytes)?;
+            self.0.backend.submit(Work::Set { to: address, byte: 0xff, bytes })?;
+            return Ok(Block { gpu: self.clone(), address, bytes, home: Home::Alone });
+        }
         let free = lock(&arena.free).get_mut(&class).and_then(Vec::pop);
         let address = match free {
             Some(address) => address,
@@ -441,7 +469,7 @@ impl Gpu {
 
 impl State {
     fn new(poison: bool) -> Self {
-        Self { arena: Arc::default(), chosen: HashMap::new(), draws: None, poison, allocated: Vec::new() }
+        Self { arena: Arc::default(), chosen: HashMap::new(), draws: None, poison, exact: false, allocated: Vec::new() }
     }
 }
 
