@@ -240,6 +240,10 @@ fn one(job: &Job) -> Result<(), String> {
     if command.names {
         fs::write(&job.to, names(&String::from_utf8_lossy(&done.stdout)).join("\n")).map_err(|error| error.to_string())?;
     }
+    if job.what == "nvcc" {
+        // What scripts/kernel-table reads.
+        fs::write(job.to.with_extension("ptxas"), log.as_bytes()).map_err(|error| error.to_string())?;
+    }
     let kernels = log.lines().filter(|line| line.contains("spill stores") && !line.contains(" 0 bytes spill stores"));
     kernels.for_each(|line| println!("cargo:warning={}: {}", job.from.display(), line.trim()));
     Ok(())

@@ -256,14 +256,22 @@ impl Gpu {
 
     /// At least this many bytes; the content is arbitrary.
     pub fn take(&self, bytes: usize) -> Result<Block> {
+        let poison = lock(&self.0.state).poison;
+        let mut block = self.take_as_it_is(bytes)?;
+        if poison {
+            self.set(&mut block, 0xff)?;
+        }
+        Ok(block)
+    }
+
+    fn take_as_it_is(&self, bytes: usize) -> Result<Block> {
         let class = class_of(bytes);
-        let (arena, poison, exact) = {
+        let (arena, exact) = {
             let state = lock(&self.0.state);
-            (state.arena.clone(), state.poison, state.exact)
+            (state.arena.clone(), state.exact)
         };
         if exact && bytes > 0 {
             let address = self.allocate(bytes)?;
-            self.0.backend.submit(Work::Set { to: address, byte: 0xff, bytes })?;
             return Ok(Block { gpu: self.clone(), address, bytes, home: Home::Alone });
         }
         let free = lock(&arena.free).get_mut(&class).and_then(Vec::pop);
@@ -271,9 +279,6 @@ impl Gpu {
             Some(address) => address,
             None => self.allocate(class_bytes(class))?,
         };
-        if poison && bytes > 0 {
-            self.0.backend.submit(Work::Set { to: address, byte: 0xff, bytes: bytes.next_multiple_of(4).min(class_bytes(class)) })?;
-        }
         Ok(Block { gpu: self.clone(), address, bytes, home: Home::Arena { arena, class } })
     }
 
@@ -387,7 +392,8 @@ impl Gpu {
 
     /// Numbers uniform in [0, 1) by their name; a replay draws them afresh.
     pub fn drawn(&self, rng: &Rng, name: &str, count: usize) -> Result<Arc<Block>> {
-        let block = Arc::new(self.take(count * 4)?);
+        // Not filled first: the filling would be recorded, and done after the drawing.
+        let block = Arc::new(self.take_as_it_is(count * 4)?);
         if let Some(draws) = &mut lock(&self.0.state).draws {
             draws.push(Draw { name: name.to_string(), count, block: block.clone() });
             return Ok(block);
