@@ -15,7 +15,7 @@ use crate::error::{Context, Error, Result};
 use crate::{bail, ensure};
 use half::bf16;
 use rayon::prelude::*;
-use std::alloc::{Layout, alloc, dealloc};
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::{BTreeMap, HashSet};
 use std::ffi::{CStr, c_char, c_void};
 use std::fs::File;
@@ -260,7 +260,7 @@ impl Backend for Arc<Emulated> {
         ensure!(bytes as u64 <= memory::of_the_machine(), "the machine has {} bytes", memory::of_the_machine());
         let layout = Layout::from_size_align(bytes.max(1), LAYOUT_ALIGN).map_err(|error| Error::new(error.to_string()))?;
         // SAFETY: the size is above zero.
-        let address = unsafe { alloc(layout) } as u64;
+        let address = unsafe { alloc_zeroed(layout) } as u64;
         ensure!(address != 0, "the system gives no more memory");
         self.live.lock().expect("no code that holds this lock panics").insert(address, bytes);
         Ok(address)
