@@ -60,6 +60,7 @@ pub struct Need {
     device: Device,
     wanted: Vec<bool>,
     lent: Vec<Option<Tensor>>,
+    so_far: Vec<Option<Tensor>>,
     shapes: Vec<Option<(Shape, Dtype)>>,
 }
 
@@ -76,6 +77,12 @@ impl Need {
         }
         let (shape, dtype) = self.shapes[i].expect("out is asked only for a wanted input");
         Tensor::empty_on(&self.device, &shape, dtype)
+    }
+
+    /// Takes the gradient that input i has already, from what used it later. Whoever takes it answers the sum of it and its own; otherwise the tape adds.
+    /// None for a parameter, whose gradient has a place of its own.
+    pub fn so_far(&mut self, i: usize) -> Option<Tensor> {
+        self.so_far[i].take()
     }
 
     /// The gradient of input i as `f` makes it, or None if it is not wanted.
@@ -189,9 +196,9 @@ impl Tape {
                 Kind::Leaf => leaves.push((place, gradient)),
                 Kind::Param { set, id } => owner(params, set)?.accept(id, gradient)?,
                 Kind::Op(backward) => {
-                    let mut need = need(&device, &node.inputs, &facts, &owners, &gradients, params)?;
+                    let mut need = need(&device, &node.inputs, &facts, &owners, &mut gradients, params)?;
                     let answers = backward(gradient, &mut need).with_context(|| format!("the backward of {}", node.name))?;
-                    give_back(need, &node.inputs, &owners, params)?;
+                    give_back(need, &node.inputs, &owners, &mut gradients, params)?;
                     for (i, (input, answer)) in node.inputs.iter().zip(answers).enumerate() {
                         let Some(input) = *input else { continue };
                         let Some(answer) = answer else {
@@ -226,32 +233,45 @@ fn owner<'a>(params: &'a mut [&mut Params], set: u64) -> Result<&'a mut Params> 
     found.map(|params| &mut **params).ok_or_else(|| Error::new("backward: a parameter on the tape belongs to a set that was not handed in"))
 }
 
-/// Lends each wanted parameter's own gradient range, where nothing has been written to it and this is its first gradient on this walk.
+/// Lends each wanted parameter's own gradient range, where nothing has been written to it and this is its first gradient on this walk, and hands over what
+/// other inputs have got so far.
 fn need(
     device: &Device,
     inputs: &[Option<usize>],
     facts: &[(Shape, Dtype)],
     owners: &[Option<(u64, ParamId)>],
-    gradients: &[Option<Tensor>],
+    gradients: &mut [Option<Tensor>],
     params: &mut [&mut Params],
 ) -> Result<Need> {
     let mut lent = Vec::with_capacity(inputs.len());
+    let mut so_far = Vec::with_capacity(inputs.len());
     for input in inputs {
         let free = input.filter(|&place| gradients[place].is_none()).and_then(|place| owners[place]);
         lent.push(match free {
             Some((set, id)) => owner(params, set)?.lend(id)?,
             None => None,
         });
+        so_far.push(input.filter(|&place| owners[place].is_none()).and_then(|place| gradients[place].take()));
     }
     let shapes = inputs.iter().map(|input| input.map(|place| facts[place])).collect();
-    Ok(Need { device: device.clone(), wanted: inputs.iter().map(Option::is_some).collect(), lent, shapes })
+    Ok(Need { device: device.clone(), wanted: inputs.iter().map(Option::is_some).collect(), lent, so_far, shapes })
 }
 
-/// Ranges that were lent and not used go back.
-fn give_back(need: Need, inputs: &[Option<usize>], owners: &[Option<(u64, ParamId)>], params: &mut [&mut Params]) -> Result<()> {
-    for (lent, input) in need.lent.into_iter().zip(inputs) {
-        if let (Some(range), Some((set, id))) = (lent, input.and_then(|place| owners[place])) {
+/// Ranges that were lent and not used go back, and so do gradients that were not taken.
+fn give_back(
+    need: Need,
+    inputs: &[Option<usize>],
+    owners: &[Option<(u64, ParamId)>],
+    gradients: &mut [Option<Tensor>],
+    params: &mut [&mut Params],
+) -> Result<()> {
+    for ((lent, so_far), place) in need.lent.into_iter().zip(need.so_far).zip(inputs) {
+        let Some(place) = *place else { continue };
+        if let (Some(range), Some((set, id))) = (lent, owners[place]) {
             owner(params, set)?.give_back(id, range);
+        }
+        if so_far.is_some() {
+            gradients[place] = so_far;
         }
     }
     Ok(())
@@ -314,5 +334,66 @@ impl Var {
         let before = Shape::new(self.shape())?;
         let value = self.value.reshape(shape)?;
         Var::record("reshape", [self], value, move |gradient, _| Ok([Some(gradient.reshape(&before)?)]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::param::{Init, ParamsBuilder};
+    use crate::rng::Rng;
+
+    fn numbers(values: &[f64]) -> Tensor {
+        Tensor::from_slice(&[values.len()], values).unwrap()
+    }
+
+    /// 3 x, whose backward takes what x has got so far if it is told to.
+    fn three(x: &Var, takes: bool) -> Var {
+        let times = |x: &Tensor| numbers(&x.to_f64().iter().map(|x| 3.0 * x).collect::<Vec<_>>());
+        let backward = move |dy: Tensor, need: &mut Need| {
+            let dx = times(&dy);
+            let so_far = if takes { need.so_far(0) } else { None };
+            Ok([Some(so_far.map_or(Ok(dx.clone()), |so_far| dx.accumulate(&so_far))?)])
+        };
+        Var::record("three", [x], times(x.value()), backward).unwrap()
+    }
+
+    #[test]
+    fn gradients_are_the_same_whether_a_backward_takes_what_is_there_or_not() {
+        for takes in [false, true] {
+            let tape = Tape::new();
+            let x = tape.leaf(numbers(&[1.0, -2.0]));
+            // On the way back x is given something before, between and after the two that may take it; y has nothing yet.
+            let y = x.add(&three(&x, takes)).unwrap();
+            let z = three(&y, takes).add(&three(&x, takes)).unwrap().add(&x).unwrap();
+            let gradients = tape.backward_from(&z, numbers(&[1.0, 10.0]), &mut []).unwrap();
+            assert_eq!(gradients.of(&x).unwrap().to_f64(), [16.0, 160.0], "takes: {takes}");
+        }
+    }
+
+    #[test]
+    fn an_input_that_stands_twice_is_taken_once() {
+        let tape = Tape::new();
+        let x = tape.leaf(numbers(&[2.0]));
+        let both = Var::record("both", [&x, &x], numbers(&[4.0]), |dy, need| {
+            let (first, second) = (need.so_far(0), need.so_far(1));
+            assert!(first.is_some() && second.is_none());
+            Ok([Some(dy.copy()?.accumulate(&first.unwrap())?), Some(dy)])
+        });
+        let gradients = tape.backward_from(&both.unwrap().add(&x).unwrap(), numbers(&[1.0]), &mut []).unwrap();
+        assert_eq!(gradients.of(&x).unwrap().to_f64(), [3.0]);
+    }
+
+    #[test]
+    fn the_gradient_of_a_parameter_is_not_handed_over() {
+        let mut builder = ParamsBuilder::default();
+        let id = builder.add("p", &[1], Init::Constant(2.0)).unwrap();
+        let mut params = builder.build(Dtype::F64, &Rng::new(0)).unwrap();
+        let tape = Tape::new();
+        let p = params.var(&tape, id);
+        let y = three(&p, true).add(&p).unwrap();
+        drop(p);
+        tape.backward_from(&y, numbers(&[1.0]), &mut [&mut params]).unwrap();
+        assert_eq!(params.gradient(id).unwrap().to_f64(), [4.0]);
     }
 }

@@ -10,6 +10,7 @@ use super::norm::Norm;
 use super::{Scope, Start};
 use crate::error::Result;
 use crate::ops::attention::Request;
+use crate::ops::scale::Branch;
 use crate::param::{Init, ParamId, ParamsBuilder};
 use crate::tape::Var;
 use crate::tensor::Tensor;
@@ -46,24 +47,20 @@ impl Residual {
         Ok(Self { name: name.to_string(), gains, drop_path: c.drop_path })
     }
 
-    /// x plus the block's first (0) or second (1) branch.
-    pub fn add(&self, s: &Scope, x: &Var, branch: Var, which: usize) -> Result<Var> {
-        let branch = match self.gains {
-            Some(gains) => branch.scale_channels(&s.param(gains[which]))?,
-            None => branch,
-        };
-        let branch = match s.noise {
+    /// The block's first (0) or second (1) branch as it joins the residual stream.
+    fn branch(&self, s: &Scope, value: Var, which: usize) -> Result<Branch> {
+        let drop = match s.noise {
             Some(rng) if self.drop_path > 0.0 => {
-                let u = rng.uniform(&format!("{}.drop_path.{which}", self.name), x.shape()[0])?;
-                branch.drop_path(&u, self.drop_path)?
+                let (name, batch) = (format!("{}.drop_path.{which}", self.name), value.shape()[0]);
+                Some((Tensor::drawn(&value.value().device(), rng, &name, &[batch])?, self.drop_path))
             }
-            _ => branch,
+            _ => None,
         };
-        x.add(&branch)
+        Ok(Branch { value, gains: self.gains.map(|gains| s.param(gains[which])), drop })
     }
 }
 
-/// The second branch: norm2 and the two layers behind it.
+/// What follows the attention: norm2 and the two layers behind it.
 pub(super) struct Mlp {
     norm: Norm,
     fc1: Linear,
@@ -79,8 +76,11 @@ impl Mlp {
         })
     }
 
-    pub fn forward(&self, s: &Scope, x: &Var) -> Result<Var> {
-        self.fc2.forward(s, &self.fc1.forward_gelu(s, &self.norm.forward(s, x)?)?)
+    /// x with both branches, the first of which is what the attention gave.
+    pub fn finish(&self, s: &Scope, residual: &Residual, x: &Var, attended: Var) -> Result<Var> {
+        let (x, y) = self.norm.forward_sum(s, x, &residual.branch(s, attended, 0)?)?;
+        let y = self.fc2.forward(s, &self.fc1.forward_gelu(s, &y)?)?;
+        x.add_branch(&residual.branch(s, y, 1)?)
     }
 }
 
@@ -108,9 +108,7 @@ impl Block {
     /// The output, and what was requested of the attention.
     pub fn forward_with(&self, s: &Scope, x: &Var, request: &Request) -> Result<(Var, Option<Tensor>)> {
         let (y, class_rows) = self.attention.forward(s, &self.norm1.forward(s, x)?, request)?;
-        let x = self.residual.add(s, x, y, 0)?;
-        let y = self.mlp.forward(s, &x)?;
-        Ok((self.residual.add(s, &x, y, 1)?, class_rows))
+        Ok((self.mlp.finish(s, &self.residual, x, y)?, class_rows))
     }
 
     /// Packed queries, keys and values that the block would attend with, [B, N, 3 C]; the rest of the block is not run.

@@ -128,8 +128,7 @@ impl<A> Block<A> {
 
     /// x and both branches, the first being `attended`.
     fn finish(&self, s: &Scope, x: &Var, attended: Var) -> Result<Var> {
-        let x = self.residual.add(s, x, attended, 0)?;
-        self.residual.add(s, &x, self.mlp.forward(s, &x)?, 1)
+        self.mlp.finish(s, &self.residual, x, attended)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::Scope;
 use crate::error::Result;
+use crate::ops::scale::Branch;
 use crate::param::{Init, ParamId, ParamsBuilder};
 use crate::tape::Var;
 
@@ -20,5 +21,10 @@ impl Norm {
 
     pub fn forward(&self, s: &Scope, x: &Var) -> Result<Var> {
         x.layernorm(&s.param(self.weight), &s.param(self.bias), self.eps)
+    }
+
+    /// The residual sum of x and a branch, and its norm.
+    pub fn forward_sum(&self, s: &Scope, x: &Var, branch: &Branch) -> Result<(Var, Var)> {
+        x.add_layernorm(branch, &s.param(self.weight), &s.param(self.bias), self.eps)
     }
 }

@@ -4,13 +4,17 @@
 //!   dx = rstd (dy - avg(dy) - n avg(dy n)),   averages over the column
 //!   with given statistics: dx = rstd dy
 //!
-//! x [B, C]; mean, variance [C]. Column sums are taken in f64, from the first image to the last. Saved: y, rstd [C].
+//! x [B, C]; mean, variance [C], on a GPU f32. Column sums are taken in f64, from the first image to the last. Saved: y, rstd [C]; on a GPU x, mean and
+//! variance. GPU: kernels/batchnorm.cu, where the sums are f32.
 
+use super::beside;
 use super::case::Case;
+use crate::device::gpu::Gpu;
+use crate::device::launch::{Args, Launch, typed};
 use crate::device::{parallel, simd::Real};
 use crate::error::Result;
 use crate::tape::Var;
-use crate::tensor::{Element, Tensor};
+use crate::tensor::{Dtype, Element, Tensor};
 use crate::{by_real, ensure, vectorised};
 use rayon::prelude::*;
 
@@ -27,6 +31,9 @@ impl Var {
         let x = self.value();
         let &[batch, c] = x.shape() else { crate::bail!("batchnorm: x is {x:?} but [B, C] is needed") };
         ensure!(batch > 1 && c > 0, "batchnorm: x is {x:?} but training needs at least two images and one channel");
+        if let Some(gpu) = x.gpu() {
+            return batchnorm_on(gpu, self, eps);
+        }
         let (mean, variance) = by_real!("batchnorm", x.dtype(), statistics(x))?;
         let (y, rstd) = by_real!("batchnorm", x.dtype(), normalised(x, &mean, &variance, eps))?;
         let saved = y.clone();
@@ -45,7 +52,12 @@ impl Var {
         for (name, given) in [("mean", mean), ("variance", variance)] {
             ensure!(given.shape() == [c] && c > 0, "batchnorm_given: the {name} is {given:?} but x is {x:?}");
         }
-        let (mean, variance) = (mean.cast(x.dtype())?, variance.cast(x.dtype())?);
+        let place = |given: &Tensor| given.cast(beside(x.dtype()))?.on(&x.device());
+        let (mean, variance) = (place(mean)?, place(variance)?);
+        if let Some(gpu) = x.gpu().cloned() {
+            let y = given_on(&gpu, x, Some(&mean), &variance, eps)?;
+            return Var::record("batchnorm_given", [self], y, move |dy, _| Ok([Some(given_on(&gpu, &dy, None, &variance, eps)?)]));
+        }
         let (y, rstd) = by_real!("batchnorm_given", x.dtype(), normalised(x, &mean, &variance, eps))?;
         Var::record("batchnorm_given", [self], y, move |dy, need| {
             let mut dx = need.out(0)?;
@@ -128,6 +140,34 @@ fn scaled<T: Real + Element>(dy: &Tensor, rstd: &Tensor, dx: &mut Tensor) {
     parallel::rows(dx.data_mut::<T>(), c, |first, dx| multiply(&dy[first * c..first * c + dx.len()], rstd, dx));
 }
 
+fn batchnorm_on(gpu: &Gpu, x: &Var, eps: f64) -> Result<(Var, Statistics)> {
+    let (gpu, input) = (gpu.clone(), x.value().clone());
+    let (batch, c, dtype) = (input.rows(), input.last(), input.dtype());
+    let launch = Launch::new(c.div_ceil(32), 1024);
+    let [mut mean, mut variance] = [input.alike(&[c], Dtype::F32)?, input.alike(&[c], Dtype::F32)?];
+    let mut y = input.alike(input.shape(), dtype)?;
+    let args = Args::new().out(&mut y).out(&mut mean).out(&mut variance).input(&input).int(batch).int(c).float(eps);
+    gpu.launch(&typed("batchnorm_fwd", dtype), launch, args)?;
+    let statistics = Statistics { mean: mean.clone(), variance: variance.clone() };
+    let var = Var::record("batchnorm", [x], y, move |dy, _| {
+        let mut dx = input.alike(input.shape(), dtype)?;
+        let args = Args::new().out(&mut dx).input(&dy).input(&input).input(&mean).input(&variance).int(batch).int(c).float(eps);
+        gpu.launch(&typed("batchnorm_bwd", dtype), launch, args)?;
+        Ok([Some(dx)])
+    })?;
+    Ok((var, statistics))
+}
+
+/// (x - mean) rstd, or x rstd, which is the gradient.
+fn given_on(gpu: &Gpu, x: &Tensor, mean: Option<&Tensor>, variance: &Tensor, eps: f64) -> Result<Tensor> {
+    let (rows, c) = (x.rows(), x.last());
+    let mut y = x.alike(x.shape(), x.dtype())?;
+    let args = Args::new().out(&mut y).input(x).maybe(mean).input(variance).int(rows).int(c).float(eps);
+    let launch = Launch::new(0, 256).grid(c.div_ceil(32), rows.div_ceil(8).clamp(1, 256), 1);
+    gpu.launch(&typed("batchnorm_given", x.dtype()), launch, args)?;
+    Ok(y)
+}
+
 pub fn cases() -> Vec<Case> {
     let case =
         |name: &str, shape: &[usize], eps: f64| Case::new(&format!("batchnorm: {name}"), &[shape], move |x| Ok(x[0].batchnorm(eps)?.0));
@@ -138,6 +178,6 @@ pub fn cases() -> Vec<Case> {
         case("two images", &[2, 5], 1e-2),
         case("many images, C = 130", &[200, 130], 1e-6),
         case("columns without variance", &[4, 6], 1e-2).with(0, |i, _| (i % 6) as f64),
-        Case::new("batchnorm_given: 3 channels", &[&[4, 3]], move |x| x[0].batchnorm_given(&mean, &variance, 1e-2)),
+        Case::new("batchnorm_given: 3 channels", &[&[40, 3]], move |x| x[0].batchnorm_given(&mean, &variance, 1e-2)),
     ]
 }

@@ -144,7 +144,8 @@ fn drop_path_rates(case: &Case) -> Result<()> {
 fn drop_path(case: &Case, i: usize, spec: &Fields, dtype: Dtype, record: &mut Record) -> Result<()> {
     let tape = Tape::new();
     let x = tape.leaf(case.tensor(&input(case, i, "x"), dtype)?);
-    let y = x.drop_path(&case.floats(&input(case, i, "u"))?, spec.number("drop_prob")?)?;
+    let u = case.floats(&input(case, i, "u"))?;
+    let y = x.drop_path(&Tensor::from_slice(&[u.len()], &u)?, spec.number("drop_prob")?)?;
     record.tensor(format!("out/{i}/y"), y.value());
     backward(&tape, &y, &case.tensor(&input(case, i, "dy"), dtype)?, &[("x", &x)], &format!("{i}/"), record)
 }

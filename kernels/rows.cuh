@@ -1,0 +1,37 @@
+// rows.cuh - what kernels share that work on rows of a matrix [R, C], a warp or a lane at a time.
+#pragma once
+#include "common.cuh"
+
+// W consecutive numbers: 8 in accesses of 16 bytes where C is a multiple of 8, so that every row starts on a multiple of 16 bytes, else 1.
+template <int W, class T> __device__ __forceinline__ void load(float (&v)[W], const T* p) {
+  if constexpr (W == 8) load8(v, p);
+  else v[0] = to_f32(p[0]);
+}
+template <int W, class T> __device__ __forceinline__ void store(T* p, const float (&v)[W]) {
+  if constexpr (W == 8) store8(p, v);
+  else p[0] = from_f32<T>(v[0]);
+}
+
+// A number as T holds it.
+template <class T> __device__ __forceinline__ float round_to(float x) { return to_f32(from_f32<T>(x)); }
+
+// What is done to a branch before it joins a residual stream: gains of layer scale [C], or null, and stochastic depth, u [B] or null. A row belongs to
+// image r / tokens. The rule floor(keep + u) >= 1 is taken in f32; what is kept grows by `grow`.
+struct Factors {
+  const float* gains;
+  const float* u;
+  int tokens;
+  float keep, grow;
+
+  __device__ __forceinline__ float of_row(int r) const {
+    if (!u) return 1.f;
+    return floorf(keep + u[r / tokens]) >= 1.f ? grow : 0.f;
+  }
+  // v times the gains from column c on, times the factor of its row.
+  template <int W> __device__ __forceinline__ void times(float (&v)[W], int c, float row) const {
+    float g[W];
+    if (gains) load<W>(g, gains + c);
+#pragma unroll
+    for (int j = 0; j < W; j++) v[j] = (gains ? v[j] * g[j] : v[j]) * row;
+  }
+};
