@@ -100,18 +100,25 @@ pub fn leaves(case: &Case, tape: &Tape, device: &Device, precision: Dtype) -> Re
     case.inputs.iter().map(leaf).collect()
 }
 
+fn round(x: &Tensor) -> Result<Tensor> {
+    let mut y = x.copy()?;
+    match y.dtype() {
+        Dtype::F64 => parallel::rows(y.data_mut::<f64>(), 1, |_, y| y.iter_mut().for_each(|y| *y = bf16::from_f64(*y).to_f64())),
+        _ => parallel::rows(y.data_mut::<f32>(), 1, |_, y| y.iter_mut().for_each(|y| *y = bf16::from_f32(*y).to_f32())),
+    }
+    Ok(y)
+}
+
 /// x rounded to bf16, its gradient rounded too: what happens between two kernels. On the CPU, in f32 or f64.
 pub fn rounded(x: &Var) -> Result<Var> {
-    fn round(x: &Tensor) -> Result<Tensor> {
-        let mut y = x.copy()?;
-        match y.dtype() {
-            Dtype::F64 => parallel::rows(y.data_mut::<f64>(), 1, |_, y| y.iter_mut().for_each(|y| *y = bf16::from_f64(*y).to_f64())),
-            _ => parallel::rows(y.data_mut::<f32>(), 1, |_, y| y.iter_mut().for_each(|y| *y = bf16::from_f32(*y).to_f32())),
-        }
-        Ok(y)
-    }
     let y = round(x.value())?;
     Var::record("rounded", [x], y, |dy, _| Ok([Some(round(&dy)?)]))
+}
+
+/// x as it is, its gradient rounded to bf16: a factor of a product in a backward.
+pub fn rounded_gradient(x: &Var) -> Result<Var> {
+    let value = x.value().clone();
+    Var::record("rounded", [x], value, |dy, _| Ok([Some(round(&dy)?)]))
 }
 
 /// Normal numbers that f32 holds exactly, the same ones each time.
