@@ -86,7 +86,7 @@ pub fn cases() -> Vec<Case> {
     let case = |name: &str, shape: [usize; 2], binarise: bool| {
         let targets: Vec<f64> = (0..shape[0] * shape[1]).map(|i| (i % 4) as f64 / 4.0).collect();
         let targets = Tensor::from_slice(&shape, &targets).expect("as many numbers");
-        Case::new(&format!("bce: {name}"), &[&shape], move |z| z[0].bce(&targets, binarise))
+        Case::loss(&format!("bce: {name}"), &shape, move |z| z.bce(&targets, binarise))
     };
     vec![
         case("4 images, 37 classes", [4, 37], false),

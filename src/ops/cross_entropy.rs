@@ -178,18 +178,18 @@ pub fn cases() -> Vec<Case> {
     let (several, one, many) = (soft([4, 37]), soft([1, 3]), soft([5, 1000]));
     let labels = Tensor::from_slice(&[3], &[2u32, 8, 0]).expect("as many numbers");
     vec![
-        Case::new("cross_entropy: 4 images, 37 classes", &[&[4, 37]], |z| z[0].cross_entropy(&[0, 36, 7, 7], 0.0)),
-        Case::new("cross_entropy: 1000 classes, smoothing", &[&[20, 1000]], |z| {
-            z[0].cross_entropy(&(0..20).map(|i| i * 49).collect::<Vec<_>>(), 0.1)
+        Case::loss("cross_entropy: 4 images, 37 classes", &[4, 37], |z| z.cross_entropy(&[0, 36, 7, 7], 0.0)),
+        Case::loss("cross_entropy: 1000 classes, smoothing", &[20, 1000], |z| {
+            z.cross_entropy(&(0..20).map(|i| i * 49).collect::<Vec<_>>(), 0.1)
         }),
-        Case::new("cross_entropy: one image, one class", &[&[1, 1]], |z| z[0].cross_entropy(&[0], 0.1)),
-        Case::new("cross_entropy: saturated", &[&[3, 10]], |z| z[0].cross_entropy(&[1, 5, 9], 0.1)).with(0, |_, x| 30.0 * x),
-        Case::new("cross_entropy: soft targets", &[&[4, 37]], move |z| z[0].cross_entropy_soft(&several)),
-        Case::new("cross_entropy: soft targets, one image", &[&[1, 3]], move |z| z[0].cross_entropy_soft(&one)),
-        Case::new("cross_entropy: soft targets, 1000 classes", &[&[5, 1000]], move |z| z[0].cross_entropy_soft(&many)),
-        Case::new("cross_entropy: labels on the device of the logits", &[&[3, 9]], move |z| {
-            z[0].cross_entropy_at(&labels.on(&z[0].value().device())?, 0.1)
+        Case::loss("cross_entropy: one image, one class", &[1, 1], |z| z.cross_entropy(&[0], 0.1)),
+        Case::loss("cross_entropy: saturated", &[3, 10], |z| z.cross_entropy(&[1, 5, 9], 0.1)).with(0, |_, x| 30.0 * x),
+        Case::loss("cross_entropy: soft targets", &[4, 37], move |z| z.cross_entropy_soft(&several)),
+        Case::loss("cross_entropy: soft targets, one image", &[1, 3], move |z| z.cross_entropy_soft(&one)),
+        Case::loss("cross_entropy: soft targets, 1000 classes", &[5, 1000], move |z| z.cross_entropy_soft(&many)),
+        Case::loss("cross_entropy: labels on the device of the logits", &[3, 9], move |z| {
+            z.cross_entropy_at(&labels.on(&z.value().device())?, 0.1)
         }),
-        Case::new("cross_entropy: one row of several rounds", &[&[1, 2504]], |z| z[0].cross_entropy(&[2503], 0.1)),
+        Case::loss("cross_entropy: one row of several rounds", &[1, 2504], |z| z.cross_entropy(&[2503], 0.1)),
     ]
 }

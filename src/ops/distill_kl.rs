@@ -113,13 +113,13 @@ pub fn cases() -> Vec<Case> {
     let case = |name: &str, shape: [usize; 2], spread: f64, temperature: f64, reduction: Reduction| {
         let teacher: Vec<f64> = numbers("teacher", 0, &shape).into_iter().map(|x| spread * x).collect();
         let teacher = Tensor::from_slice(&shape, &teacher).expect("as many numbers");
-        Case::new(&format!("distill_kl: {name}"), &[&shape], move |z| z[0].distill_kl(&teacher, temperature, reduction))
+        Case::loss(&format!("distill_kl: {name}"), &shape, move |z| z.distill_kl(&teacher, temperature, reduction))
     };
     // Halves, so that rows have equal ones; the first counts.
     let hard = |name: &str, shape: [usize; 2]| {
         let teacher: Vec<f64> = numbers("teacher", 0, &shape).into_iter().map(|x| (2.0 * x).round() / 2.0).collect();
         let teacher = Tensor::from_slice(&shape, &teacher).expect("as many numbers");
-        Case::new(&format!("hard_distill: {name}"), &[&shape], move |z| z[0].hard_distill(&teacher))
+        Case::loss(&format!("hard_distill: {name}"), &shape, move |z| z.hard_distill(&teacher))
     };
     vec![
         case("4 images, 37 classes", [4, 37], 1.0, 1.0, Reduction::Batch),

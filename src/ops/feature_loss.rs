@@ -166,9 +166,9 @@ pub fn cases() -> Vec<Case> {
         let target = Tensor::from_slice(shape, &numbers("target", 0, shape)).expect("as many numbers");
         let rows = &shape[..shape.len() - 1];
         let weights = weights.map(|weights| Tensor::from_slice(rows, weights).expect("a number a row"));
-        Case::new(&format!("feature_loss: {name}"), &[shape], move |x| match &weights {
-            None => x[0].feature_loss(&target, distance),
-            Some(weights) => x[0].feature_loss_at(&target, distance, weights),
+        Case::loss(&format!("feature_loss: {name}"), shape, move |x| match &weights {
+            None => x.feature_loss(&target, distance),
+            Some(weights) => x.feature_loss_at(&target, distance, weights),
         })
     };
     let smooth = |beta: f64| Distance::SmoothL1 { beta };

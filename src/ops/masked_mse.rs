@@ -90,7 +90,7 @@ pub fn cases() -> Vec<Case> {
         let target = Tensor::from_slice(&shape, &numbers("target", 0, &shape)).expect("as many numbers");
         let mask: Vec<f64> = (0..shape[0] * shape[1]).map(hidden).collect();
         let mask = Tensor::from_slice(&shape[..2], &mask).expect("as many numbers");
-        Case::new(&format!("masked_mse: {name}"), &[&shape], move |x| x[0].masked_mse(&target, &mask))
+        Case::loss(&format!("masked_mse: {name}"), &shape, move |x| x.masked_mse(&target, &mask))
     };
     vec![
         case("3 of 4 patches hidden, P = 48", [2, 16, 48], |i| if i % 4 == 1 { 0.0 } else { 1.0 }),

@@ -68,7 +68,7 @@ pub fn cases() -> Vec<Case> {
         let mask: Vec<f64> = (0..batch * tokens).map(hidden).collect();
         let mask = Tensor::from_slice(&[batch, tokens], &mask).expect("as many numbers");
         let name = format!("pixel_loss: {name}");
-        Case::new(&name, &[&[batch, tokens, patch * patch * channels]], move |x| x[0].pixel_loss(&images, patch, normalised, &mask))
+        Case::loss(&name, &[batch, tokens, patch * patch * channels], move |x| x.pixel_loss(&images, patch, normalised, &mask))
     };
     let most: fn(usize) -> f64 = |i| if i % 4 == 1 { 0.0 } else { 1.0 };
     vec![

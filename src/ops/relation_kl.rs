@@ -12,7 +12,7 @@
 //! With a = scaled scores minus their row's maximum, a row's divergence is sum_j e^a_t (a_t - a_s) / sum e^a_t - ln sum e^a_t + ln sum e^a_s, the
 //! sums in f64: on nearly one-hot rows nothing large cancels.
 
-use super::case::{Case, numbers, rounded_gradient};
+use super::case::{Case, numbers, rounded_gradient, rounded_loss};
 use super::distill_kl::Reduction;
 use super::times_loss_gradient;
 use crate::device::gemm::{self, Finish, Product, View};
@@ -373,7 +373,7 @@ pub fn cases() -> Vec<Case> {
         let name = format!("relation_kl: {name}");
         let same = teacher.clone();
         let case = Case::new(&name, &[&[b, n, 3 * heads * ds]], move |x| Ok(x[0].relation_kl(&teacher, heads, relations)?.0));
-        case.rounded(move |x| pieces(&x[0], &same, heads, relations))
+        case.rounded(move |x| rounded_loss(&x[0], |x| pieces(x, &same, heads, relations)))
     };
     vec![
         case("q-k and v-v, 7 tokens, heads of 4 and 6", [2, 7, 3, 4, 6], 1.0, &[Qk, Vv]),
