@@ -11,9 +11,9 @@
 //! | 2 | [`formats`] | named tensors on disk: safetensors and PyTorch's .pth |
 //! | 3 | [`tape`] | automatic differentiation |
 //! | 3 | [`param`] | names and ranges in one flat buffer, and its gradient |
+//! | 3 | [`targets`] | what is regressed |
 //! | 4 | [`ops`] | one file an op: the math, the CPU code, the backward, the cases |
 //! | 5 | [`masking`] | which patches are kept |
-//! | 5 | [`targets`] | what is regressed |
 //! | 5 | [`nn`] | parts of a vision transformer |
 //! | 5 | [`data`] | images on their way to a batch |
 //! | 5 | [`optim`] | update rules, schedules, parameter groups |

@@ -24,10 +24,10 @@ const RULES: [Rule; 18] = [
     // A recorded parameter is a place on a tape, and a tape hands gradients to parameters.
     Rule { also: &["param"], ..rule("tape", 3, 2) },
     Rule { also: &["tape"], ..rule("param", 3, 2) },
+    rule("targets", 3, 2),
     rule("ops", 4, 3),
     rule("nn", 5, 4),
     rule("masking", 5, 2),
-    rule("targets", 5, 2),
     rule("data", 5, 2),
     rule("optim", 5, 3),
     Rule { never: &["optim", "data"], ..rule("methods", 6, 5) },

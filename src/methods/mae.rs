@@ -55,7 +55,7 @@ impl Mae {
 
     /// Mean squared error over the hidden patches.
     pub fn reconstruction(&self, pred: &Var, images: &Tensor, mask: &Mask) -> Result<Var> {
-        pred.masked_mse(&self.target(images)?, &mask.hidden)
+        pred.pixel_loss(images, self.encoder.config.patch, self.norm_pix, &mask.hidden)
     }
 }
 

@@ -2,16 +2,19 @@
 //!
 //!   loss = mean(max(z, 0) - z t + ln(1 + e^-|z|)),   dz = (sigmoid(z) - t) / (B C)
 //!
-//! z [B, C]; t [B, C], or [t > 0] on request. Taken in f64. Saved: z, t.
+//! z [B, C]; t [B, C], or [t > 0] on request. Taken in f64. Saved: z, t; on a GPU the gradient, which its kernel (kernels/bce.cu) makes together with
+//! the loss, in f32 and with targets in f32.
 
 use super::case::Case;
 use super::cross_entropy::batch_and_classes;
-use super::total::sum_of_rows;
+use super::total::{Made, Parts, constant_for, sum_of_rows};
+use crate::device::gpu::Gpu;
+use crate::device::launch::{Args, Launch, typed};
 use crate::device::parallel;
 use crate::device::simd::Real;
 use crate::error::Result;
 use crate::tape::Var;
-use crate::tensor::{Element, Tensor};
+use crate::tensor::{Dtype, Element, Tensor};
 use crate::{by_real, ensure};
 
 impl Var {
@@ -20,7 +23,11 @@ impl Var {
         let z = self.value().clone();
         batch_and_classes("bce", &z)?;
         ensure!(targets.shape() == z.shape(), "bce: the targets are {targets:?} but the logits are {z:?}");
-        let targets = targets.cast(z.dtype())?;
+        if let Some(gpu) = z.gpu() {
+            let made = on_gpu(gpu, self, targets, binarise)?;
+            return Var::record("bce", [self], made.loss.clone(), move |dy, _| made.backward(&dy));
+        }
+        let targets = constant_for(&z, targets)?;
         let share = 1.0 / z.numel() as f64;
         let sum = by_real!("bce", z.dtype(), sum(&z, &targets, binarise));
         Var::record("bce", [self], Tensor::scalar(share * sum, z.dtype())?, move |dy, need| {
@@ -29,6 +36,16 @@ impl Var {
             Ok([Some(dz)])
         })
     }
+}
+
+fn on_gpu(gpu: &Gpu, z: &Var, targets: &Tensor, binarise: bool) -> Result<Made> {
+    let n = z.value().numel();
+    let targets = constant_for(z.value(), targets)?.cast(Dtype::F32)?;
+    let blocks = n.div_ceil(2048).min(1024);
+    let mut parts = Parts::new(z, blocks)?;
+    let args = Args::new().maybe_out(parts.gradient.as_mut()).out(&mut parts.partial).input(z.value()).input(&targets);
+    gpu.launch(&typed("bce", z.dtype()), Launch::new(blocks, 256), args.int(n).flag(binarise).float(1.0 / n as f64))?;
+    parts.finish(gpu)
 }
 
 fn target<T: Real>(t: T, binarise: bool) -> f64 {
@@ -69,7 +86,7 @@ pub fn cases() -> Vec<Case> {
     let case = |name: &str, shape: [usize; 2], binarise: bool| {
         let targets: Vec<f64> = (0..shape[0] * shape[1]).map(|i| (i % 4) as f64 / 4.0).collect();
         let targets = Tensor::from_slice(&shape, &targets).expect("as many numbers");
-        Case::new(&format!("bce: {name}"), &[&shape], move |z| z[0].bce(&targets, binarise))
+        Case::loss(&format!("bce: {name}"), &shape, move |z| z.bce(&targets, binarise))
     };
     vec![
         case("4 images, 37 classes", [4, 37], false),

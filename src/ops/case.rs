@@ -51,6 +51,12 @@ impl Case {
         Self { name: name.to_string(), inputs: inputs.collect(), run: Box::new(run), run_rounded: None, conditioned: true }
     }
 
+    /// A loss of one input, whose gradient a GPU makes together with it and rounds before the loss's own gradient comes to it.
+    pub fn loss(name: &str, shape: &[usize], f: impl Fn(&Var) -> Result<Var> + Clone + Send + Sync + 'static) -> Self {
+        let same = f.clone();
+        Self::new(name, &[shape], move |x| f(&x[0])).rounded(move |x| rounded_loss(&x[0], &same))
+    }
+
     /// Replaces the values of input i by a function of what they were.
     pub fn with(mut self, i: usize, f: impl Fn(usize, f64) -> f64) -> Self {
         self.inputs[i].values.iter_mut().enumerate().for_each(|(j, value)| *value = f(j, *value));
@@ -100,18 +106,38 @@ pub fn leaves(case: &Case, tape: &Tape, device: &Device, precision: Dtype) -> Re
     case.inputs.iter().map(leaf).collect()
 }
 
+fn round(x: &Tensor) -> Result<Tensor> {
+    let mut y = x.copy()?;
+    match y.dtype() {
+        Dtype::F64 => parallel::rows(y.data_mut::<f64>(), 1, |_, y| y.iter_mut().for_each(|y| *y = bf16::from_f64(*y).to_f64())),
+        _ => parallel::rows(y.data_mut::<f32>(), 1, |_, y| y.iter_mut().for_each(|y| *y = bf16::from_f32(*y).to_f32())),
+    }
+    Ok(y)
+}
+
 /// x rounded to bf16, its gradient rounded too: what happens between two kernels. On the CPU, in f32 or f64.
 pub fn rounded(x: &Var) -> Result<Var> {
-    fn round(x: &Tensor) -> Result<Tensor> {
-        let mut y = x.copy()?;
-        match y.dtype() {
-            Dtype::F64 => parallel::rows(y.data_mut::<f64>(), 1, |_, y| y.iter_mut().for_each(|y| *y = bf16::from_f64(*y).to_f64())),
-            _ => parallel::rows(y.data_mut::<f32>(), 1, |_, y| y.iter_mut().for_each(|y| *y = bf16::from_f32(*y).to_f32())),
-        }
-        Ok(y)
-    }
     let y = round(x.value())?;
     Var::record("rounded", [x], y, |dy, _| Ok([Some(round(&dy)?)]))
+}
+
+/// x as it is, its gradient rounded to bf16: a factor of a product in a backward.
+pub fn rounded_gradient(x: &Var) -> Result<Var> {
+    let value = x.value().clone();
+    Var::record("rounded", [x], value, |dy, _| Ok([Some(round(&dy)?)]))
+}
+
+/// The loss f(x), its gradient rounded to bf16 as it is for an upstream gradient of 1, and times the real one.
+pub fn rounded_loss(x: &Var, f: impl Fn(&Var) -> Result<Var>) -> Result<Var> {
+    let tape = Tape::new();
+    let leaf = tape.leaf(x.value().clone());
+    let y = f(&leaf)?;
+    let gradients = tape.backward(&y, &mut [])?;
+    let gradient = gradients.of(&leaf).map(round).transpose()?;
+    Var::record("rounded", [x], y.value().clone(), move |dy, _| {
+        let times = |gradient| Ok(Var::constant(gradient).scale(dy.item())?.value().clone());
+        Ok([gradient.map(times).transpose()?])
+    })
 }
 
 /// Normal numbers that f32 holds exactly, the same ones each time.

@@ -3,15 +3,18 @@
 //!   labels        loss[b] = (1 - s) (-ln p[y]) + s mean_k(-ln p[k]),   dz = (p - (1 - s) [k = y] - s / C) / B
 //!   soft targets  loss[b] = -sum_k t[k] ln p[k],                       dz = (p sum(t) - t) / B
 //!
-//! z [B, C], p = softmax(z); y one label an image; t [B, C]. ln p is taken in f64, relative to the row's maximum. Saved: z and the targets.
+//! z [B, C], p = softmax(z); y one label an image; t [B, C]. ln p is taken in f64, relative to the row's maximum. Saved: z and the targets;
+//! on a GPU the gradient, which its kernel (kernels/cross_entropy.cu) makes together with the loss, in f32 and with soft targets in f32.
 
 use super::case::Case;
-use super::total::sum_of_rows;
+use super::total::{Made, Parts, constant_for, sum_of_rows};
+use crate::device::gpu::Gpu;
+use crate::device::launch::{Args, Launch, typed};
 use crate::device::parallel;
 use crate::device::simd::{Real, lane_sum};
 use crate::error::Result;
 use crate::tape::Var;
-use crate::tensor::{Element, Tensor};
+use crate::tensor::{Device, Dtype, Element, Tensor};
 use crate::{by_real, ensure};
 
 enum Targets {
@@ -21,21 +24,44 @@ enum Targets {
 
 impl Var {
     pub fn cross_entropy(&self, labels: &[u32], smoothing: f64) -> Result<Var> {
+        self.cross_entropy_at(&Tensor::from_slice(&[labels.len()], labels)?, smoothing)
+    }
+
+    /// Labels as a tensor [B] of u32. On a GPU they may be there already, as recorded work needs them; then the kernel looks whether there are such classes.
+    pub fn cross_entropy_at(&self, labels: &Tensor, smoothing: f64) -> Result<Var> {
         let z = self.value();
         let (batch, classes) = batch_and_classes("cross_entropy", z)?;
-        ensure!(labels.len() == batch, "cross_entropy: there are labels of shape [{}] but the logits are {z:?}", labels.len());
+        ensure!(
+            labels.shape() == [batch] && labels.dtype() == Dtype::U32,
+            "cross_entropy: there are labels of shape {:?} but the logits are {z:?}; a u32 an image is needed",
+            labels.shape()
+        );
         ensure!((0.0..=1.0).contains(&smoothing), "cross_entropy: a label smoothing of {smoothing} is not in [0, 1]");
+        if labels.gpu().is_none() {
+            for (image, &label) in labels.data::<u32>().iter().enumerate() {
+                ensure!((label as usize) < classes, "cross_entropy: image {image} has label {label} but there are {classes} classes");
+            }
+        }
+        if let Some(gpu) = z.gpu() {
+            let made = with_labels_on(gpu, self, labels, smoothing)?;
+            return Var::record("cross_entropy", [self], made.loss.clone(), move |dy, _| made.backward(&dy));
+        }
+        let labels = labels.on(&Device::Cpu)?.data::<u32>().to_vec();
         for (image, &label) in labels.iter().enumerate() {
             ensure!((label as usize) < classes, "cross_entropy: image {image} has label {label} but there are {classes} classes");
         }
-        self.entropy(Targets::Labels { labels: labels.to_vec(), smoothing })
+        self.entropy(Targets::Labels { labels, smoothing })
     }
 
     pub fn cross_entropy_soft(&self, targets: &Tensor) -> Result<Var> {
         let z = self.value();
         batch_and_classes("cross_entropy", z)?;
         ensure!(targets.shape() == z.shape(), "cross_entropy: the targets are {targets:?} but the logits are {z:?}");
-        self.entropy(Targets::Soft(targets.cast(z.dtype())?))
+        if let Some(gpu) = z.gpu() {
+            let made = with_targets_on(gpu, self, targets)?;
+            return Var::record("cross_entropy", [self], made.loss.clone(), move |dy, _| made.backward(&dy));
+        }
+        self.entropy(Targets::Soft(constant_for(z, targets)?))
     }
 
     fn entropy(&self, targets: Targets) -> Result<Var> {
@@ -48,6 +74,25 @@ impl Var {
             Ok([Some(dz)])
         })
     }
+}
+
+fn with_labels_on(gpu: &Gpu, z: &Var, labels: &Tensor, smoothing: f64) -> Result<Made> {
+    let (batch, classes) = (z.value().rows(), z.value().last());
+    let labels = labels.on(&z.value().device())?;
+    let mut parts = Parts::new(z, batch)?;
+    let args = Args::new().maybe_out(parts.gradient.as_mut()).out(&mut parts.partial).input(z.value()).input(&labels);
+    let args = args.int(classes).float(smoothing).float(1.0 / batch as f64).fault();
+    gpu.launch(&typed("cross_entropy", z.dtype()), Launch::new(batch, 128), args)?;
+    parts.finish(gpu)
+}
+
+fn with_targets_on(gpu: &Gpu, z: &Var, targets: &Tensor) -> Result<Made> {
+    let (batch, classes) = (z.value().rows(), z.value().last());
+    let targets = constant_for(z.value(), targets)?.cast(Dtype::F32)?;
+    let mut parts = Parts::new(z, batch)?;
+    let args = Args::new().maybe_out(parts.gradient.as_mut()).out(&mut parts.partial).input(z.value()).input(&targets);
+    gpu.launch(&typed("cross_entropy_soft", z.dtype()), Launch::new(batch, 128), args.int(classes).float(1.0 / batch as f64))?;
+    parts.finish(gpu)
 }
 
 /// The sizes of logits [B, C], neither of them 0.
@@ -130,15 +175,21 @@ pub fn cases() -> Vec<Case> {
         let targets: Vec<f64> = (0..shape[0] * shape[1]).map(|i| (i % 5) as f64 / 8.0).collect();
         Tensor::from_slice(&shape, &targets).expect("as many numbers")
     };
-    let (several, one) = (soft([4, 37]), soft([1, 3]));
+    let (several, one, many) = (soft([4, 37]), soft([1, 3]), soft([5, 1000]));
+    let labels = Tensor::from_slice(&[3], &[2u32, 8, 0]).expect("as many numbers");
     vec![
-        Case::new("cross_entropy: 4 images, 37 classes", &[&[4, 37]], |z| z[0].cross_entropy(&[0, 36, 7, 7], 0.0)),
-        Case::new("cross_entropy: 1000 classes, smoothing", &[&[20, 1000]], |z| {
-            z[0].cross_entropy(&(0..20).map(|i| i * 49).collect::<Vec<_>>(), 0.1)
+        Case::loss("cross_entropy: 4 images, 37 classes", &[4, 37], |z| z.cross_entropy(&[0, 36, 7, 7], 0.0)),
+        Case::loss("cross_entropy: 1000 classes, smoothing", &[20, 1000], |z| {
+            z.cross_entropy(&(0..20).map(|i| i * 49).collect::<Vec<_>>(), 0.1)
         }),
-        Case::new("cross_entropy: one image, one class", &[&[1, 1]], |z| z[0].cross_entropy(&[0], 0.1)),
-        Case::new("cross_entropy: saturated", &[&[3, 10]], |z| z[0].cross_entropy(&[1, 5, 9], 0.1)).with(0, |_, x| 30.0 * x),
-        Case::new("cross_entropy: soft targets", &[&[4, 37]], move |z| z[0].cross_entropy_soft(&several)),
-        Case::new("cross_entropy: soft targets, one image", &[&[1, 3]], move |z| z[0].cross_entropy_soft(&one)),
+        Case::loss("cross_entropy: one image, one class", &[1, 1], |z| z.cross_entropy(&[0], 0.1)),
+        Case::loss("cross_entropy: saturated", &[3, 10], |z| z.cross_entropy(&[1, 5, 9], 0.1)).with(0, |_, x| 30.0 * x),
+        Case::loss("cross_entropy: soft targets", &[4, 37], move |z| z.cross_entropy_soft(&several)),
+        Case::loss("cross_entropy: soft targets, one image", &[1, 3], move |z| z.cross_entropy_soft(&one)),
+        Case::loss("cross_entropy: soft targets, 1000 classes", &[5, 1000], move |z| z.cross_entropy_soft(&many)),
+        Case::loss("cross_entropy: labels on the device of the logits", &[3, 9], move |z| {
+            z.cross_entropy_at(&labels.on(&z.value().device())?, 0.1)
+        }),
+        Case::loss("cross_entropy: one row of several rounds", &[1, 2504], |z| z.cross_entropy(&[2503], 0.1)),
     ]
 }

@@ -4,16 +4,19 @@
 //!   hard  cross-entropy against the teacher's largest logit, the first of equal ones
 //!
 //! Student z_s [B, C], teacher z_t [B, C]. D is B (MaskedKD) or B C (DeiT). The logarithms are taken in f64 relative to each row's maximum, so
-//! that a nearly one-hot row keeps what is left of its divergence. Saved: both logits.
+//! that a nearly one-hot row keeps what is left of its divergence. Saved: both logits; on a GPU the gradient, which its kernel (kernels/distill_kl.cu) makes
+//! together with the loss, in f32.
 
 use super::case::{Case, numbers};
 use super::cross_entropy::{batch_and_classes, log_softmax};
-use super::total::sum_of_rows;
+use super::total::{Made, Parts, constant_for, sum_of_rows};
+use crate::device::gpu::Gpu;
+use crate::device::launch::{Args, Launch, typed};
 use crate::device::parallel;
 use crate::device::simd::{Real, lane_sum};
 use crate::error::Result;
 use crate::tape::Var;
-use crate::tensor::{Element, Tensor};
+use crate::tensor::{Device, Dtype, Element, Tensor};
 use crate::{by_real, ensure};
 
 /// What the sum of the divergences is divided by.
@@ -31,11 +34,15 @@ impl Var {
         let (batch, classes) = batch_and_classes("distill_kl", &z)?;
         ensure!(teacher.shape() == z.shape(), "distill_kl: the teacher's logits are {teacher:?} but the student's are {z:?}");
         ensure!((f64::MIN_POSITIVE..).contains(&temperature), "distill_kl: the temperature is {temperature} but must be above 0");
-        let teacher = teacher.cast(z.dtype())?;
         let share = match reduction {
             Reduction::Batch => 1.0 / batch as f64,
             Reduction::Elements => 1.0 / (batch * classes) as f64,
         };
+        if let Some(gpu) = z.gpu() {
+            let made = on_gpu(gpu, self, teacher, temperature, share)?;
+            return Var::record("distill_kl", [self], made.loss.clone(), move |dy, _| made.backward(&dy));
+        }
+        let teacher = constant_for(&z, teacher)?;
         let sum = by_real!("distill_kl", z.dtype(), divergence(&z, &teacher, temperature));
         let loss = Tensor::scalar(temperature * temperature * share * sum, z.dtype())?;
         Var::record("distill_kl", [self], loss, move |dy, need| {
@@ -49,10 +56,28 @@ impl Var {
         let z = self.value();
         batch_and_classes("hard_distill", z)?;
         ensure!(teacher.shape() == z.shape(), "hard_distill: the teacher's logits are {teacher:?} but the student's are {z:?}");
+        if let Some(gpu) = z.gpu() {
+            let (teacher, rows) = (constant_for(z, teacher)?, z.rows());
+            let mut labels = Tensor::empty_on(&z.device(), &[rows], Dtype::U32)?;
+            let args = Args::new().out(&mut labels).input(&teacher).int(rows).int(z.last());
+            gpu.launch(&typed("first_largest", teacher.dtype()), Launch::new(rows.div_ceil(8), 256), args)?;
+            return self.cross_entropy_at(&labels, 0.0);
+        }
+        let teacher = teacher.on(&Device::Cpu)?;
         let first_largest = |row: &[f64]| (0..row.len()).fold(0, |best, k| if row[k] > row[best] { k } else { best });
         let labels: Vec<u32> = teacher.to_f64().chunks_exact(z.last()).map(|row| first_largest(row) as u32).collect();
         self.cross_entropy(&labels, 0.0)
     }
+}
+
+fn on_gpu(gpu: &Gpu, z: &Var, teacher: &Tensor, temperature: f64, share: f64) -> Result<Made> {
+    let (batch, classes) = (z.value().rows(), z.value().last());
+    let teacher = constant_for(z.value(), teacher)?;
+    let mut parts = Parts::new(z, batch)?;
+    let args = Args::new().maybe_out(parts.gradient.as_mut()).out(&mut parts.partial).input(z.value()).input(&teacher);
+    let args = args.int(classes).float(1.0 / temperature).float(temperature * temperature * share).float(temperature * share);
+    gpu.launch(&typed(&typed("distill_kl", z.dtype()), teacher.dtype()), Launch::new(batch, 128), args)?;
+    parts.finish(gpu)
 }
 
 fn divergence<T: Real + Element>(z: &Tensor, teacher: &Tensor, temperature: f64) -> f64 {
@@ -88,7 +113,13 @@ pub fn cases() -> Vec<Case> {
     let case = |name: &str, shape: [usize; 2], spread: f64, temperature: f64, reduction: Reduction| {
         let teacher: Vec<f64> = numbers("teacher", 0, &shape).into_iter().map(|x| spread * x).collect();
         let teacher = Tensor::from_slice(&shape, &teacher).expect("as many numbers");
-        Case::new(&format!("distill_kl: {name}"), &[&shape], move |z| z[0].distill_kl(&teacher, temperature, reduction))
+        Case::loss(&format!("distill_kl: {name}"), &shape, move |z| z.distill_kl(&teacher, temperature, reduction))
+    };
+    // Halves, so that rows have equal ones; the first counts.
+    let hard = |name: &str, shape: [usize; 2]| {
+        let teacher: Vec<f64> = numbers("teacher", 0, &shape).into_iter().map(|x| (2.0 * x).round() / 2.0).collect();
+        let teacher = Tensor::from_slice(&shape, &teacher).expect("as many numbers");
+        Case::loss(&format!("hard_distill: {name}"), &shape, move |z| z.hard_distill(&teacher))
     };
     vec![
         case("4 images, 37 classes", [4, 37], 1.0, 1.0, Reduction::Batch),
@@ -97,5 +128,8 @@ pub fn cases() -> Vec<Case> {
         case("one image, one class", [1, 1], 1.0, 1.0, Reduction::Batch),
         case("one-hot teacher", [3, 10], 100.0, 1.0, Reduction::Batch),
         case("one-hot student", [3, 10], 1.0, 1.0, Reduction::Batch).with(0, |_, x| 30.0 * x),
+        case("one row of several rounds", [1, 2501], 1.0, 2.0, Reduction::Batch),
+        hard("4 images, 37 classes", [4, 37]),
+        hard("equal logits", [9, 8]),
     ]
 }

@@ -6,15 +6,19 @@
 //!   smooth L1  f(d) = d^2 / (2 beta) where |d| < beta, else |d| - beta / 2
 //!
 //! x, t [.., C]; w [..], or all rows count alike: then it is the mean over all elements. Rows with w = 0 are not read and their gradient is 0.
-//! Saved: x, t, w.
+//! Saved: x, t, w; on a GPU the gradient, which its kernel (kernels/feature_loss.cu) makes together with the loss. Weights that are on a GPU already
+//! cannot be looked at: if they sum to 0, loss and gradient are 0.
 
 use super::case::{Case, numbers};
-use super::total::sum_of_rows;
+use super::loss_of;
+use super::total::{Made, Parts, constant_for, sum_of_rows};
+use crate::device::gpu::Gpu;
+use crate::device::launch::{Args, Launch, typed};
 use crate::device::parallel;
 use crate::device::simd::{Real, lane_sum};
 use crate::error::Result;
 use crate::tape::Var;
-use crate::tensor::{Element, Tensor};
+use crate::tensor::{Dtype, Element, Tensor};
 use crate::{by_real, ensure, vectorised};
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -45,10 +49,17 @@ impl Var {
             let rows = x.shape().split_last().map_or(&[][..], |(_, rows)| rows);
             ensure!(weights.shape() == rows, "feature_loss: the weights are {weights:?} but x is {x:?}");
         }
-        let target = target.cast(x.dtype())?;
-        let weights = weights.map(|weights| weights.cast(x.dtype())).transpose()?;
-        let count: f64 = weights.as_ref().map_or(x.rows() as f64, |weights| weights.to_f64().iter().sum());
+        let count = match weights {
+            Some(weights) if weights.gpu().is_none() => weights.cast(super::beside(x.dtype()))?.to_f64().iter().sum(),
+            _ => x.rows() as f64,
+        };
         ensure!((f64::MIN_POSITIVE..).contains(&count), "feature_loss: the weights {weights:?} choose no row of x {x:?}");
+        if let Some(gpu) = x.gpu() {
+            let made = on_gpu(gpu, self, target, distance, weights)?;
+            return Var::record("feature_loss", [self], made.loss.clone(), move |dy, _| made.backward(&dy));
+        }
+        let target = constant_for(&x, target)?;
+        let weights = weights.map(|weights| constant_for(&x, weights)).transpose()?;
         let share = 1.0 / (count * x.last() as f64);
         let sum = by_real!("feature_loss", x.dtype(), sum(&x, &target, distance, weights.as_ref()));
         Var::record("feature_loss", [self], Tensor::scalar(share * sum, x.dtype())?, move |dy, need| {
@@ -57,6 +68,26 @@ impl Var {
             Ok([Some(dx)])
         })
     }
+}
+
+/// The loss of x, which has been checked.
+pub(super) fn on_gpu(gpu: &Gpu, x: &Var, target: &Tensor, distance: Distance, weights: Option<&Tensor>) -> Result<Made> {
+    let (rows, columns) = (x.value().rows(), x.value().last());
+    let target = constant_for(x.value(), target)?;
+    let weights = weights.map(|weights| weights.cast(Dtype::F32)?.on(&x.value().device())).transpose()?;
+    let count = weights.as_ref().map(|weights| loss_of(gpu, weights, 1.0)).transpose()?;
+    let share = 1.0 / (columns * if count.is_some() { 1 } else { rows }) as f64;
+    let (kind, beta) = match distance {
+        Distance::L1 => (0, 0.0),
+        Distance::L2 => (1, 0.0),
+        Distance::SmoothL1 { beta } => (2, beta),
+    };
+    let blocks = rows.div_ceil(8).min(4096);
+    let mut parts = Parts::new(x, blocks)?;
+    let args = Args::new().maybe_out(parts.gradient.as_mut()).out(&mut parts.partial).input(x.value()).input(&target);
+    let args = args.maybe(weights.as_ref()).maybe(count.as_ref()).int(rows).int(columns).int(kind).float(beta).float(share);
+    gpu.launch(&typed(&typed("feature_loss", x.dtype()), target.dtype()), Launch::new(blocks, 256), args)?;
+    parts.finish(gpu)
 }
 
 vectorised! {
@@ -135,9 +166,9 @@ pub fn cases() -> Vec<Case> {
         let target = Tensor::from_slice(shape, &numbers("target", 0, shape)).expect("as many numbers");
         let rows = &shape[..shape.len() - 1];
         let weights = weights.map(|weights| Tensor::from_slice(rows, weights).expect("a number a row"));
-        Case::new(&format!("feature_loss: {name}"), &[shape], move |x| match &weights {
-            None => x[0].feature_loss(&target, distance),
-            Some(weights) => x[0].feature_loss_at(&target, distance, weights),
+        Case::loss(&format!("feature_loss: {name}"), shape, move |x| match &weights {
+            None => x.feature_loss(&target, distance),
+            Some(weights) => x.feature_loss_at(&target, distance, weights),
         })
     };
     let smooth = |beta: f64| Distance::SmoothL1 { beta };
@@ -150,5 +181,7 @@ pub fn cases() -> Vec<Case> {
         case("L2, many rows", &[300, 96], Distance::L2, None),
         case("smooth L1 at chosen rows", &[2, 3, 12], smooth(2.0), Some(&[1.0, 0.0, 1.0, 0.0, 0.0, 1.0])),
         case("L1 with weights", &[3, 8], Distance::L1, Some(&[0.5, 2.0, 0.0])),
+        case("smooth L1, rows of several pieces", &[9, 520], smooth(2.0), None),
+        case("L2, long odd rows", &[2, 301], Distance::L2, None),
     ]
 }

@@ -3,14 +3,17 @@
 //!   loss = sum_r m[r] mean_P (x[r] - t[r])^2 / sum(m),   dx[r] = 2 m[r] (x[r] - t[r]) / (P sum(m))
 //!
 //! x, t [B, L, P]; m [B, L], 1 where a patch counts. Rows with m = 0 are not read and their gradient is 0. Saved: x, t, m.
+//! On a GPU it is the L2 of kernels/feature_loss.cu at weights m; a mask that is there already cannot be looked at: if it counts no patch, loss and
+//! gradient are 0.
 
 use super::case::{Case, numbers};
-use super::total::sum_of_rows;
+use super::feature_loss::{self, Distance};
+use super::total::{constant_for, sum_of_rows};
 use crate::device::parallel;
 use crate::device::simd::{Real, sum_of2};
 use crate::error::Result;
 use crate::tape::Var;
-use crate::tensor::{Element, Tensor};
+use crate::tensor::{Device, Element, Tensor};
 use crate::{by_real, ensure, vectorised};
 
 impl Var {
@@ -19,9 +22,12 @@ impl Var {
         let &[batch, tokens, p] = x.shape() else { crate::bail!("masked_mse: x is {x:?} but [B, L, P] is needed") };
         ensure!(target.shape() == x.shape() && p > 0, "masked_mse: the target is {target:?} but x is {x:?}");
         ensure!(mask.shape() == [batch, tokens], "masked_mse: the mask is {mask:?} but x is {x:?}");
-        let (target, mask) = (target.cast(x.dtype())?, mask.cast(x.dtype())?);
-        let count: f64 = mask.to_f64().iter().sum();
-        ensure!((f64::MIN_POSITIVE..).contains(&count), "masked_mse: the mask {mask:?} counts no patch of x {x:?}; hide at least one");
+        let count = count_of("masked_mse", &x, mask)?;
+        if let Some(gpu) = x.gpu() {
+            let made = feature_loss::on_gpu(gpu, self, target, Distance::L2, Some(mask))?;
+            return Var::record("masked_mse", [self], made.loss.clone(), move |dy, _| made.backward(&dy));
+        }
+        let (target, mask) = (constant_for(&x, target)?, constant_for(&x, mask)?);
         let share = 1.0 / (count * p as f64);
         let loss = Tensor::scalar(share * by_real!("masked_mse", x.dtype(), errors(&x, &target, &mask)), x.dtype())?;
         Var::record("masked_mse", [self], loss, move |dy, need| {
@@ -30,6 +36,17 @@ impl Var {
             Ok([Some(dx)])
         })
     }
+}
+
+/// How many patches a mask counts: at least one, as far as it can be looked at.
+pub(super) fn count_of(op: &str, x: &Tensor, mask: &Tensor) -> Result<f64> {
+    if mask.gpu().is_some() && x.gpu().is_some() {
+        return Ok(1.0);
+    }
+    let mask = mask.on(&Device::Cpu)?.cast(super::beside(x.dtype()))?;
+    let count: f64 = mask.to_f64().iter().sum();
+    ensure!((f64::MIN_POSITIVE..).contains(&count), "{op}: the mask {mask:?} counts no patch of x {x:?}; hide at least one");
+    Ok(count)
 }
 
 vectorised! {
@@ -73,7 +90,7 @@ pub fn cases() -> Vec<Case> {
         let target = Tensor::from_slice(&shape, &numbers("target", 0, &shape)).expect("as many numbers");
         let mask: Vec<f64> = (0..shape[0] * shape[1]).map(hidden).collect();
         let mask = Tensor::from_slice(&shape[..2], &mask).expect("as many numbers");
-        Case::new(&format!("masked_mse: {name}"), &[&shape], move |x| x[0].masked_mse(&target, &mask))
+        Case::loss(&format!("masked_mse: {name}"), &shape, move |x| x.masked_mse(&target, &mask))
     };
     vec![
         case("3 of 4 patches hidden, P = 48", [2, 16, 48], |i| if i % 4 == 1 { 0.0 } else { 1.0 }),

@@ -22,6 +22,7 @@ pub mod layernorm;
 pub mod linear;
 pub mod masked_mse;
 pub mod matmul;
+pub mod pixel_loss;
 pub mod relation_kl;
 pub mod scale;
 pub mod scatter;
@@ -54,6 +55,7 @@ pub fn cases() -> Vec<Case> {
         conv::cases(),
         batchnorm::cases(),
         masked_mse::cases(),
+        pixel_loss::cases(),
         feature_loss::cases(),
         cross_entropy::cases(),
         bce::cases(),
@@ -68,7 +70,7 @@ pub fn cases() -> Vec<Case> {
 
 /// The versions of every op whose kernels have more than one.
 pub fn versions() -> Vec<&'static Versions> {
-    vec![&layernorm::VERSIONS, &softmax::VERSIONS]
+    vec![&layernorm::VERSIONS, &softmax::VERSIONS, &pixel_loss::VERSIONS, &relation_kl::VERSIONS]
 }
 
 /// A gradient turned into another by `f(first row, rows)`: in place where nobody else holds it, otherwise on a copy made piece by piece.

@@ -5,6 +5,7 @@
 //! Each l is one number, shape []. The sum is taken in f64, on a GPU in f32 (kernels/total.cu).
 
 use super::case::Case;
+use super::{loss_of, times_loss_gradient};
 use crate::device::gpu::Gpu;
 use crate::device::launch::{Args, Launch};
 use crate::device::parallel;
@@ -69,6 +70,48 @@ pub(crate) fn sum_of_rows(rows: usize, columns: usize, f: impl Fn(usize, &mut [f
     let piece = parallel::rows_per_piece(columns);
     sums.par_chunks_mut(piece).enumerate().for_each(|(i, sums)| f(i * piece, sums));
     sums.iter().sum()
+}
+
+/// What a loss compares x with, on x's device: f32, or bf16 where x is that too. On the CPU of x's own type.
+pub(crate) fn constant_for(x: &Tensor, constant: &Tensor) -> Result<Tensor> {
+    let dtype = match (x.gpu(), x.dtype(), constant.dtype()) {
+        (None, dtype, _) => dtype,
+        (Some(_), Dtype::Bf16, Dtype::Bf16) => Dtype::Bf16,
+        (Some(_), ..) => Dtype::F32,
+    };
+    constant.cast(dtype)?.on(&x.device())
+}
+
+/// A loss on a GPU as its kernel makes it: partial sums of the loss, and the gradient of x for an upstream gradient of 1, if one will be wanted.
+pub(crate) struct Parts {
+    pub partial: Tensor,
+    pub gradient: Option<Tensor>,
+}
+
+impl Parts {
+    pub(crate) fn new(x: &Var, blocks: usize) -> Result<Self> {
+        let value = x.value();
+        let gradient = if x.tracked() { Some(value.alike(value.shape(), value.dtype())?) } else { None };
+        Ok(Self { partial: value.alike(&[blocks], Dtype::F32)?, gradient })
+    }
+
+    pub(crate) fn finish(self, gpu: &Gpu) -> Result<Made> {
+        Ok(Made { gpu: gpu.clone(), loss: loss_of(gpu, &self.partial, 1.0)?, gradient: self.gradient })
+    }
+}
+
+/// A loss on a GPU, and the gradient that came with it.
+pub(crate) struct Made {
+    gpu: Gpu,
+    pub loss: Tensor,
+    gradient: Option<Tensor>,
+}
+
+impl Made {
+    /// What the loss's backward answers.
+    pub(crate) fn backward(self, dy: &Tensor) -> Result<[Option<Tensor>; 1]> {
+        Ok([self.gradient.map(|gradient| times_loss_gradient(&self.gpu, gradient, dy)).transpose()?])
+    }
 }
 
 pub fn cases() -> Vec<Case> {

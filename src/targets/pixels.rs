@@ -76,7 +76,8 @@ pub fn statistics<T: Real>(patch: &[T]) -> (f64, f64) {
     (mean, (squares / (patch.len() as f64 - 1.0) + EPS).sqrt())
 }
 
-fn sizes(shape: &[usize], patch: usize) -> Result<[usize; 4]> {
+/// The sizes of images that divide into such patches.
+pub(crate) fn sizes(shape: &[usize], patch: usize) -> Result<[usize; 4]> {
     let &[batch, channels, height, width] = shape else { crate::bail!("patches: images are {shape:?} but [B, C, H, W] is needed") };
     ensure!(
         patch > 0 && channels > 0 && height > 0 && width > 0 && height.is_multiple_of(patch) && width.is_multiple_of(patch),
