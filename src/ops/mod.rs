@@ -13,6 +13,7 @@ pub mod bce;
 pub mod case;
 pub mod conv;
 pub mod cross_entropy;
+pub mod depthwise;
 pub mod distill_kl;
 pub mod feature_loss;
 pub mod gather;
@@ -52,6 +53,7 @@ pub fn cases() -> Vec<Case> {
         l2_normalise::cases(),
         matmul::cases(),
         conv::cases(),
+        depthwise::cases(),
         batchnorm::cases(),
         masked_mse::cases(),
         feature_loss::cases(),
@@ -68,7 +70,7 @@ pub fn cases() -> Vec<Case> {
 
 /// The versions of every op whose kernels have more than one.
 pub fn versions() -> Vec<&'static Versions> {
-    vec![]
+    vec![&depthwise::VERSIONS]
 }
 
 /// A gradient turned into another by `f(first row, rows)`: in place where nobody else holds it, otherwise on a copy made piece by piece.
