@@ -1,21 +1,20 @@
 //! Convolutions of images, and the way between images and tokens.
 //!
 //!   conv2d     y[b, o, i, j] = sum_{c, u, v} w[o, c, u, v] x[b, c, s i + u - p, s j + v - p] + bias[o]        x is 0 outside
-//!   depthwise  y[b, c, i, j] = sum_{u, v} w[c, 0, u, v] (m x)[b, c, i + u - k/2, j + v - k/2] + bias[c]       m [B, 1, H, W] or 1 everywhere
 //!   to_tokens  [B, C, H, W] to [B, H W, C];   to_map  back
 //!
-//! Stride s, padding p; x [B, C, H, W], w [O, C, kh, kw] or [C, 1, k, k] with odd k, bias [O]. conv2d copies each image's windows into columns
-//! and multiplies; its backward multiplies and adds the columns back. depthwise keeps 16 results in registers over all taps of a zero-padded
-//! plane; its dx is the same with the kernel turned round, times m. Saved: x, w, m.
+//! Stride s, padding p; x [B, C, H, W], w [O, C, kh, kw], bias [O]. conv2d copies each image's windows into columns and multiplies; its backward
+//! multiplies and adds the columns back. Saved: x, w. GPU: the library's products and kernels/conv.cu; one product for the whole batch, the bias f32.
 
-use super::case::Case;
+use super::beside;
+use super::case::{Case, rounded};
 use super::linear::column_sums;
 use crate::device::gemm::{self, Finish, Product, View};
 use crate::device::parallel::Panel;
-use crate::device::simd::{LANES, Real, lane_sum, multiply};
+use crate::device::simd::{Real, lane_sum};
 use crate::error::Result;
 use crate::tape::Var;
-use crate::tensor::{Element, Tensor};
+use crate::tensor::{Dtype, Element, Tensor};
 use crate::{by_real, ensure, vectorised};
 use rayon::prelude::*;
 
@@ -23,7 +22,14 @@ impl Var {
     pub fn conv2d(&self, w: &Var, bias: Option<&Var>, stride: usize, padding: usize) -> Result<Var> {
         let (x, weight) = (self.value().clone(), w.value().clone());
         let s = Sizes::of(&x, &weight, stride, padding)?;
-        check_bias("conv2d", bias, &weight)?;
+        check_bias("conv2d", bias, weight.shape()[0], beside(x.dtype()))?;
+        if let Some(gpu) = x.gpu().cloned() {
+            let y = gpu::convolve(&gpu, &x, &weight, bias.map(Var::value), &s)?;
+            let none = Var::constant(y.clone());
+            return Var::record("conv2d", [self, w, bias.unwrap_or(&none)], y, move |dy, need| {
+                gpu::gradients(&gpu, &dy, &x, &weight, &s, need)
+            });
+        }
         let mut y = Tensor::empty(&[s.batch, s.out, s.oh, s.ow], x.dtype())?;
         by_real!("conv2d", x.dtype(), convolve(&x, &weight, bias.map(Var::value), &s, &mut y))?;
         let none = Var::constant(y.clone());
@@ -35,40 +41,14 @@ impl Var {
         })
     }
 
-    /// `visible`: 1 where x is seen, 0 where 0 stands in its place.
-    pub fn depthwise(&self, w: &Var, bias: Option<&Var>, visible: Option<&Tensor>) -> Result<Var> {
-        let (x, weight) = (self.value().clone(), w.value().clone());
-        let &[batch, c, h, wide] = x.shape() else { crate::bail!("depthwise: x is {x:?} but [B, C, H, W] is needed") };
-        let fits = matches!(*weight.shape(), [channels, 1, k, l] if channels == c && k == l && k % 2 == 1);
-        ensure!(
-            fits && weight.dtype() == x.dtype() && x.numel() > 0,
-            "depthwise: the weight is {weight:?} but x is {x:?}; it needs [C, 1, k, k] with odd k"
-        );
-        check_bias("depthwise", bias, &weight)?;
-        if let Some(visible) = visible {
-            let fits = visible.shape() == [batch, 1, h, wide] || visible.shape() == [batch, h, wide];
-            ensure!(fits, "depthwise: the mask is {visible:?} but x is {x:?}; it needs [B, 1, H, W]");
-        }
-        let mask = visible.map(|visible| visible.cast(x.dtype())).transpose()?;
-        let y = by_real!("depthwise", x.dtype(), filter(&x, &weight, bias.map(Var::value), mask.as_ref()))?;
-        let none = Var::constant(y.clone());
-        Var::record("depthwise", [self, w, bias.unwrap_or(&none)], y, move |dy, need| {
-            let dx = need.give(0, |dx| by_real!("depthwise", x.dtype(), filter_input(&dy, &weight, mask.as_ref(), dx)))?;
-            let dw = need.give(1, |dw| by_real!("depthwise", x.dtype(), filter_weight(&dy, &x, mask.as_ref(), dw)))?;
-            let db = need.give(2, |db| by_real!("depthwise", x.dtype(), bias_gradient(&dy, db)))?;
-            Ok([dx, dw, db])
-        })
-    }
-
     pub fn to_tokens(&self) -> Result<Var> {
         let x = self.value();
         let &[batch, c, h, w] = x.shape() else { crate::bail!("to_tokens: x is {x:?} but [B, C, H, W] is needed") };
-        let mut y = Tensor::empty(&[batch, h * w, c], x.dtype())?;
-        by_real!("to_tokens", x.dtype(), transpose(x, c, h * w, &mut y));
-        let dtype = x.dtype();
+        let mut y = x.alike(&[batch, h * w, c], x.dtype())?;
+        turn("to_tokens", x, c, h * w, &mut y)?;
         Var::record("to_tokens", [self], y, move |dy, need| {
             let mut dx = need.out(0)?;
-            by_real!("to_tokens", dtype, transpose(&dy, h * w, c, &mut dx));
+            turn("to_tokens", &dy, h * w, c, &mut dx)?;
             Ok([Some(dx)])
         })
     }
@@ -77,21 +57,20 @@ impl Var {
         let x = self.value();
         let &[batch, n, c] = x.shape() else { crate::bail!("to_map: x is {x:?} but [B, H W, C] is needed") };
         ensure!(n == h * w, "to_map: x is {x:?} but the map is [{h}, {w}]");
-        let mut y = Tensor::empty(&[batch, c, h, w], x.dtype())?;
-        by_real!("to_map", x.dtype(), transpose(x, n, c, &mut y));
-        let dtype = x.dtype();
+        let mut y = x.alike(&[batch, c, h, w], x.dtype())?;
+        turn("to_map", x, n, c, &mut y)?;
         Var::record("to_map", [self], y, move |dy, need| {
             let mut dx = need.out(0)?;
-            by_real!("to_map", dtype, transpose(&dy, c, n, &mut dx));
+            turn("to_map", &dy, c, n, &mut dx)?;
             Ok([Some(dx)])
         })
     }
 }
 
-fn check_bias(op: &str, bias: Option<&Var>, weight: &Tensor) -> Result<()> {
+/// The bias of `out` channels.
+pub(super) fn check_bias(op: &str, bias: Option<&Var>, out: usize, dtype: Dtype) -> Result<()> {
     if let Some(bias) = bias.map(Var::value) {
-        let fits = bias.shape() == &weight.shape()[..1] && bias.dtype() == weight.dtype();
-        ensure!(fits, "{op}: the bias is {bias:?} but the weight is {weight:?}");
+        ensure!(bias.shape() == [out] && bias.dtype() == dtype, "{op}: the bias is {bias:?} but [{out}] of {dtype} is needed");
     }
     Ok(())
 }
@@ -208,7 +187,7 @@ fn weight_gradient<T: Product + Element>(dy: &Tensor, x: &Tensor, s: &Sizes, dw:
 }
 
 /// The sum of each plane, then over the images in order.
-fn bias_gradient<T: Product + Element>(dy: &Tensor, db: &mut Tensor) -> Result<()> {
+pub(super) fn bias_gradient<T: Product + Element>(dy: &Tensor, db: &mut Tensor) -> Result<()> {
     let &[batch, c, h, w] = dy.shape() else { crate::bail!("bias gradient: dy is {dy:?} but [B, C, H, W] is needed") };
     let mut partial = Tensor::empty(&[batch, c], dy.dtype())?;
     let planes = partial.data_mut::<T>().par_iter_mut().zip(dy.data::<T>().par_chunks(h * w));
@@ -217,148 +196,22 @@ fn bias_gradient<T: Product + Element>(dy: &Tensor, db: &mut Tensor) -> Result<(
     Ok(())
 }
 
-/// The sizes of a plane that depthwise works on: h x w inside rows of whole vectors, k / 2 zeros on each side.
-#[derive(Clone, Copy)]
-struct Plane {
-    h: usize,
-    w: usize,
-    k: usize,
-    /// w rounded up to whole vectors, and the padded plane's row.
-    vectors: usize,
-    stride: usize,
-}
-
-impl Plane {
-    fn of(x: &Tensor, w: &Tensor) -> Self {
-        let (h, wide, k) = (x.shape()[2], x.shape()[3], w.last());
-        let vectors = wide.next_multiple_of(LANES);
-        Self { h, w: wide, k, vectors, stride: vectors + k - 1 }
-    }
-
-    fn padded(&self) -> usize {
-        (self.h + self.k - 1) * self.stride
-    }
-
-    /// A plane of x, times its mask, with zeros around it.
-    fn pad<T: Real>(&self, x: &[T], mask: Option<&[T]>, padded: &mut [T]) {
-        padded.fill(T::ZERO);
-        for (i, x) in x.chunks_exact(self.w).enumerate() {
-            let row = &mut padded[(i + self.k / 2) * self.stride + self.k / 2..][..self.w];
-            row.copy_from_slice(x);
-            if let Some(mask) = mask {
-                multiply(row, &mask[i * self.w..][..self.w]);
-            }
-        }
-    }
-}
-
 vectorised! {
     fn plane_sum<T: Real>(x: &[T]) -> T {
         lane_sum(x.len(), |i| x[i])
     }
-    /// y = the padded plane seen through the taps, plus the bias.
-    fn filter_plane<T: Real>(padded: &[T], taps: &[T], bias: T, p: Plane, y: &mut [T]) {
-        for (i, y) in y.chunks_exact_mut(p.w).enumerate() {
-            for (block, y) in y.chunks_mut(LANES).enumerate() {
-                let mut sums = [bias; LANES];
-                for u in 0..p.k {
-                    let row = &padded[(i + u) * p.stride + block * LANES..];
-                    for (v, &tap) in taps[u * p.k..][..p.k].iter().enumerate() {
-                        let window = &row[v..v + LANES];
-                        sums.iter_mut().zip(window).for_each(|(sum, &x)| *sum = x.mul_add(tap, *sum));
-                    }
-                }
-                y.copy_from_slice(&sums[..y.len()]);
-            }
-        }
+}
+
+/// Each image's [rows, columns] becomes [columns, rows].
+fn turn(op: &str, x: &Tensor, rows: usize, columns: usize, y: &mut Tensor) -> Result<()> {
+    match x.gpu() {
+        None => by_real!(op, x.dtype(), transpose(x, rows, columns, y)),
+        Some(gpu) => gpu::transpose(gpu, x, None, [x.shape()[0], rows, columns], y)?,
     }
-    /// dw[u, v] = sum of dy times the padded plane moved by (u, v); dy lies in rows of whole vectors.
-    fn tap_gradients<T: Real>(dy: &[T], padded: &[T], p: Plane, dw: &mut [T]) {
-        for (tap, dw) in dw.iter_mut().enumerate() {
-            let (u, v) = (tap / p.k, tap % p.k);
-            let mut sums = [T::ZERO; LANES];
-            for (i, dy) in dy.chunks_exact(p.vectors).enumerate() {
-                let row = &padded[(i + u) * p.stride + v..][..p.vectors];
-                for (dy, x) in dy.chunks_exact(LANES).zip(row.chunks_exact(LANES)) {
-                    for l in 0..LANES {
-                        sums[l] = dy[l].mul_add(x[l], sums[l]);
-                    }
-                }
-            }
-            *dw = lane_sum(LANES, |l| sums[l]);
-        }
-    }
-}
-
-/// Runs `f(plane number, channel, image's mask)` for each plane of y.
-fn each_plane<T: Product + Element>(
-    y: &mut [T],
-    length: usize,
-    channels: usize,
-    mask: Option<(&Tensor, usize)>,
-    f: impl Fn(usize, usize, Option<&[T]>, &mut [T]) -> Result<()> + Sync + Send,
-) -> Result<()> {
-    let mask = mask.map(|(mask, size)| (mask.data::<T>(), size));
-    y.par_chunks_mut(length).enumerate().try_for_each(|(i, y)| {
-        let mask = mask.map(|(mask, size)| &mask[i / channels * size..][..size]);
-        f(i, i % channels, mask, y)
-    })
-}
-
-fn filter<T: Product + Element>(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, mask: Option<&Tensor>) -> Result<Tensor> {
-    let (p, channels) = (Plane::of(x, w), x.shape()[1]);
-    let (size, taps) = (p.h * p.w, p.k * p.k);
-    let mut y = Tensor::empty(x.shape(), x.dtype())?;
-    let (x, w, bias) = (x.data::<T>(), w.data::<T>(), bias.map(|bias| bias.data::<T>()));
-    each_plane(y.data_mut::<T>(), size, channels, mask.map(|mask| (mask, size)), |i, c, mask, y| {
-        let mut padded = Tensor::empty(&[p.padded()], T::DTYPE)?;
-        p.pad(&x[i * size..][..size], mask, padded.data_mut::<T>());
-        filter_plane(padded.data::<T>(), &w[c * taps..][..taps], bias.map_or(T::ZERO, |bias| bias[c]), p, y);
-        Ok(())
-    })?;
-    Ok(y)
-}
-
-fn filter_input<T: Product + Element>(dy: &Tensor, w: &Tensor, mask: Option<&Tensor>, dx: &mut Tensor) -> Result<()> {
-    let (p, channels) = (Plane::of(dy, w), dy.shape()[1]);
-    let (size, taps) = (p.h * p.w, p.k * p.k);
-    let (dy, w) = (dy.data::<T>(), w.data::<T>());
-    each_plane(dx.data_mut::<T>(), size, channels, mask.map(|mask| (mask, size)), |i, c, mask, dx| {
-        let mut scratch = Tensor::empty(&[p.padded() + taps], T::DTYPE)?;
-        let (padded, turned) = scratch.data_mut::<T>().split_at_mut(p.padded());
-        p.pad(&dy[i * size..][..size], None, padded);
-        turned.copy_from_slice(&w[c * taps..][..taps]);
-        turned.reverse();
-        filter_plane(padded, turned, T::ZERO, p, dx);
-        if let Some(mask) = mask {
-            multiply(dx, mask);
-        }
-        Ok(())
-    })
-}
-
-/// The taps' gradients of each plane, then summed over the images in order.
-fn filter_weight<T: Product + Element>(dy: &Tensor, x: &Tensor, mask: Option<&Tensor>, dw: &mut Tensor) -> Result<()> {
-    let (p, batch, channels) = (Plane::of(x, dw), x.shape()[0], x.shape()[1]);
-    let (size, taps) = (p.h * p.w, p.k * p.k);
-    let mut partial = Tensor::empty(&[batch, channels * taps], x.dtype())?;
-    let (dy, x) = (dy.data::<T>(), x.data::<T>());
-    each_plane(partial.data_mut::<T>(), taps, channels, mask.map(|mask| (mask, size)), |i, _, mask, dw| {
-        let mut scratch = Tensor::empty(&[p.padded() + p.h * p.vectors], T::DTYPE)?;
-        let (padded, rows) = scratch.data_mut::<T>().split_at_mut(p.padded());
-        p.pad(&x[i * size..][..size], mask, padded);
-        for (row, dy) in rows.chunks_exact_mut(p.vectors).zip(dy[i * size..][..size].chunks_exact(p.w)) {
-            row[..p.w].copy_from_slice(dy);
-            row[p.w..].fill(T::ZERO);
-        }
-        tap_gradients(rows, padded, p, dw);
-        Ok(())
-    })?;
-    column_sums(partial.data::<T>(), channels * taps, dw.data_mut());
     Ok(())
 }
 
-/// Each image's [rows, columns] becomes [columns, rows], in squares that stay in the cache.
+/// In squares that stay in the cache.
 fn transpose<T: Product + Element>(x: &Tensor, rows: usize, columns: usize, y: &mut Tensor) {
     const SQUARE: usize = 32;
     let size = (rows * columns).max(1);
@@ -373,31 +226,92 @@ fn transpose<T: Product + Element>(x: &Tensor, rows: usize, columns: usize, y: &
     });
 }
 
+mod gpu {
+    use super::Sizes;
+    use crate::device::gpu::Gpu;
+    use crate::device::launch::{Args, Launch, typed};
+    use crate::device::product::{Factor, Product, Target};
+    use crate::error::Result;
+    use crate::ops::sum_of_rows_on;
+    use crate::tape::Need;
+    use crate::tensor::{Dtype, Tensor};
+
+    /// The sizes as im2col and col2im take them.
+    fn sizes(args: Args, s: &Sizes) -> Args {
+        [s.c, s.h, s.w, s.kh, s.kw, s.stride, s.padding, s.oh, s.ow].into_iter().fold(args, Args::int)
+    }
+
+    /// The windows of all images as rows, [B oh ow, window].
+    fn windows(gpu: &Gpu, x: &Tensor, s: &Sizes) -> Result<Tensor> {
+        let mut rows = x.alike(&[s.batch * s.places(), s.window()], x.dtype())?;
+        let launch = Launch::new(0, 256).grid((s.places() * s.c * s.kh).div_ceil(256), s.batch, 1);
+        gpu.launch(&typed("im2col", x.dtype()), launch, sizes(Args::new().out(&mut rows).input(x), s))?;
+        Ok(rows)
+    }
+
+    /// Each image's [rows, columns] becomes [columns, rows], a bias added to each column.
+    pub fn transpose(gpu: &Gpu, x: &Tensor, bias: Option<&Tensor>, [batch, rows, columns]: [usize; 3], y: &mut Tensor) -> Result<()> {
+        let launch = Launch::new(0, 256).grid(columns.div_ceil(32), rows.div_ceil(32), batch);
+        gpu.launch(&typed("transpose", x.dtype()), launch, Args::new().out(y).input(x).maybe(bias).int(rows).int(columns))
+    }
+
+    pub fn convolve(gpu: &Gpu, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, s: &Sizes) -> Result<Tensor> {
+        let (rows, dtype) = (s.batch * s.places(), x.dtype());
+        let windows = windows(gpu, x, s)?;
+        let mut tokens = x.alike(&[rows, s.out], dtype)?;
+        let (left, right) = (Factor::rows(&windows, dtype, s.window()), Factor::rows(w, dtype, s.window()).turned());
+        let target = Target::rows(&mut tokens, dtype, s.out);
+        gpu.product(Product::new([rows, s.out, s.window()], left, right, target))?;
+        let mut y = x.alike(&[s.batch, s.out, s.oh, s.ow], dtype)?;
+        transpose(gpu, &tokens, bias, [s.batch, s.places(), s.out], &mut y)?;
+        Ok(y)
+    }
+
+    pub fn gradients(gpu: &Gpu, dy: &Tensor, x: &Tensor, w: &Tensor, s: &Sizes, need: &mut Need) -> Result<[Option<Tensor>; 3]> {
+        let (rows, dtype) = (s.batch * s.places(), x.dtype());
+        let mut tokens = x.alike(&[rows, s.out], dtype)?; // dy
+        transpose(gpu, dy, None, [s.batch, s.out, s.places()], &mut tokens)?;
+        let left = Factor::rows(&tokens, dtype, s.out);
+        let dx = need.give(0, |dx| {
+            // Windows that do not overlap give each number of dx one summand, which may be rounded before.
+            let kind = if s.stride >= s.kh.max(s.kw) { dtype } else { Dtype::F32 };
+            let mut windows = x.alike(&[rows, s.window()], kind)?;
+            let target = Target::rows(&mut windows, kind, s.window());
+            gpu.product(Product::new([rows, s.window(), s.out], left, Factor::rows(w, dtype, s.window()), target))?;
+            let launch = Launch::new(0, 256).grid((s.c * s.h * s.w).div_ceil(256), s.batch, 1);
+            gpu.launch(&typed(&typed("col2im", kind), dtype), launch, sizes(Args::new().out(dx).input(&windows), s))
+        })?;
+        let dw = need.give(1, |dw| {
+            let (windows, kind) = (windows(gpu, x, s)?, dw.dtype());
+            let target = Target::rows(dw, kind, s.window());
+            gpu.product(Product::new([s.out, s.window(), rows], left.turned(), Factor::rows(&windows, dtype, s.window()), target))
+        })?;
+        let db = need.give(2, |db| sum_of_rows_on(gpu, &tokens, db))?;
+        Ok([dx, dw, db])
+    }
+}
+
 pub fn cases() -> Vec<Case> {
+    // On a GPU y is rounded before the bias is added; a 1 x 1 filter of ones adds it here.
     let conv = |name: &str, x: [usize; 4], w: [usize; 4], stride: usize, padding: usize| {
         let run = move |v: &[Var]| v[0].conv2d(&v[1], v.get(2), stride, padding);
-        Case::new(&format!("conv2d: {name}"), &[&x, &w, &[w[0]]], run)
-    };
-    let depthwise = |name: &str, x: [usize; 4], k: usize, masked: bool| {
-        let visible: Vec<f64> = (0..x[0] * x[2] * x[3]).map(|i| if i % 3 == 1 { 0.0 } else { 1.0 }).collect();
-        let visible = Tensor::from_slice(&[x[0], 1, x[2], x[3]], &visible).expect("as many numbers");
-        let run = move |v: &[Var]| v[0].depthwise(&v[1], v.get(2), masked.then_some(&visible));
-        Case::new(&format!("depthwise: {name}"), &[&x, &[x[1], 1, k, k], &[x[1]]], run)
+        let run_rounded = move |v: &[Var]| {
+            let y = rounded(&v[0].conv2d(&v[1], None, stride, padding)?)?;
+            let ones = Tensor::from_slice(&[w[0], 1, 1, 1], &vec![1.0; w[0]])?.cast(y.dtype())?;
+            y.depthwise(&Var::constant(ones), v.get(2), None)
+        };
+        Case::new(&format!("conv2d: {name}"), &[&x, &w, &[w[0]]], run).weights(&[1]).vectors(&[2]).rounded(run_rounded)
     };
     vec![
         conv("patches of 4 x 4", [2, 3, 8, 12], [5, 3, 4, 4], 4, 0),
         conv("3 x 3, stride 1, padding 1", [2, 4, 5, 7], [3, 4, 3, 3], 1, 1),
         conv("2 x 3, stride 2, padding 1, odd sizes", [1, 2, 5, 6], [3, 2, 2, 3], 2, 1),
         conv("1 x 1, one image", [1, 37, 3, 3], [6, 37, 1, 1], 1, 0),
-        Case::new("conv2d: no bias", &[&[2, 2, 4, 4], &[3, 2, 2, 2]], |x| x[0].conv2d(&x[1], None, 2, 0)),
-        depthwise("5 x 5, masked, 14 x 14", [2, 6, 14, 14], 5, true),
-        depthwise("5 x 5, 28 x 28", [1, 3, 28, 28], 5, false),
-        depthwise("3 x 3, one row of 37", [1, 2, 1, 37], 3, true),
-        depthwise("7 x 7, wider than the plane", [1, 2, 2, 3], 7, false),
-        depthwise("1 x 1", [2, 2, 3, 16], 1, false),
-        Case::new("depthwise: no bias", &[&[1, 2, 4, 4], &[2, 1, 3, 3]], |x| x[0].depthwise(&x[1], None, None)),
+        Case::new("conv2d: no bias", &[&[2, 2, 4, 4], &[3, 2, 2, 2]], |x| x[0].conv2d(&x[1], None, 2, 0)).weights(&[1]),
+        conv("5 x 5, stride 2, padding 2, several squares", [2, 3, 13, 17], [40, 3, 5, 5], 2, 2),
         Case::new("to_tokens: 5 channels of 3 x 4", &[&[2, 5, 3, 4]], |x| x[0].to_tokens()),
         Case::new("to_tokens: 37 channels of 7 x 7", &[&[1, 37, 7, 7]], |x| x[0].to_tokens()),
+        Case::new("to_tokens: 64 channels of 8 x 8", &[&[2, 64, 8, 8]], |x| x[0].to_tokens()),
         Case::new("to_map: 3 x 4 tokens of 5", &[&[2, 12, 5]], |x| x[0].to_map(3, 4)),
     ]
 }

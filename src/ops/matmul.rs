@@ -6,8 +6,9 @@
 //!   merge_heads y[b, t, h D + d] = x[b, h, t, d]             the same way back                x [B, H, N, D], y [B, N, H D]
 //!   mix_heads   y[b, g] = sum_h w[g, h] x[b, h] + c[g]       dx = w^T dy, dw = sum_b dy x^T, dc = sum dy        x [B, H, N, M], w [G, H]
 //!
-//! Leading axes are equal. Saved: the factors.
+//! Leading axes are equal. Saved: the factors. GPU: the library's products and kernels/matmul.cu; w and c are f32 there, whatever x is.
 
+use super::beside;
 use super::case::Case;
 use super::linear::column_sums;
 use crate::device::gemm::{self, Finish, Product, View};
@@ -25,11 +26,11 @@ impl Var {
         let (lead, m, k) = matrices("bmm", &a)?;
         let (other, rows, n) = matrices("bmm", &b_value)?;
         ensure!(lead == other && rows == k && a.dtype() == b_value.dtype(), "bmm: a is {a:?} but b is {b_value:?}");
-        let mut y = Tensor::empty(&shape(lead, m, n), a.dtype())?;
-        by_real!("bmm", a.dtype(), products(&mut y, [m, n, k], (&a, false), (&b_value, false)))?;
+        let mut y = a.alike(&shape(lead, m, n), a.dtype())?;
+        multiply("bmm", &mut y, [m, n, k], (&a, false), (&b_value, false))?;
         Var::record("bmm", [self, b], y, move |dy, need| {
-            let da = need.give(0, |da| by_real!("bmm", a.dtype(), products(da, [m, k, n], (&dy, false), (&b_value, true))))?;
-            let db = need.give(1, |db| by_real!("bmm", a.dtype(), products(db, [k, n, m], (&a, true), (&dy, false))))?;
+            let da = need.give(0, |da| multiply("bmm", da, [m, k, n], (&dy, false), (&b_value, true)))?;
+            let db = need.give(1, |db| multiply("bmm", db, [k, n, m], (&a, true), (&dy, false)))?;
             Ok([da, db])
         })
     }
@@ -39,11 +40,11 @@ impl Var {
         let (lead, m, k) = matrices("bmm_nt", &a)?;
         let (other, n, columns) = matrices("bmm_nt", &b_value)?;
         ensure!(lead == other && columns == k && a.dtype() == b_value.dtype(), "bmm_nt: a is {a:?} but b is {b_value:?}");
-        let mut y = Tensor::empty(&shape(lead, m, n), a.dtype())?;
-        by_real!("bmm_nt", a.dtype(), products(&mut y, [m, n, k], (&a, false), (&b_value, true)))?;
+        let mut y = a.alike(&shape(lead, m, n), a.dtype())?;
+        multiply("bmm_nt", &mut y, [m, n, k], (&a, false), (&b_value, true))?;
         Var::record("bmm_nt", [self, b], y, move |dy, need| {
-            let da = need.give(0, |da| by_real!("bmm_nt", a.dtype(), products(da, [m, k, n], (&dy, false), (&b_value, false))))?;
-            let db = need.give(1, |db| by_real!("bmm_nt", a.dtype(), products(db, [n, k, m], (&dy, true), (&a, false))))?;
+            let da = need.give(0, |da| multiply("bmm_nt", da, [m, k, n], (&dy, false), (&b_value, false)))?;
+            let db = need.give(1, |db| multiply("bmm_nt", db, [n, k, m], (&dy, true), (&a, false)))?;
             Ok([da, db])
         })
     }
@@ -57,12 +58,11 @@ impl Var {
             "take_heads: x is {x:?}, which has no part {part} of {parts} with {heads} heads"
         );
         let width = c / parts / heads;
-        let mut y = Tensor::empty(&[batch, heads, n, width], x.dtype())?;
-        by_real!("take_heads", x.dtype(), split(x, part * heads * width, &mut y));
-        let dtype = x.dtype();
+        let mut y = x.alike(&[batch, heads, n, width], x.dtype())?;
+        apart("take_heads", x, part * heads * width, &mut y)?;
         Var::record("take_heads", [self], y, move |dy, need| {
             let mut dx = need.out(0)?;
-            by_real!("take_heads", dtype, join(&dy, part * heads * width, &mut dx));
+            together("take_heads", &dy, part * heads * width, &mut dx)?;
             Ok([Some(dx)])
         })
     }
@@ -77,12 +77,11 @@ impl Var {
         let x = self.value();
         let &[batch, heads, n, width] = x.shape() else { crate::bail!("merge_heads: x is {x:?} but [B, H, N, D] is needed") };
         ensure!(heads * width > 0, "merge_heads: x is {x:?}, an axis is empty");
-        let mut y = Tensor::empty(&[batch, n, heads * width], x.dtype())?;
-        by_real!("merge_heads", x.dtype(), join(x, 0, &mut y));
-        let dtype = x.dtype();
+        let mut y = x.alike(&[batch, n, heads * width], x.dtype())?;
+        together("merge_heads", x, 0, &mut y)?;
         Var::record("merge_heads", [self], y, move |dy, need| {
             let mut dx = need.out(0)?;
-            by_real!("merge_heads", dtype, split(&dy, 0, &mut dx));
+            apart("merge_heads", &dy, 0, &mut dx)?;
             Ok([Some(dx)])
         })
     }
@@ -93,15 +92,23 @@ impl Var {
         let &[batch, heads, n, m] = x.shape() else { crate::bail!("mix_heads: x is {x:?} but [B, H, N, M] is needed") };
         let &[out, columns] = weight.shape() else { crate::bail!("mix_heads: the weight is {weight:?} but x is {x:?}; it needs [G, H]") };
         ensure!(
-            columns == heads && x.numel() * out > 0 && weight.dtype() == x.dtype(),
+            columns == heads && x.numel() * out > 0 && weight.dtype() == beside(x.dtype()),
             "mix_heads: the weight is {weight:?} but x is {x:?}; it needs [G, H]"
         );
         ensure!(
-            bias.shape() == [out] && bias.dtype() == x.dtype(),
+            bias.shape() == [out] && bias.dtype() == weight.dtype(),
             "mix_heads: the bias is {:?} but the weight is {weight:?}",
             bias.value()
         );
-        let mut y = Tensor::empty(&[batch, out, n, m], x.dtype())?;
+        let mut y = x.alike(&[batch, out, n, m], x.dtype())?;
+        if let Some(gpu) = x.gpu().cloned() {
+            gpu::mixed(&gpu, &x, &weight, Some(bias.value()), false, &mut y)?;
+            return Var::record("mix_heads", [self, w, bias], y, move |dy, need| {
+                let dx = need.give(0, |dx| gpu::mixed(&gpu, &dy, &weight, None, true, dx))?;
+                let [dw, db] = gpu::mixing_gradients(&gpu, &dy, &x, need)?;
+                Ok([dx, dw, db])
+            });
+        }
         by_real!("mix_heads", x.dtype(), mixed(&x, &weight, bias.value(), &mut y));
         Var::record("mix_heads", [self, w, bias], y, move |dy, need| {
             let dx = need.give(0, |dx| by_real!("mix_heads", x.dtype(), unmixed(&dy, &weight, dx)))?;
@@ -125,6 +132,31 @@ fn shape(lead: &[usize], rows: usize, columns: usize) -> Vec<usize> {
 }
 
 /// Each [m, n] matrix of y is the product of those of a and b, [m, k] and [k, n] once they are turned where it says so.
+fn multiply(op: &str, y: &mut Tensor, sizes: [usize; 3], a: (&Tensor, bool), b: (&Tensor, bool)) -> Result<()> {
+    match a.0.gpu() {
+        None => by_real!(op, a.0.dtype(), products(y, sizes, a, b)),
+        Some(gpu) => gpu::products(gpu, y, sizes, a, b),
+    }
+}
+
+/// y [B, H, N, D] from the columns of x [B, N, ..] that begin at `column`.
+fn apart(op: &str, x: &Tensor, column: usize, y: &mut Tensor) -> Result<()> {
+    match x.gpu() {
+        None => by_real!(op, x.dtype(), split(x, column, y)),
+        Some(gpu) => gpu::split(gpu, x, column, y)?,
+    }
+    Ok(())
+}
+
+/// x [B, H, N, D] into the columns of y [B, N, ..] that begin at `column`, zeros into the others.
+fn together(op: &str, x: &Tensor, column: usize, y: &mut Tensor) -> Result<()> {
+    match x.gpu() {
+        None => by_real!(op, x.dtype(), join(x, column, y)),
+        Some(gpu) => gpu::join(gpu, x, column, y)?,
+    }
+    Ok(())
+}
+
 fn products<T: Product + Element>(
     y: &mut Tensor,
     [m, n, k]: [usize; 3],
@@ -146,7 +178,6 @@ fn products<T: Product + Element>(
     Ok(())
 }
 
-/// y [B, H, N, D] from the columns of x [B, N, ..] that begin at `column`.
 fn split<T: Product + Element>(x: &Tensor, column: usize, y: &mut Tensor) {
     let (n, c) = (x.shape()[1], x.last());
     let (heads, width) = (y.shape()[1], y.last());
@@ -159,7 +190,6 @@ fn split<T: Product + Element>(x: &Tensor, column: usize, y: &mut Tensor) {
     });
 }
 
-/// x [B, H, N, D] into the columns of y [B, N, ..] that begin at `column`, zeros into the others.
 fn join<T: Product + Element>(x: &Tensor, column: usize, y: &mut Tensor) {
     let (heads, width) = (x.shape()[1], x.last());
     let (n, c) = (y.shape()[1], y.last());
@@ -222,7 +252,77 @@ fn bias_gradient<T: Product + Element>(dy: &Tensor, db: &mut Tensor) -> Result<(
     Ok(())
 }
 
+mod gpu {
+    use crate::device::gpu::Gpu;
+    use crate::device::launch::{Args, Launch, typed};
+    use crate::device::product::{Factor, Product, Target};
+    use crate::error::Result;
+    use crate::ops::sum_of_parts;
+    use crate::tape::Need;
+    use crate::tensor::{Dtype, Tensor};
+
+    pub fn products(gpu: &Gpu, y: &mut Tensor, [m, n, k]: [usize; 3], a: (&Tensor, bool), b: (&Tensor, bool)) -> Result<()> {
+        let factor = |(x, turned): (&Tensor, bool), rows: usize, columns: usize| {
+            let all = Factor::rows(x, x.dtype(), if turned { rows } else { columns }).step(rows * columns);
+            if turned { all.turned() } else { all }
+        };
+        let (dtype, batch) = (y.dtype(), y.numel() / (m * n));
+        let target = Target::rows(y, dtype, n).step(m * n);
+        gpu.product(Product::new([m, n, k], factor(a, m, k), factor(b, k, n), target).batch(batch))
+    }
+
+    /// How many numbers a thread moves at once.
+    fn each(width: usize, stride: usize, column: usize) -> usize {
+        if [width, stride, column].iter().all(|size| size.is_multiple_of(8)) { 8 } else { 1 }
+    }
+
+    pub fn split(gpu: &Gpu, x: &Tensor, column: usize, y: &mut Tensor) -> Result<()> {
+        let (batch, heads, n, width, stride) = (y.shape()[0], y.shape()[1], y.shape()[2], y.last(), x.last());
+        let each = each(width, stride, column);
+        let launch = Launch::elements(heads * n * width, each);
+        let args = Args::new().out(y).input(x).int(heads).int(n).int(width).int(stride).int(column).int(each);
+        gpu.launch(&typed("split_heads_fwd", x.dtype()), launch.grid(launch.grid[0], batch, 1), args)
+    }
+
+    pub fn join(gpu: &Gpu, x: &Tensor, column: usize, y: &mut Tensor) -> Result<()> {
+        let (batch, heads, n, width, stride) = (x.shape()[0], x.shape()[1], x.shape()[2], x.last(), y.last());
+        let each = each(width, stride, column);
+        let launch = Launch::elements(n * stride, each);
+        let args = Args::new().out(y).input(x).int(heads).int(n).int(width).int(stride).int(column).int(each);
+        gpu.launch(&typed("join_heads_fwd", x.dtype()), launch.grid(launch.grid[0], batch, 1), args)
+    }
+
+    /// y [B, G, N, M] = w x + bias, or y [B, H, N, M] = w^T x.
+    pub fn mixed(gpu: &Gpu, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, turned: bool, y: &mut Tensor) -> Result<()> {
+        let (batch, heads, out, positions) = (x.shape()[0], x.shape()[1], y.shape()[1], x.shape()[2] * x.last());
+        let (row, step) = if turned { (1, w.last()) } else { (w.last(), 1) };
+        let launch = Launch::new(0, 256).grid(positions.div_ceil(256), batch, 1).shared(heads * 16 * 4);
+        let args = Args::new().out(y).input(x).input(w).maybe(bias).int(heads).int(out).int(positions).int(row).int(step);
+        gpu.launch(&typed("mix_heads_fwd", x.dtype()), launch, args)
+    }
+
+    /// The most parts that the sums over images and positions are taken in.
+    const SHARES: usize = 512;
+
+    pub fn mixing_gradients(gpu: &Gpu, dy: &Tensor, x: &Tensor, need: &mut Need) -> Result<[Option<Tensor>; 2]> {
+        if !need.wants(1) && !need.wants(2) {
+            return Ok([None, None]);
+        }
+        let (batch, heads, out, positions) = (x.shape()[0], x.shape()[1], dy.shape()[1], x.shape()[2] * x.last());
+        let shares = (batch * positions.div_ceil(1024)).min(SHARES);
+        let (mut dw, mut db) = (x.alike(&[shares, out * heads], Dtype::F32)?, x.alike(&[shares, out], Dtype::F32)?);
+        let launch = Launch::new(0, 256).grid(shares, out.div_ceil(8) * heads.div_ceil(8), 1);
+        let args = Args::new().out(&mut dw).out(&mut db).input(dy).input(x).int(batch).int(heads).int(out).int(positions);
+        gpu.launch(&typed("mix_heads_bwd", x.dtype()), launch, args)?;
+        Ok([need.give(1, |sum| sum_of_parts(gpu, &dw, sum))?, need.give(2, |sum| sum_of_parts(gpu, &db, sum))?])
+    }
+}
+
 pub fn cases() -> Vec<Case> {
+    let mix = |name: &str, [batch, heads, n, m]: [usize; 4], out: usize| {
+        let shapes: [&[usize]; 3] = [&[batch, heads, n, m], &[out, heads], &[out]];
+        Case::new(&format!("mix_heads: {name}"), &shapes, |x| x[0].mix_heads(&x[1], &x[2])).vectors(&[1, 2])
+    };
     vec![
         Case::new("bmm: 2 x 3 products of 5 x 7 and 7 x 4", &[&[2, 3, 5, 7], &[2, 3, 7, 4]], |x| x[0].bmm(&x[1])),
         Case::new("bmm: one product of 1 x 37 and 37 x 1", &[&[1, 37], &[37, 1]], |x| x[0].bmm(&x[1])),
@@ -230,10 +330,13 @@ pub fn cases() -> Vec<Case> {
         Case::new("bmm_nt: a matrix with itself", &[&[2, 6, 3]], |x| x[0].bmm_nt(&x[0])),
         Case::new("bmm_nt: one product of 70 x 20 and 90 x 20", &[&[70, 20], &[90, 20]], |x| x[0].bmm_nt(&x[1])),
         Case::new("take_heads: the keys of 3 heads", &[&[2, 5, 36]], |x| x[0].take_heads(1, 3, 3)),
+        Case::new("take_heads: the values of 2 heads of 8", &[&[2, 3, 48]], |x| x[0].take_heads(2, 3, 2)),
         Case::new("take_heads: one token, one head", &[&[1, 1, 6]], |x| x[0].take_heads(0, 1, 1)),
         Case::new("merge_heads: 3 heads of 4", &[&[2, 3, 5, 4]], |x| x[0].merge_heads()),
-        Case::new("mix_heads: 3 heads to 4", &[&[2, 3, 5, 7], &[4, 3], &[4]], |x| x[0].mix_heads(&x[1], &x[2])),
-        Case::new("mix_heads: one head, one score", &[&[1, 1, 1, 1], &[1, 1], &[1]], |x| x[0].mix_heads(&x[1], &x[2])),
-        Case::new("mix_heads: many scores", &[&[2, 4, 50, 50], &[4, 4], &[4]], |x| x[0].mix_heads(&x[1], &x[2])),
+        Case::new("merge_heads: 2 heads of 16", &[&[2, 2, 9, 16]], |x| x[0].merge_heads()),
+        mix("3 heads to 4", [2, 3, 5, 7], 4),
+        mix("one head, one score", [1, 1, 1, 1], 1),
+        mix("many scores", [2, 4, 50, 50], 4),
+        mix("9 heads to 17", [2, 9, 3, 5], 17),
     ]
 }

@@ -13,6 +13,7 @@ pub mod bce;
 pub mod case;
 pub mod conv;
 pub mod cross_entropy;
+pub mod depthwise;
 pub mod distill_kl;
 pub mod feature_loss;
 pub mod gather;
@@ -53,6 +54,7 @@ pub fn cases() -> Vec<Case> {
         l2_normalise::cases(),
         matmul::cases(),
         conv::cases(),
+        depthwise::cases(),
         batchnorm::cases(),
         masked_mse::cases(),
         pixel_loss::cases(),
@@ -70,7 +72,7 @@ pub fn cases() -> Vec<Case> {
 
 /// The versions of every op whose kernels have more than one.
 pub fn versions() -> Vec<&'static Versions> {
-    vec![&layernorm::VERSIONS, &softmax::VERSIONS, &pixel_loss::VERSIONS, &relation_kl::VERSIONS]
+    vec![&layernorm::VERSIONS, &softmax::VERSIONS, &depthwise::VERSIONS, &pixel_loss::VERSIONS, &relation_kl::VERSIONS]
 }
 
 /// A gradient turned into another by `f(first row, rows)`: in place where nobody else holds it, otherwise on a copy made piece by piece.
