@@ -67,11 +67,17 @@ fn main() {
         objects.push(object);
     }
     let nvcc = find_nvcc();
+    let archs = if nvcc.is_some() { archs() } else { Vec::new() };
     match &nvcc {
         Some(nvcc) => {
+            let (stamp, wanted) = (out.join("archs"), archs.join(","));
+            if fs::read_to_string(&stamp).unwrap_or_default() != wanted {
+                with_ending(&out, "fatbin").iter().for_each(|old| fs::remove_file(old).expect("OUT_DIR can be written"));
+                fs::write(&stamp, &wanted).expect("OUT_DIR can be written");
+            }
             for source in &sources {
                 let fatbin = out.join(stem(source)).with_extension("fatbin");
-                jobs.push(Job { from: source, to: fatbin.clone(), command: device_code(nvcc, source, &fatbin), what: "nvcc" });
+                jobs.push(Job { from: source, to: fatbin.clone(), command: device_code(nvcc, &archs, source, &fatbin), what: "nvcc" });
             }
             println!("cargo:rustc-cfg=masque_fatbins");
         }
@@ -92,7 +98,7 @@ fn main() {
         });
         library.compile("masque_emulated");
     }
-    fs::write(out.join("kernels.rs"), table(&sources, &out, emulated, nvcc.is_some())).expect("OUT_DIR can be written");
+    fs::write(out.join("kernels.rs"), table(&sources, &out, emulated, &archs)).expect("OUT_DIR can be written");
 }
 
 /// One file to be made from another.
@@ -189,13 +195,19 @@ fn emulate(compiler: &cc::Tool, source: &Path, object: &Path, kernel: bool) -> I
     of(compiler, args, false)
 }
 
-fn device_code(nvcc: &Path, source: &Path, fatbin: &Path) -> Invocation {
+/// What device code is made for: machine code, and PTX for anything newer.
+fn archs() -> Vec<String> {
+    let wanted = env::var("MASQUE_CUDA_ARCHS").unwrap_or_else(|_| "80,90a".into());
+    let wanted = wanted.split(',').map(str::trim).filter(|arch| !arch.is_empty());
+    wanted.map(|arch| format!("sm_{arch}")).chain(["compute_80".to_string()]).collect()
+}
+
+fn device_code(nvcc: &Path, archs: &[String], source: &Path, fatbin: &Path) -> Invocation {
     let mut args = words(&["-std=c++17", "-O3", "--fatbin", "-compress-mode=size", "-Xptxas", "-v", "-I", KERNELS]);
-    let archs = env::var("MASQUE_CUDA_ARCHS").unwrap_or_else(|_| "80,90a".into());
-    for arch in archs.split(',') {
-        args.extend(words(&["-gencode", &format!("arch=compute_{arch},code=sm_{arch}")]));
+    for arch in archs {
+        let number = arch.trim_start_matches("sm_").trim_start_matches("compute_");
+        args.extend(words(&["-gencode", &format!("arch=compute_{number},code={arch}")]));
     }
-    args.extend(words(&["-gencode", "arch=compute_80,code=compute_80"]));
     args.extend([source.into(), "-o".into(), fatbin.into()]);
     Invocation { program: nvcc.to_path_buf(), args, env: Vec::new(), names: false }
 }
@@ -264,7 +276,7 @@ fn names(text: &str) -> Vec<String> {
 }
 
 /// The Rust side of it: names, entries of the emulated device, fatbins, sources.
-fn table(sources: &[PathBuf], out: &Path, emulated: bool, fatbins: bool) -> String {
+fn table(sources: &[PathBuf], out: &Path, emulated: bool, archs: &[String]) -> String {
     let mut kernels: BTreeMap<String, usize> = BTreeMap::new();
     for (i, source) in sources.iter().enumerate() {
         let list = fs::read_to_string(out.join(stem(source)).with_extension("names")).expect("written above");
@@ -287,8 +299,9 @@ fn table(sources: &[PathBuf], out: &Path, emulated: bool, fatbins: bool) -> Stri
     for source in sources {
         let (name, path) = (stem(source), root.join(source));
         let fatbin = out.join(name).with_extension("fatbin");
-        let fatbin = if fatbins { format!("include_bytes!({:?})", fatbin.display().to_string()) } else { "&[]".to_string() };
-        text += &format!("    File {{ name: {name:?}, fatbin: {fatbin}, source: include_str!({:?}) }},\n", path.display().to_string());
+        let fatbin = if archs.is_empty() { "&[]".to_string() } else { format!("include_bytes!({:?})", fatbin.display().to_string()) };
+        let path = path.display().to_string();
+        text += &format!("    File {{ name: {name:?}, fatbin: {fatbin}, source: include_str!({path:?}), archs: &{archs:?} }},\n");
     }
     text += "];\npub static HEADERS: &[(&str, &str)] = &[\n";
     let mut headers = with_ending(Path::new(KERNELS), "cuh");

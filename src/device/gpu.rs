@@ -17,6 +17,7 @@ use crate::rng::Rng;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 /// One thing for the device to do.
 #[derive(Clone)]
@@ -373,6 +374,24 @@ impl Gpu {
     pub fn wait(&self) -> Result<()> {
         self.0.backend.wait()?;
         self.check_faults()
+    }
+
+    /// Milliseconds that the work takes which `f` hands over: by the device's own clock, or the host's for an emulated one.
+    pub fn time(&self, f: impl FnOnce() -> Result<()>) -> Result<f64> {
+        ensure!(!self.is_recording(), "{}: recorded work takes no time", self.name());
+        if let Some(real) = self.as_real() {
+            return real.elapsed_ms(f).context("timing");
+        }
+        self.wait()?;
+        let start = Instant::now();
+        f()?;
+        self.wait()?;
+        Ok(start.elapsed().as_secs_f64() * 1e3)
+    }
+
+    /// Leaves nothing of use in a real device's cache, so that the next timing starts from its memory.
+    pub fn scrub(&self) -> Result<()> {
+        self.as_real().map_or(Ok(()), real::Real::scrub)
     }
 
     fn check_faults(&self) -> Result<()> {

@@ -22,6 +22,8 @@ pub struct File {
     pub name: &'static str,
     pub fatbin: &'static [u8],
     pub source: &'static str,
+    /// What the device code is for, as sm_90a (machine code) and compute_80 (PTX).
+    pub archs: &'static [&'static str],
 }
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
