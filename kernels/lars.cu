@@ -34,9 +34,9 @@ extern "C" __global__ void __launch_bounds__(256, 2) lars_norms_f32(double* __re
 }
 KERNEL(lars_norms_f32)
 
-// q [slots]. Block: one slot, 256 threads, which take its pieces in turn.
+// q [slots]. Block: one slot, 256 threads, which take its pieces in turn. The coefficient is trust + rest: what f32 leaves of the host's f64.
 extern "C" __global__ void __launch_bounds__(256, 2) lars_trust_f32(float* __restrict__ q, const double* __restrict__ partial, const unsigned* __restrict__ firsts,
-                                                                    float trust) {
+                                                                    float trust, float rest) {
   __shared__ double scratch[32];
   const unsigned first = firsts[blockIdx.x], last = firsts[blockIdx.x + 1];
   double weight = 0., gradient = 0.;
@@ -46,6 +46,6 @@ extern "C" __global__ void __launch_bounds__(256, 2) lars_trust_f32(float* __res
   }
   weight = sqrt(block_sum(weight, scratch));
   gradient = sqrt(block_sum(gradient, scratch));
-  if (threadIdx.x == 0) q[blockIdx.x] = weight > 0. && gradient > 0. ? (float)(trust * weight / gradient) : 1.f;
+  if (threadIdx.x == 0) q[blockIdx.x] = weight > 0. && gradient > 0. ? (float)(((double)trust + rest) * weight / gradient) : 1.f;
 }
 KERNEL(lars_trust_f32)

@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       B[j] = fmaf(momentum, B[j], q * fmaf(s.x, P[j], G[j]));
-      P[j] -= s.y * B[j];
+      P[j] -= s.y * B[j];  // nvcc makes one fma of it: on a GPU this is rounded once, on the CPU twice
     }
     store8(buffer + piece.state + i, B);
     store8(p + piece.value + i, P);

@@ -84,7 +84,8 @@ fn apply_on(gpu: &Gpu, lars: &mut Lars, params: &mut Params) -> Result<()> {
     gpu.launch("lars_norms_f32", Launch::new(pieces.count, 256), args)?;
     let slots = pieces.scalars.shape()[0];
     let mut trust = pieces.scalars.alike(&[slots], Dtype::F32)?;
-    let args = Args::new().out(&mut trust).input(&sums).input(&pieces.firsts).float(lars.trust);
+    let rest = lars.trust - f64::from(lars.trust as f32);
+    let args = Args::new().out(&mut trust).input(&sums).input(&pieces.firsts).float(lars.trust).float(rest);
     gpu.launch("lars_trust_f32", Launch::new(slots, 256), args)?;
     move_all_on(gpu, update, lars.momentum, Some(&trust))
 }
