@@ -180,6 +180,7 @@ fn steps_on_a_gpu_are_those_of_the_cpu() {
         assert_eq!(cpu.updates, gpu.updates);
         for (what, cpu, gpu) in [("losses and norms", cpu.numbers, gpu.numbers), ("values", cpu.values, gpu.values)] {
             let largest = cpu.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+            assert!(gpu.iter().all(|x| x.is_finite()), "{which} {what}");
             let worst = cpu.iter().zip(&gpu).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
             assert!(worst <= 1e-5 * largest, "{which} {what}: {worst:e} at a scale of {largest:e}");
         }
