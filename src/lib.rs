@@ -18,6 +18,7 @@
 //! | 5 | [`data`] | images on their way to a batch |
 //! | 5 | [`optim`] | update rules, schedules, parameter groups |
 //! | 6 | [`methods`] | one file a method, reading like its paper's method section |
+//! | 7 | [`train`] | a step of training, recorded on a GPU and replayed |
 //! | 7 | [`measure`] | timing, and parity with PyTorch |
 //! | 8 | [`cli`] | arguments turned into objects |
 
@@ -37,6 +38,7 @@ pub mod rng;
 pub mod tape;
 pub mod targets;
 pub mod tensor;
+pub mod train;
 
 /// Compiles and runs the example in the README.
 #[cfg(doctest)]

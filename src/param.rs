@@ -360,6 +360,22 @@ impl Params {
         whole.ok_or_else(|| Error::new("a gradient is still held elsewhere, or nothing is trained"))
     }
 
+    /// Everything that has a gradient.
+    pub fn reached(&self) -> Vec<ParamId> {
+        self.trained().filter(|&id| self.gradient(id).is_some()).collect()
+    }
+
+    /// Says that these and no others have a gradient. For recorded work: a replay writes the gradients that were written while it was recorded, and
+    /// leaves no trace of it on the host.
+    pub fn assume_gradients(&mut self, ids: &[ParamId]) -> Result<()> {
+        for &id in ids {
+            ensure!(self.entries[id.0].gradient.is_some(), "the gradient of {} has been forgotten since it was recorded", self.name(id));
+        }
+        self.clear_gradients();
+        ids.iter().for_each(|id| self.entries[id.0].has_gradient = true);
+        Ok(())
+    }
+
     /// Forgets all gradients; their memory stays.
     pub fn clear_gradients(&mut self) {
         self.entries.iter_mut().for_each(|entry| entry.has_gradient = false);

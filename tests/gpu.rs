@@ -81,6 +81,23 @@ fn a_replay_draws_afresh_what_the_cpu_would_draw() {
 }
 
 #[test]
+fn nothing_recorded_before_a_draw_writes_over_it() {
+    let (gpu, device) = device();
+    let x = numbers(&device, &[1.0; 6]);
+    drop((0..4).map(|_| x.copy().unwrap()).collect::<Vec<_>>());
+    let (graph, u) = gpu
+        .capture(|| {
+            drop(x.copy()?);
+            let u = Tensor::drawn(&device, &Rng::new(5), "mask", &[6])?;
+            drop(x.copy()?);
+            Ok(u)
+        })
+        .unwrap();
+    graph.replay(&Rng::new(5)).unwrap();
+    assert_eq!(u.read().unwrap(), Tensor::drawn(&Device::Cpu, &Rng::new(5), "mask", &[6]).unwrap().to_f64());
+}
+
+#[test]
 fn memory_of_a_recording_is_not_handed_out_while_it_lives() {
     let (gpu, device) = device();
     let x = numbers(&device, &[1.0; 64]);

@@ -98,6 +98,15 @@ struct State {
 #[derive(Default)]
 struct Arena {
     free: Mutex<HashMap<usize, Vec<u64>>>,
+    /// Those that no recorded work uses so far; empty outside of recordings.
+    untouched: Mutex<HashMap<usize, Vec<u64>>>,
+}
+
+impl Arena {
+    fn pop(&self, class: usize, untouched: bool) -> Option<u64> {
+        let pop = |blocks: &Mutex<HashMap<usize, Vec<u64>>>| lock(blocks).get_mut(&class).and_then(Vec::pop);
+        if untouched { pop(&self.untouched) } else { pop(&self.free).or_else(|| pop(&self.untouched)) }
+    }
 }
 
 /// A piece of the device's memory, exclusively owned; shared by putting it in an `Arc`.
@@ -258,14 +267,15 @@ impl Gpu {
     /// At least this many bytes; the content is arbitrary.
     pub fn take(&self, bytes: usize) -> Result<Block> {
         let poison = lock(&self.0.state).poison;
-        let mut block = self.take_as_it_is(bytes)?;
+        let mut block = self.take_as_it_is(bytes, false)?;
         if poison {
             self.set(&mut block, 0xff)?;
         }
         Ok(block)
     }
 
-    fn take_as_it_is(&self, bytes: usize) -> Result<Block> {
+    /// `untouched`: memory that no work of this recording used before.
+    fn take_as_it_is(&self, bytes: usize, untouched: bool) -> Result<Block> {
         let class = class_of(bytes);
         let (arena, exact) = {
             let state = lock(&self.0.state);
@@ -275,8 +285,7 @@ impl Gpu {
             let address = self.allocate(bytes)?;
             return Ok(Block { gpu: self.clone(), address, bytes, home: Home::Alone });
         }
-        let free = lock(&arena.free).get_mut(&class).and_then(Vec::pop);
-        let address = match free {
+        let address = match arena.pop(class, untouched) {
             Some(address) => address,
             None => self.allocate(class_bytes(class))?,
         };
@@ -411,8 +420,8 @@ impl Gpu {
 
     /// Numbers uniform in [0, 1) by their name; a replay draws them afresh.
     pub fn drawn(&self, rng: &Rng, name: &str, count: usize) -> Result<Arc<Block>> {
-        // Not filled first: the filling would be recorded, and done after the drawing.
-        let block = Arc::new(self.take_as_it_is(count * 4)?);
+        // A replay draws before it does the recorded work: nothing of it may write here, neither filling it nor work that had this memory before.
+        let block = Arc::new(self.take_as_it_is(count * 4, self.is_recording())?);
         if let Some(draws) = &mut lock(&self.0.state).draws {
             draws.push(Draw { name: name.to_string(), count, block: block.clone() });
             return Ok(block);
@@ -432,7 +441,7 @@ impl Gpu {
         // The graph takes over all free memory, so that in the usual case nothing has to be allocated meanwhile.
         let arena = Arc::new(Arena::default());
         let outer = std::mem::replace(&mut lock(&self.0.state).arena, arena.clone());
-        std::mem::swap(&mut *lock(&arena.free), &mut *lock(&outer.free));
+        std::mem::swap(&mut *lock(&arena.untouched), &mut *lock(&outer.free));
         lock(&self.0.state).draws = Some(Vec::new());
         let done = self.0.backend.begin_recording().and_then(|()| f());
         let recorded = self.0.backend.end_recording();

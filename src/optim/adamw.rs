@@ -3,11 +3,13 @@
 //!   m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
 //!   p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 //!
-//! t counts the updates of each parameter. State: m is "exp_avg", v is "exp_avg_sq". Memory is passed over once.
+//! t counts the updates of each parameter. State: m is "exp_avg", v is "exp_avg_sq". Memory is passed over once. GPU: kernels/adamw.cu.
 
 use super::Optimizer;
 use super::groups::Group;
-use super::state::{Piece, State};
+use super::state::{FlatUpdate, Piece, Plan, State};
+use crate::device::gpu::Gpu;
+use crate::device::launch::{Args, Launch};
 use crate::device::simd::Real;
 use crate::error::Result;
 use crate::param::Params;
@@ -31,8 +33,19 @@ impl AdamW {
 }
 
 impl Optimizer for AdamW {
-    fn step(&mut self, params: &mut Params, lr: f64) -> Result<()> {
-        by_real!("adamw", params.dtype(), step(self, params, lr))
+    fn prepare(&mut self, params: &Params, lr: f64) -> Result<()> {
+        let (betas, eps) = (self.betas, self.eps);
+        self.state.prepare(params, lr, |plan| {
+            let rule = Rule::<f32>::of(plan, betas, eps);
+            [rule.decay, rule.rate, rule.root]
+        })
+    }
+
+    fn apply(&mut self, params: &mut Params) -> Result<()> {
+        match params.device().gpu().cloned() {
+            None => by_real!("adamw", params.dtype(), apply(self, params)),
+            Some(gpu) => apply_on(&gpu, self, params),
+        }
     }
 
     fn state(&self) -> &State {
@@ -59,24 +72,37 @@ struct Rule<T> {
     eps: T,
 }
 
-fn step<T: Real + Element>(adamw: &mut AdamW, params: &mut Params, lr: f64) -> Result<()> {
-    let ((b1, b2), eps) = (adamw.betas, adamw.eps);
-    let mut pieces = Vec::new();
-    for update in adamw.state.lend::<2>(params, lr)? {
-        *update.steps += 1;
-        let t = *update.steps as f64;
-        let rule = Rule {
-            decay: T::of(update.lr * update.weight_decay),
-            rate: T::of(update.lr / (1.0 - b1.powf(t))),
+impl<T: Real> Rule<T> {
+    fn of(plan: &Plan, (b1, b2): (f64, f64), eps: f64) -> Self {
+        let t = plan.steps as f64;
+        Self {
+            decay: T::of(plan.lr * plan.weight_decay),
+            rate: T::of(plan.lr / (1.0 - b1.powf(t))),
             root: T::of(1.0 / (1.0 - b2.powf(t)).sqrt()),
             betas: (T::of(b1), T::of(b2)),
             rests: (T::of(1.0 - b1), T::of(1.0 - b2)),
             eps: T::of(eps),
-        };
+        }
+    }
+}
+
+fn apply<T: Real + Element>(adamw: &mut AdamW, params: &mut Params) -> Result<()> {
+    let mut pieces = Vec::new();
+    for update in adamw.state.lend::<2>(params)? {
+        let rule = Rule::<T>::of(&update.plan, adamw.betas, adamw.eps);
         update.cut(rule, &mut pieces);
     }
     pieces.into_par_iter().for_each(|Piece { rule, value, gradient, state: [m, v] }| move_piece(value, gradient, m, v, rule));
     Ok(())
+}
+
+fn apply_on(gpu: &Gpu, adamw: &mut AdamW, params: &mut Params) -> Result<()> {
+    let ((b1, b2), eps) = (adamw.betas, adamw.eps);
+    let Some(update) = adamw.state.lend_flat::<2>(params)? else { return Ok(()) };
+    let FlatUpdate { mut values, mut working, gradients, state: [mut m, mut v], pieces } = update;
+    let args = Args::new().out(&mut values).maybe_out(working.as_mut()).out(&mut m).out(&mut v).input(&gradients);
+    let args = args.input(&pieces.table).input(&pieces.scalars).float(b1).float(b2).float(1.0 - b1).float(1.0 - b2).float(eps);
+    gpu.launch("adamw_f32", Launch::new(pieces.count, 256), args)
 }
 
 vectorised! {

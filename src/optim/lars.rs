@@ -3,16 +3,19 @@
 //!   d = q (g + wd p),   q = trust |p| / |g + wd p|, or 1 where either norm is 0
 //!   mu = momentum mu + d,   p = p - lr mu
 //!
-//! Norms are over a whole tensor. Vectors (biases) are neither decayed nor scaled. State: "mu", which starts at zero.
+//! Norms are over a whole tensor. Vectors (biases) are neither decayed nor scaled. State: "mu", which starts at zero. GPU: kernels/lars.cu for q, which
+//! never leaves the device, and kernels/sgd.cu.
 
 use super::Optimizer;
 use super::groups::Group;
-use super::sgd::{Rule, move_all};
+use super::sgd::{Rule, move_all, move_all_on};
 use super::state::{PIECE, State};
+use crate::device::gpu::Gpu;
+use crate::device::launch::{Args, Launch};
 use crate::device::simd::{Real, lane_sum};
 use crate::error::Result;
 use crate::param::Params;
-use crate::tensor::Element;
+use crate::tensor::{Dtype, Element};
 use crate::{by_real, ensure, vectorised};
 use rayon::prelude::*;
 
@@ -31,8 +34,18 @@ impl Lars {
 }
 
 impl Optimizer for Lars {
-    fn step(&mut self, params: &mut Params, lr: f64) -> Result<()> {
-        by_real!("lars", params.dtype(), step(self, params, lr))
+    fn prepare(&mut self, params: &Params, lr: f64) -> Result<()> {
+        self.state.prepare(params, lr, |plan| match plan.vector {
+            true => [0.0, plan.lr as f32, 0.0],
+            false => [plan.weight_decay as f32, plan.lr as f32, 1.0],
+        })
+    }
+
+    fn apply(&mut self, params: &mut Params) -> Result<()> {
+        match params.device().gpu().cloned() {
+            None => by_real!("lars", params.dtype(), apply(self, params)),
+            Some(gpu) => apply_on(&gpu, self, params),
+        }
     }
 
     fn state(&self) -> &State {
@@ -44,23 +57,37 @@ impl Optimizer for Lars {
     }
 }
 
-fn step<T: Real + Element>(lars: &mut Lars, params: &mut Params, lr: f64) -> Result<()> {
+fn apply<T: Real + Element>(lars: &mut Lars, params: &mut Params) -> Result<()> {
     let mut pieces = Vec::new();
-    for update in lars.state.lend::<1>(params, lr)? {
-        *update.steps += 1;
-        let (decay, trust) = if update.value.shape().len() > 1 {
-            let decay = T::of(update.weight_decay);
+    for update in lars.state.lend::<1>(params)? {
+        let plan = update.plan;
+        let (decay, trust) = if plan.vector {
+            (T::ZERO, T::ONE)
+        } else {
+            let decay = T::of(plan.weight_decay);
             let (weight, gradient) = norms(update.value.data::<T>(), update.gradient.data(), decay);
             let q = if weight > 0.0 && gradient > 0.0 { lars.trust * weight / gradient } else { 1.0 };
             (decay, T::of(q))
-        } else {
-            (T::ZERO, T::ONE)
         };
-        let rule = Rule { decay, trust, momentum: T::of(lars.momentum), lr: T::of(update.lr) };
+        let rule = Rule { decay, trust, momentum: T::of(lars.momentum), lr: T::of(plan.lr) };
         update.cut::<T, _>(rule, &mut pieces);
     }
     move_all(pieces);
     Ok(())
+}
+
+fn apply_on(gpu: &Gpu, lars: &mut Lars, params: &mut Params) -> Result<()> {
+    let Some(update) = lars.state.lend_flat(params)? else { return Ok(()) };
+    let pieces = update.pieces;
+    let mut sums = pieces.scalars.alike(&[pieces.count, 2], Dtype::F64)?;
+    let args = Args::new().out(&mut sums).input(&update.values).input(&update.gradients).input(&pieces.table).input(&pieces.scalars);
+    gpu.launch("lars_norms_f32", Launch::new(pieces.count, 256), args)?;
+    let slots = pieces.scalars.shape()[0];
+    let mut trust = pieces.scalars.alike(&[slots], Dtype::F32)?;
+    let rest = lars.trust - f64::from(lars.trust as f32);
+    let args = Args::new().out(&mut trust).input(&sums).input(&pieces.firsts).float(lars.trust).float(rest);
+    gpu.launch("lars_trust_f32", Launch::new(slots, 256), args)?;
+    move_all_on(gpu, update, lars.momentum, Some(&trust))
 }
 
 /// |p| and |g + decay p|.

@@ -2,15 +2,17 @@
 //!
 //!   d = g + wd p,   buffer = momentum buffer + d,   p = p - lr buffer
 //!
-//! The buffer starts at zero. State: "momentum_buffer".
+//! The buffer starts at zero. State: "momentum_buffer". GPU: kernels/sgd.cu.
 
 use super::Optimizer;
 use super::groups::Group;
-use super::state::{Piece, State};
+use super::state::{FlatUpdate, Piece, State};
+use crate::device::gpu::Gpu;
+use crate::device::launch::{Args, Launch};
 use crate::device::simd::Real;
 use crate::error::Result;
 use crate::param::Params;
-use crate::tensor::Element;
+use crate::tensor::{Element, Tensor};
 use crate::{by_real, ensure, vectorised};
 use rayon::prelude::*;
 
@@ -27,8 +29,15 @@ impl Sgd {
 }
 
 impl Optimizer for Sgd {
-    fn step(&mut self, params: &mut Params, lr: f64) -> Result<()> {
-        by_real!("sgd", params.dtype(), step(self, params, lr))
+    fn prepare(&mut self, params: &Params, lr: f64) -> Result<()> {
+        self.state.prepare(params, lr, |plan| [plan.weight_decay as f32, plan.lr as f32, 0.0])
+    }
+
+    fn apply(&mut self, params: &mut Params) -> Result<()> {
+        match params.device().gpu().cloned() {
+            None => by_real!("sgd", params.dtype(), apply(self, params)),
+            Some(gpu) => self.state.lend_flat(params)?.map_or(Ok(()), |update| move_all_on(&gpu, update, self.momentum, None)),
+        }
     }
 
     fn state(&self) -> &State {
@@ -40,11 +49,11 @@ impl Optimizer for Sgd {
     }
 }
 
-fn step<T: Real + Element>(sgd: &mut Sgd, params: &mut Params, lr: f64) -> Result<()> {
+fn apply<T: Real + Element>(sgd: &mut Sgd, params: &mut Params) -> Result<()> {
     let mut pieces = Vec::new();
-    for update in sgd.state.lend::<1>(params, lr)? {
-        *update.steps += 1;
-        let rule = Rule { decay: T::of(update.weight_decay), trust: T::ONE, momentum: T::of(sgd.momentum), lr: T::of(update.lr) };
+    for update in sgd.state.lend::<1>(params)? {
+        let plan = update.plan;
+        let rule = Rule { decay: T::of(plan.weight_decay), trust: T::ONE, momentum: T::of(sgd.momentum), lr: T::of(plan.lr) };
         update.cut::<T, _>(rule, &mut pieces);
     }
     move_all(pieces);
@@ -62,6 +71,14 @@ pub(super) struct Rule<T> {
 
 pub(super) fn move_all<T: Real>(pieces: Vec<Piece<T, Rule<T>, 1>>) {
     pieces.into_par_iter().for_each(|Piece { rule, value, gradient, state: [buffer] }| move_piece(value, gradient, buffer, rule));
+}
+
+/// `trust`: a factor for each slot.
+pub(super) fn move_all_on(gpu: &Gpu, update: FlatUpdate<1>, momentum: f64, trust: Option<&Tensor>) -> Result<()> {
+    let FlatUpdate { mut values, mut working, gradients, state: [mut buffer], pieces } = update;
+    let args = Args::new().out(&mut values).maybe_out(working.as_mut()).out(&mut buffer).input(&gradients).maybe(trust);
+    let args = args.input(&pieces.table).input(&pieces.scalars).float(momentum);
+    gpu.launch("sgd_f32", Launch::new(pieces.count, 256), args)
 }
 
 vectorised! {

@@ -1,14 +1,16 @@
 //! What an optimiser remembers: for each parameter some tensors of its shape, and how many updates it has had.
 //!
 //! All tensors of one name lie in one buffer, in the order in which the parameters were registered, as their gradients do. The buffers are
-//! made at the first update. An update cuts all parameters into one list of pieces of at most [`PIECE`] elements, so that threads share large
-//! and small ones evenly; the pieces depend on the shapes alone.
+//! made at the first update, on the device of the parameters. An update cuts all parameters into one list of pieces of at most [`PIECE`] elements, so
+//! that threads share large and small ones evenly; the pieces depend on the shapes alone. For a GPU that list lies on the device ([`super::pieces`]).
 
 use super::groups::Group;
+use super::pieces::{Pieces, Places};
+use crate::device::gpu::Gpu;
 use crate::ensure;
 use crate::error::{Error, Result};
 use crate::param::{ParamId, Params};
-use crate::tensor::{Element, Tensor};
+use crate::tensor::{Device, Element, Flat, Tensor};
 use std::collections::HashMap;
 
 /// Most elements of a piece.
@@ -22,12 +24,26 @@ pub struct State {
     slot_of: HashMap<ParamId, usize>,
     /// For each name the tensors of all slots; empty until the first update.
     tensors: Vec<Vec<Tensor>>,
+    /// On a GPU, from the first update on.
+    pieces: Option<Pieces>,
 }
 
 struct Slot {
     id: ParamId,
     group: usize,
     steps: u64,
+    /// From when an update is prepared until it is made.
+    plan: Option<Plan>,
+}
+
+/// The update that a parameter is about to get.
+#[derive(Clone, Copy)]
+pub(super) struct Plan {
+    pub lr: f64,
+    pub weight_decay: f64,
+    /// Which update it is, from 1.
+    pub steps: u64,
+    pub vector: bool,
 }
 
 /// What is remembered of one parameter.
@@ -45,12 +61,12 @@ impl State {
             for (what, number) in [("weight decay", group.weight_decay), ("learning-rate scale", group.lr_scale)] {
                 ensure!(number.is_finite() && number >= 0.0, "{optimizer}: group {} has a {what} of {number}", group.name);
             }
-            slots.extend(group.params.iter().map(|&id| Slot { id, group: i, steps: 0 }));
+            slots.extend(group.params.iter().map(|&id| Slot { id, group: i, steps: 0, plan: None }));
         }
         slots.sort_by_key(|slot| slot.id);
         let slot_of: HashMap<ParamId, usize> = slots.iter().enumerate().map(|(i, slot)| (slot.id, i)).collect();
         ensure!(slot_of.len() == slots.len(), "{optimizer}: a parameter is in two groups");
-        Ok(Self { optimizer, names, groups, slots, slot_of, tensors: Vec::new() })
+        Ok(Self { optimizer, names, groups, slots, slot_of, tensors: Vec::new(), pieces: None })
     }
 
     pub fn groups(&self) -> &[Group] {
@@ -83,61 +99,123 @@ impl State {
             let own = &mut own[slot];
             ensure!(own.is_unique(), "{optimizer}: {name} of {param} is still held elsewhere");
             for (_, tensor) in tensors.iter().filter(|(given, _)| given == name) {
-                let numbers = tensor.cast(params.dtype())?;
-                crate::by_real!(optimizer, params.dtype(), write(own, &numbers));
+                own.upload(&tensor.on(&Device::Cpu)?.cast(params.dtype())?)?;
             }
         }
         self.slots[slot].steps = steps;
         Ok(())
     }
 
+    /// Makes the tensors, or brings them to where the parameters have gone.
     fn allocate(&mut self, params: &Params) -> Result<()> {
-        if !self.tensors.is_empty() {
+        let there = self.tensors.first().and_then(|tensors| tensors.first()).map(Tensor::device);
+        if there.as_ref() == Some(params.device()) {
             return Ok(());
         }
         let slab = |_: &&str| Tensor::slab(params.device(), self.slots.iter().map(|slot| params.value(slot.id).shape()), params.dtype());
-        self.tensors = self.names.iter().map(slab).collect::<Result<_>>()?;
+        let mut tensors = self.names.iter().map(slab).collect::<Result<Vec<_>>>()?;
+        for (to, from) in tensors.iter_mut().flatten().zip(self.tensors.iter().flatten()) {
+            to.upload(&from.on(&Device::Cpu)?)?;
+        }
+        (self.tensors, self.pieces) = (tensors, None);
         Ok(())
     }
 
-    /// Everything that has a gradient, with its `K` tensors of state. All checks happen here, before anything is changed.
-    pub(super) fn lend<'a, const K: usize>(&'a mut self, params: &'a mut Params, lr: f64) -> Result<Vec<Update<'a, K>>> {
+    /// Counts an update of everything that has a gradient. All checks happen here, before anything is changed. On a GPU the numbers of the
+    /// rule, which `rule` works out, are put where the kernels read them.
+    pub(super) fn prepare(&mut self, params: &Params, lr: f64, rule: impl Fn(&Plan) -> [f32; 3]) -> Result<()> {
         let optimizer = self.optimizer;
         ensure!(lr.is_finite() && lr >= 0.0, "{optimizer}: the learning rate is {lr}");
+        let recording = params.device().gpu().is_some_and(Gpu::is_recording);
+        ensure!(!recording, "{optimizer}: an update is prepared before recorded work and not inside it");
         self.allocate(params)?;
-        for id in params.trained().filter(|&id| params.gradient(id).is_some()) {
+        for id in params.reached() {
+            let name = params.name(id);
             let slot = self.slot_of.get(&id);
-            ensure!(slot.is_some(), "{optimizer}: {} has a gradient but is in no group", params.name(id));
+            ensure!(slot.is_some(), "{optimizer}: {name} has a gradient but is in no group");
             let own = slot.is_some_and(|&slot| self.tensors.iter().all(|tensors| tensors[slot].is_unique()));
-            ensure!(own, "{optimizer}: the state of {} is still held elsewhere", params.name(id));
+            ensure!(own, "{optimizer}: the state of {name} is still held elsewhere");
+            ensure!(params.value(id).is_unique(), "{name} is still in use by a recorded forward pass");
         }
+        for slot in &mut self.slots {
+            let group = &self.groups[slot.group];
+            slot.plan = params.gradient(slot.id).map(|gradient| {
+                slot.steps += 1;
+                let vector = gradient.shape().len() <= 1;
+                Plan { lr: lr * group.lr_scale, weight_decay: group.weight_decay, steps: slot.steps, vector }
+            });
+        }
+        if params.device().gpu().is_none() {
+            return Ok(());
+        }
+        let places = Places::of(params, &self.slot_of);
+        let pieces = match self.pieces.take().filter(|pieces| pieces.places == places) {
+            Some(pieces) => pieces,
+            None => Pieces::new(params, places)?,
+        };
+        let rules = self.slots.iter().map(|slot| slot.plan.as_ref().map(&rule));
+        self.pieces.insert(pieces).write(rules)
+    }
+
+    /// Takes the plans: one for each slot, and only for what has a gradient.
+    fn take_plans(&mut self, params: &Params) -> Result<Vec<Option<Plan>>> {
+        let optimizer = self.optimizer;
+        for id in params.trained() {
+            let prepared = self.slot_of.get(&id).is_some_and(|&slot| self.slots[slot].plan.is_some());
+            let reached = params.gradient(id).is_some();
+            let (name, has) = (params.name(id), if reached { "a gradient" } else { "no gradient" });
+            ensure!(prepared == reached, "{optimizer}: {name} has {has}, and the update was not prepared for that");
+        }
+        Ok(self.slots.iter_mut().map(|slot| slot.plan.take()).collect())
+    }
+
+    /// Everything that has a gradient, with its `K` tensors of state.
+    pub(super) fn lend<'a, const K: usize>(&'a mut self, params: &'a mut Params) -> Result<Vec<Update<'a, K>>> {
+        let plans = self.take_plans(params)?;
         let lent = params.values_and_gradients()?.map(|(id, value, gradient)| (id, (value, gradient)));
         let mut lent: HashMap<ParamId, (&mut Tensor, &Tensor)> = lent.collect();
         let mut columns: Vec<_> = self.tensors.iter_mut().map(|tensors| tensors.iter_mut()).collect();
         let mut updates = Vec::with_capacity(lent.len());
-        for slot in &mut self.slots {
+        for (slot, plan) in self.slots.iter().zip(plans) {
             let state = std::array::from_fn(|k| columns[k].next().expect("every slot has a tensor of each name"));
-            let Some((value, gradient)) = lent.remove(&slot.id) else { continue };
-            let group = &self.groups[slot.group];
-            let (lr, weight_decay) = (lr * group.lr_scale, group.weight_decay);
-            updates.push(Update { lr, weight_decay, steps: &mut slot.steps, value, gradient, state });
+            let Some(((value, gradient), plan)) = lent.remove(&slot.id).zip(plan) else { continue };
+            updates.push(Update { plan, value, gradient, state });
         }
         Ok(updates)
     }
-}
 
-fn write<T: Element>(own: &mut Tensor, numbers: &Tensor) {
-    own.data_mut::<T>().copy_from_slice(numbers.data());
+    /// The same as whole buffers of a GPU; None if nothing has a gradient.
+    pub(super) fn lend_flat<const K: usize>(&mut self, params: &mut Params) -> Result<Option<FlatUpdate<'_, K>>> {
+        let (optimizer, plans) = (self.optimizer, self.take_plans(params)?);
+        let Some(pieces) = self.pieces.as_ref().filter(|_| plans.iter().any(Option::is_some)) else { return Ok(None) };
+        let state = self.tensors.iter_mut().map(|tensors| {
+            let whole = Tensor::flat(tensors);
+            whole.ok_or_else(|| Error::new(format!("{optimizer}: the state of a parameter is still held elsewhere")))
+        });
+        let state = state.collect::<Result<Vec<_>>>()?;
+        let (values, working, gradients) = (params.flat_values()?, params.flat_working()?, params.flat_gradients()?);
+        pieces.check(&values, working.as_ref(), &gradients, &state)?;
+        let mut state = state.into_iter();
+        let state = std::array::from_fn(|_| state.next().expect("there is a buffer for each name"));
+        Ok(Some(FlatUpdate { values, working, gradients, state, pieces }))
+    }
 }
 
 /// One parameter that is about to change.
 pub(super) struct Update<'a, const K: usize> {
-    pub lr: f64,
-    pub weight_decay: f64,
-    pub steps: &'a mut u64,
+    pub plan: Plan,
     pub value: &'a mut Tensor,
     pub gradient: &'a Tensor,
     pub state: [&'a mut Tensor; K],
+}
+
+/// All parameters that are about to change, on a GPU.
+pub(super) struct FlatUpdate<'a, const K: usize> {
+    pub values: Flat,
+    pub working: Option<Flat>,
+    pub gradients: Flat,
+    pub state: [Flat; K],
+    pub pieces: &'a Pieces,
 }
 
 /// A part of a parameter, and the rule by which it changes.

@@ -94,7 +94,7 @@ pub fn run(case: &Case, subject: &mut impl Subject, record: &mut Record) -> Resu
         if k == 1 {
             record_gradients(case, params, record)?;
         }
-        record.number(format!("out/{output}grad_norm"), clip::gradient_norm(params));
+        record.number(format!("out/{output}grad_norm"), clip::gradient_norm(params)?);
         if let Some(most) = clip_grad {
             clip::clip(params, most)?;
         }

@@ -1,0 +1,3 @@
+//! Floor 7: training.
+
+pub mod step;
