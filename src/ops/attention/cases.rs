@@ -90,7 +90,7 @@ impl Rounding {
     }
 }
 
-fn with_rounding(x: &Var, heads: usize, keys: Option<&Tensor>) -> Result<Var> {
+pub(super) fn with_rounding(x: &Var, heads: usize, keys: Option<&Tensor>) -> Result<Var> {
     let (shape, dtype) = (x.shape().to_vec(), x.dtype());
     let rounding = Rounding { s: Sizes::of(x.value(), heads, keys)?, qkv: x.value().to_f64(), keys: keys.map(Tensor::to_f64) };
     let numbers = rounding.forward();

@@ -144,6 +144,8 @@ pub fn mean_over_heads(class_rows: &Tensor) -> Result<Tensor> {
 mod tests {
     use super::super::case::numbers;
     use super::*;
+    #[cfg(feature = "emulated")]
+    use crate::{device::gpu::Gpu, tape::Tape};
 
     #[test]
     fn all_keys_named_out_of_order_change_nothing() {
@@ -165,6 +167,106 @@ mod tests {
         for ids in [[1u32, 1], [0, 4]] {
             let request = Request { keys: Some(Tensor::from_slice(&[1, 2], &ids).unwrap()), class_rows: false };
             assert!(x.attention_with(2, &request).is_err());
+        }
+    }
+
+    /// Distinct tokens out of order, N being no multiple of 7.
+    #[cfg(feature = "emulated")]
+    fn some(n: usize, keys: usize) -> Tensor {
+        let ids: Vec<u32> = (0..keys).map(|i| ((i * 7 + 3) % n) as u32).collect();
+        Tensor::from_slice(&[1, keys], &ids).unwrap()
+    }
+
+    #[cfg(feature = "emulated")]
+    fn every_form(gpu: &Gpu, mut f: impl FnMut(Dtype, &str)) {
+        f(Dtype::F32, "v1");
+        for version in VERSIONS.all {
+            gpu.choose(&VERSIONS, version).unwrap();
+            f(Dtype::Bf16, version);
+        }
+    }
+
+    #[test]
+    #[cfg(feature = "emulated")]
+    fn class_rows_of_every_kernel_are_the_definition() {
+        let gpu = Gpu::emulated().unwrap();
+        let device = Device::Gpu(gpu.clone());
+        // One token; a strip and a bit; more than two tiles of the long kernels, with all keys and with some.
+        for (n, heads, width, keys) in
+            [(1, 2, 8, None), (33, 3, 20, None), (33, 3, 20, Some(18)), (150, 1, 16, None), (150, 1, 16, Some(133))]
+        {
+            let shape = [1, n, 3 * heads * width];
+            let numbers = numbers("class rows", 0, &shape);
+            let qkv = Tensor::from_slice(&shape, &numbers).unwrap().cast(Dtype::Bf16).unwrap();
+            let request = Request { keys: keys.map(|keys| some(n, keys)), class_rows: true };
+            let exact = Var::constant(qkv.cast(Dtype::F64).unwrap());
+            let exact = exact.attention_with(heads, &request).unwrap().1.unwrap();
+            every_form(&gpu, |dtype, version| {
+                let qkv = qkv.cast(Dtype::F32).unwrap().cast(dtype).unwrap();
+                let x = Var::constant(qkv.on(&device).unwrap());
+                let rows = x.attention_with(heads, &request).unwrap().1.unwrap();
+                assert_eq!((rows.shape(), rows.dtype()), (exact.shape(), Dtype::F32));
+                let mean = mean_over_heads(&rows).unwrap();
+                let pairs = [(rows, exact.clone()), (mean, mean_over_heads(&exact).unwrap())];
+                for (got, want) in pairs {
+                    for (got, want) in got.on(&Device::Cpu).unwrap().to_f64().iter().zip(want.to_f64()) {
+                        assert!((got - want).abs() <= 2e-6, "{n} tokens, {keys:?} keys, {dtype} {version}: {got} but {want}");
+                    }
+                }
+            });
+        }
+    }
+
+    #[test]
+    #[cfg(feature = "emulated")]
+    fn the_longest_sequences_are_served() {
+        let device = Device::Gpu(Gpu::emulated().unwrap());
+        let qkv = Tensor::from_slice(&[1, 1025, 48], &numbers("long", 0, &[1025, 48])).unwrap().cast(Dtype::Bf16).unwrap();
+        let upstream = Tensor::from_slice(&[1, 1025, 16], &numbers("long", 1, &[1025, 16])).unwrap().cast(Dtype::Bf16).unwrap();
+        let run = |attention: &dyn Fn(&Var) -> Var, device: &Device, dtype: Dtype| {
+            let tape = Tape::new();
+            let x = tape.leaf(qkv.cast(dtype).unwrap().on(device).unwrap());
+            let y = attention(&x);
+            let dx = tape.backward_from(&y, upstream.cast(dtype).unwrap().on(device).unwrap(), &mut []).unwrap();
+            [y.value(), dx.of(&x).unwrap()].map(|x| x.on(&Device::Cpu).unwrap())
+        };
+        let exact = run(&|x| x.attention(1).unwrap(), &Device::Cpu, Dtype::F64);
+        let plain = run(&|x| cases::with_rounding(x, 1, None).unwrap(), &Device::Cpu, Dtype::F64);
+        let got = run(&|x| x.attention(1).unwrap(), &device, Dtype::Bf16);
+        let distance = |a: &Tensor, b: &Tensor| a.to_f64().iter().zip(b.to_f64()).fold(0.0f64, |most, (a, b)| most.max((a - b).abs()));
+        for ((got, exact), plain) in got.iter().zip(&exact).zip(&plain) {
+            let (error, allowed) = (distance(got, exact), 2.0 * distance(&plain.cast(Dtype::Bf16).unwrap(), exact));
+            assert!(error <= allowed, "off by {error}, allowed are {allowed}");
+        }
+    }
+
+    #[test]
+    #[cfg(feature = "emulated")]
+    fn a_bad_key_that_is_already_on_the_device_is_an_error_with_the_place() {
+        let gpu = Gpu::emulated().unwrap();
+        let device = Device::Gpu(gpu.clone());
+        let keys = Tensor::from_slice(&[1, 2], &[0u32, 9]).unwrap().on(&device).unwrap();
+        let request = Request { keys: Some(keys), class_rows: false };
+        every_form(&gpu, |dtype, version| {
+            let x = Var::constant(Tensor::zeros_on(&device, &[1, 4, 48], dtype).unwrap());
+            let error = x.attention_with(1, &request).err().expect("key 9 of 4").chain();
+            for part in [&format!("attention_fwd_{version}_{dtype}_d16"), "index 9 is outside 0..4", "in block (", "thread ("] {
+                assert!(error.contains(part), "{error}");
+            }
+        });
+    }
+
+    #[test]
+    fn heads_that_are_too_wide_are_refused_in_a_sentence() {
+        let devices = [
+            Device::Cpu,
+            #[cfg(feature = "emulated")]
+            Device::Gpu(Gpu::emulated().unwrap()),
+        ];
+        for device in devices {
+            let x = Var::constant(Tensor::zeros_on(&device, &[1, 2, 3 * 129], Dtype::F32).unwrap());
+            let error = x.attention(1).err().expect("129 is more than 128").chain();
+            assert_eq!(error, "attention: heads of width 129 are wider than 128; use more heads");
         }
     }
 }
