@@ -17,25 +17,34 @@ constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 template <int D> __device__ __forceinline__ int swz(int r, int c) {
   static_assert(D % 16 == 0, "head width is padded to 16");
   constexpr int C = D / 8, G = C % 8 == 0 ? 8 : C % 4 == 0 ? 4 : 2;
-  return r * D + ((c ^ (r / (8 / G) % G)) << 3);
+  const int low = (c & (G - 1)) ^ (r / (8 / G) % G);  // the upper bits stay, so that the compiler can tell them from the lane's part
+  return r * D + (((c & ~(G - 1)) | low) << 3);
 }
 
-// Copies rows [0, valid) of `g` (row stride in elements, d columns) to shared memory; rows up to `rows` and columns up to D become
-// zeros. Asynchronous (commit and wait are the caller's) when rows are 16-byte aligned, that is when d is a multiple of 8.
-template <int D>
-__device__ __forceinline__ void load_rows(bf16* s, const bf16* g, int rows, int valid, size_t stride, int d,
-                                          int first, int step) {
+// Copies rows of `g` (row stride in elements, d columns) to shared memory: row r of `s` is row at(r) of `g` for r < valid; rows up to `rows`
+// and columns up to D become zeros. Asynchronous (commit and wait are the caller's) when rows are 16-byte aligned, that is when d is a multiple
+// of 8.
+template <int D, class At>
+__device__ __forceinline__ void load_rows_at(bf16* s, const bf16* g, int rows, int valid, size_t stride, int d,
+                                             int first, int step, At at) {
   for (int i = first; i < rows * (D / 8); i += step) {
     int r = i / (D / 8), c = i % (D / 8);
     int have = r < valid ? min(8, d - 8 * c) : 0;  // how many of the 8 values exist
     bf16* to = s + swz<D>(r, c);
-    const bf16* from = g + (have > 0 ? r * stride + 8 * c : 0);
+    const bf16* from = g + (have > 0 ? at(r) * stride + 8 * c : 0);
     if (d % 8 == 0) {
       cp_async16(to, from, have > 0 ? 16 : 0);
     } else {
       for (int e = 0; e < 8; e++) to[e] = e < have ? from[e] : __float2bfloat16(0.f);
     }
   }
+}
+
+// The same for rows that lie one behind the other.
+template <int D>
+__device__ __forceinline__ void load_rows(bf16* s, const bf16* g, int rows, int valid, size_t stride, int d,
+                                          int first, int step) {
+  load_rows_at<D>(s, g, rows, valid, stride, d, first, step, [](int r) { return r; });
 }
 
 // M strips of 16 rows from r0 on as left operands: f[m][k] holds rows 16m.., columns 16k..16k+15.
@@ -99,11 +108,11 @@ template <int M, int T> __device__ __forceinline__ void zero(float (&y)[M][T][4]
       for (int i = 0; i < 4; i++) y[m][t][i] = 0.f;
 }
 
-// Writes y * (lo for rows 0..7, hi for 8..15) as bf16 rows of `g`, 16 bytes a lane, through `stage`: 8 rows of shared memory that
+// Writes y * (lo for rows 0..7, hi for 8..15) as bf16, row r as row at(r) of `g`, 16 bytes a lane, through `stage`: 8 rows of shared memory that
 // only this warp uses. Rows from `valid` on and columns from d on are not written.
-template <int D>
-__device__ __forceinline__ void store_strip(bf16* g, size_t stride, int valid, int d, const float (&y)[D / 8][4], float lo,
-                                            float hi, bf16* stage) {
+template <int D, class At>
+__device__ __forceinline__ void store_strip_at(bf16* g, size_t stride, int valid, int d, const float (&y)[D / 8][4], float lo,
+                                               float hi, bf16* stage, At at) {
   int lane = threadIdx.x & 31;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -117,12 +126,19 @@ __device__ __forceinline__ void store_strip(bf16* g, size_t stride, int valid, i
     for (int i = lane; i < D; i += 32) {  // 8 rows of D/8 chunks
       int r = i / (D / 8), c = i % (D / 8);
       if (8 * half + r >= valid || 8 * c >= d) continue;
-      bf16* to = g + (8 * half + r) * stride + 8 * c;
+      bf16* to = g + at(8 * half + r) * stride + 8 * c;
       const bf16* from = stage + swz<D>(r, c);
       if (d % 8 == 0) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
       else for (int e = 0; e < min(8, d - 8 * c); e++) to[e] = from[e];
     }
   }
+}
+
+// The same for rows that lie one behind the other.
+template <int D>
+__device__ __forceinline__ void store_strip(bf16* g, size_t stride, int valid, int d, const float (&y)[D / 8][4], float lo,
+                                            float hi, bf16* stage) {
+  store_strip_at<D>(g, stride, valid, d, y, lo, hi, stage, [](int r) { return r; });
 }
 
 // Sum and maximum over the four lanes that share a row of a strip.

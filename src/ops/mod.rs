@@ -72,7 +72,14 @@ pub fn cases() -> Vec<Case> {
 
 /// The versions of every op whose kernels have more than one.
 pub fn versions() -> Vec<&'static Versions> {
-    vec![&layernorm::VERSIONS, &softmax::VERSIONS, &depthwise::VERSIONS, &pixel_loss::VERSIONS, &relation_kl::VERSIONS]
+    vec![
+        &layernorm::VERSIONS,
+        &attention::VERSIONS,
+        &softmax::VERSIONS,
+        &depthwise::VERSIONS,
+        &pixel_loss::VERSIONS,
+        &relation_kl::VERSIONS,
+    ]
 }
 
 /// A gradient turned into another by `f(first row, rows)`: in place where nobody else holds it, otherwise on a copy made piece by piece.
