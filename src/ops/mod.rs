@@ -68,7 +68,7 @@ pub fn cases() -> Vec<Case> {
 
 /// The versions of every op whose kernels have more than one.
 pub fn versions() -> Vec<&'static Versions> {
-    vec![]
+    vec![&gather::VERSIONS]
 }
 
 /// A gradient turned into another by `f(first row, rows)`: in place where nobody else holds it, otherwise on a copy made piece by piece.
