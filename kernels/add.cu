@@ -5,7 +5,7 @@
 //   add_positions_bwd  dtable[r] = sum over images of dy[b, t] where the row of t is r           Limit: bandwidth, 1 number an element
 //
 // x, y, dy [B, T, C] f32 or bf16; table, dtable [R, C] f32. The row of token t is t for the first e tokens and where there are no ids, else e + ids[b, t - e].
-#include "rows.cuh"
+#include "tokens.cuh"
 
 namespace {
 

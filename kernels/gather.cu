@@ -10,7 +10,7 @@
 //
 // Limit: bandwidth. gather_fwd reads and writes the kept rows, 2 B K C numbers; gather_bwd reads B K C and writes B N C; gather_patches reads the kept
 // pixels in their type and writes them in the wanted one, 58 MB or 13 us for the column above.
-#include "rows.cuh"
+#include "tokens.cuh"
 
 namespace {
 

@@ -7,7 +7,7 @@
 //
 // Limit: bandwidth. Forward: x and y once, the table out of L2. Backward: dy once, since the rows that go to dx and those that are summed are disjoint;
 // dx once; 256 shares of dmask. B=256, K=49, L=196, C=512 bf16: 65 MB or 15 us either way.
-#include "rows.cuh"
+#include "tokens.cuh"
 
 namespace {
 

@@ -9,7 +9,7 @@
 //   x [B, N, C] and y f32 or bf16; table [R, C] f32; sums in f32
 //
 // Limit: bandwidth. Each reads and writes every row once; prepend_bwd reads one row an image and is bound by latency.
-#include "rows.cuh"
+#include "tokens.cuh"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// rows.cuh - rows of C numbers: a lane takes eight at a time, a warp or a block a row.
+// tokens.cuh - what kernels that move tokens share: rows of C numbers, eight of them a lane.
 #pragma once
 #include "common.cuh"
 
