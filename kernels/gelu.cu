@@ -3,41 +3,29 @@
 //   y = h Phi(h),  h = x + bias          dx = dy (Phi(h) + h phi(h)),  dbias = sum over rows of dx          x, y, dx [R, C] f32 or bf16; bias [C] alike or null
 //
 // Limit: bandwidth. Forward 2 R C numbers, backward 3 R C; the bias gradient comes with it, in two stages without atomics.
-#include "common.cuh"
+#include "rows.cuh"
 
 namespace {
 
 __device__ __forceinline__ float normal(float h) { return 0.5f * (1.f + erff(h * 0.70710678118654752f)); }
 
-// Eight numbers of one row from column c on; fewer at the end of a row.
-template <class T> __device__ __forceinline__ void load(float (&v)[8], const T* p, int count, bool whole) {
-  if (whole) return load8(v, p);
-#pragma unroll
-  for (int j = 0; j < 8; j++) v[j] = j < count ? to_f32(p[j]) : 0.f;
-}
-template <class T> __device__ __forceinline__ void store(T* p, const float (&v)[8], int count, bool whole) {
-  if (whole) return store8(p, v);
-  for (int j = 0; j < count; j++) p[j] = from_f32<T>(v[j]);
-}
-
 // Block: 8 warps, 256 columns from 256 blockIdx.x on, and every gridDim.y-th group of 8 rows. A lane owns 8 columns, a warp a row at a time.
 template <class T>
 __device__ __forceinline__ void gelu_fwd(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ bias, int rows, int columns) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, c = blockIdx.x * 256 + lane * 8, count = min(8, columns - c);
-  if (count <= 0) return;
-  const bool whole = columns % 8 == 0;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, c = blockIdx.x * 256 + lane * 8;
+  if (c >= columns) return;
   float b[8] = {};
-  if (bias) load(b, bias + c, count, whole);
+  if (bias) load_row(b, bias, c, columns);
   for (int r = blockIdx.y * 8 + warp; r < rows; r += gridDim.y * 8) {
     float v[8];
-    const size_t at = (size_t)r * columns + c;
-    load(v, x + at, count, whole);
+    const size_t at = (size_t)r * columns;
+    load_row(v, x + at, c, columns);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       float h = v[j] + b[j];
       v[j] = h * normal(h);
     }
-    store(y + at, v, count, whole);
+    store_row(y + at, v, c, columns);
   }
 }
 
@@ -46,24 +34,23 @@ template <class T>
 __device__ __forceinline__ void gelu_bwd(T* __restrict__ dx, float* __restrict__ partial, const T* __restrict__ dy, const T* __restrict__ x,
                                          const T* __restrict__ bias, int rows, int columns) {
   __shared__ float sums[8][256];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, c = blockIdx.x * 256 + lane * 8, count = min(8, columns - c);
-  const bool whole = columns % 8 == 0;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, c = blockIdx.x * 256 + lane * 8;
   float sum[8] = {};
-  if (count > 0) {
+  if (c < columns) {
     float b[8] = {};
-    if (bias) load(b, bias + c, count, whole);
+    if (bias) load_row(b, bias, c, columns);
     for (int r = blockIdx.y * 8 + warp; r < rows; r += gridDim.y * 8) {
       float v[8], g[8];
-      const size_t at = (size_t)r * columns + c;
-      load(v, x + at, count, whole);
-      load(g, dy + at, count, whole);
+      const size_t at = (size_t)r * columns;
+      load_row(v, x + at, c, columns);
+      load_row(g, dy + at, c, columns);
 #pragma unroll
       for (int j = 0; j < 8; j++) {
         float h = v[j] + b[j];
         g[j] *= normal(h) + h * 0.3989422804014327f * expf(-0.5f * h * h);
         sum[j] += g[j];
       }
-      store(dx + at, g, count, whole);
+      store_row(dx + at, g, c, columns);
     }
   }
   if (!partial) return;  // the same for all threads

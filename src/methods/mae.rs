@@ -44,13 +44,13 @@ impl Mae {
     /// The random mask of a batch of this size.
     pub fn mask(&self, batch: usize, rng: &Rng) -> Result<Mask> {
         let patches = self.encoder.config.patches();
-        let noise = rng.uniform("mask", batch * patches)?;
-        masking::random(&noise, batch, patches, masking::len_keep(patches, self.mask_ratio)?)
+        let noise = Tensor::drawn(self.params.device(), rng, "mask", &[batch, patches])?;
+        masking::random(&noise, masking::len_keep(patches, self.mask_ratio)?)
     }
 
     /// What the decoder is compared with: the pixels of all patches, [B, L, P].
     pub fn target(&self, images: &Tensor) -> Result<Tensor> {
-        pixels::targets(&images.cast(self.params.dtype())?, self.encoder.config.patch, self.norm_pix)
+        pixels::targets(&images.on(self.params.device())?.cast(self.params.dtype())?, self.encoder.config.patch, self.norm_pix)
     }
 
     /// Mean squared error over the hidden patches.
@@ -66,10 +66,11 @@ impl Method for Mae {
 
     fn loss(&self, tape: &Tape, batch: &Batch, rng: &Rng) -> Result<Loss> {
         let s = Scope::new(tape, &self.params).with_noise(rng);
-        let mask = self.mask(batch.images.shape()[0], rng)?;
-        let latent = self.encoder.forward(&s, &batch.images, Some(&mask.kept))?; // [B, 1 + K, C]
+        let images = batch.images.on(self.params.device())?;
+        let mask = self.mask(images.shape()[0], rng)?;
+        let latent = self.encoder.forward(&s, &images, Some(&mask.kept))?; // [B, 1 + K, C]
         let pred = self.decoder.forward(&s, &latent, &mask.restore)?; // [B, L, P]
-        Ok(Loss::single("pixels", self.reconstruction(&pred, &batch.images, &mask)?))
+        Ok(Loss::single("pixels", self.reconstruction(&pred, &images, &mask)?))
     }
 
     fn encoder(&self) -> &Vit {

@@ -14,15 +14,15 @@ pub struct Batch {
     pub images: Tensor,
 }
 
-/// A loss and the named parts it is the sum of.
+/// A loss and the named parts it is the sum of: numbers on the model's device, which nobody has to wait for.
 pub struct Loss {
     pub total: Var,
-    pub parts: Vec<(&'static str, f64)>,
+    pub parts: Vec<(&'static str, Tensor)>,
 }
 
 impl Loss {
     pub fn single(name: &'static str, total: Var) -> Self {
-        let parts = vec![(name, total.value().item())];
+        let parts = vec![(name, total.value().clone())];
         Self { total, parts }
     }
 }

@@ -69,8 +69,8 @@ impl Decoder {
     /// Predictions for all patches [B, L, P] from the latent [B, extra + K, C]; `see` is shown what each block gives.
     pub fn forward_seen(&self, s: &Scope, latent: &Var, restore: &Tensor, mut see: impl FnMut(usize, &Var)) -> Result<Var> {
         let y = self.embed.forward(s, latent)?; // [B, extra + K, D]
-        let y = y.unshuffle(&s.param(self.tokens.mask), restore, self.extra)?; // [B, extra + L, D]
-        let mut y = y.add_positions(&s.param(self.tokens.position), 0, None)?;
+        let (mask, table) = (s.param(self.tokens.mask), s.param(self.tokens.position));
+        let mut y = y.unshuffle_with_positions(&mask, restore, self.extra, &table)?; // [B, extra + L, D]
         for (i, block) in self.blocks.iter().enumerate() {
             y = block.forward(s, &y)?;
             see(i, &y);

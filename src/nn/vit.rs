@@ -190,7 +190,8 @@ impl PatchEmbed {
             c.image[0],
             c.image[1]
         );
-        let pixels = gather_patches(&images.cast(s.params.precision())?, (c.patch, c.patch), kept)?; // [B, K, P]
+        let images = images.on(s.params.device())?;
+        let pixels = gather_patches(&images, (c.patch, c.patch), kept, s.params.precision())?; // [B, K, P]
         self.0.forward(s, &Var::constant(pixels))
     }
 }
@@ -224,8 +225,7 @@ impl Vit {
         if c.position == Position::LearnedPatches {
             return x.add_positions(&table, 0, kept)?.prepend(&front);
         }
-        let ids = kept.map(|kept| with_front(kept, c.extra())).transpose()?;
-        x.prepend(&front)?.add_positions(&table, 0, ids.as_ref()) // [B, extra + K, C]
+        x.prepend_with_positions(&front, &table, kept) // [B, extra + K, C]
     }
 
     /// All blocks; `see` is shown what each gives.
@@ -271,12 +271,4 @@ impl Vit {
     pub fn forward(&self, s: &Scope, images: &Tensor, kept: Option<&Tensor>) -> Result<Var> {
         self.norm(s, &self.blocks(s, &self.embed(s, images, kept)?)?)
     }
-}
-
-/// Token numbers of a sequence whose first `extra` tokens stand before the patches.
-fn with_front(kept: &Tensor, extra: usize) -> Result<Tensor> {
-    let &[batch, k] = kept.shape() else { bail!("kept patches are {kept:?} but [B, K] is needed") };
-    let row = |ids: &[u32]| (0..extra as u32).chain(ids.iter().map(|id| id + extra as u32)).collect::<Vec<_>>();
-    let ids: Vec<u32> = kept.data::<u32>().chunks_exact(k.max(1)).flat_map(row).collect();
-    Tensor::from_slice(&[batch, extra + k], &ids)
 }

@@ -75,6 +75,7 @@ pub fn versions() -> Vec<&'static Versions> {
     vec![
         &layernorm::VERSIONS,
         &attention::VERSIONS,
+        &gather::VERSIONS,
         &softmax::VERSIONS,
         &depthwise::VERSIONS,
         &pixel_loss::VERSIONS,

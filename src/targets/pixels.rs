@@ -4,12 +4,15 @@
 //! (py, px, channel), channel fastest. (The weight of a patch convolution has the channel slowest.)
 //!
 //! The normalised target of a patch t of P values is (t - mean) / sqrt(var + 1e-6), var = sum (t - mean)^2 / (P - 1). The 1e-6 inside the
-//! root keeps constant patches at 0. Statistics are two passes in f64, so a nearly constant bright patch keeps its digits.
+//! root keeps constant patches at 0. Statistics are two passes in f64, so a nearly constant bright patch keeps its digits; on a GPU they are two passes in
+//! f32 over the distances from the patch's first value. There patches are f32 whatever the images are (kernels/pixels.cu).
 
+use crate::device::gpu::Gpu;
+use crate::device::launch::{Args, Launch, typed};
 use crate::device::parallel;
 use crate::device::simd::{Real, sum_of};
 use crate::error::Result;
-use crate::tensor::{Element, Tensor};
+use crate::tensor::{Device, Dtype, Element, Tensor};
 use crate::{by_real, ensure};
 
 const EPS: f64 = 1e-6;
@@ -17,6 +20,9 @@ const EPS: f64 = 1e-6;
 /// Cuts images [B, C, H, W] into patches [B, L, P].
 pub fn patchify(images: &Tensor, patch: usize) -> Result<Tensor> {
     let [batch, channels, height, width] = sizes(images.shape(), patch)?;
+    if let Some(gpu) = images.gpu() {
+        return patches_on(gpu, images, patch, false);
+    }
     let mut patches = Tensor::empty(&[batch, (height / patch) * (width / patch), patch * patch * channels], images.dtype())?;
     fn cut<T: Real + Element>(images: &Tensor, sizes: [usize; 4], patch: usize, patches: &mut Tensor) -> Result<()> {
         let (images, row) = (images.data::<T>(), patches.last());
@@ -31,9 +37,19 @@ pub fn patchify(images: &Tensor, patch: usize) -> Result<Tensor> {
     Ok(patches)
 }
 
-/// Puts patches [B, L, P] back into images of shape [B, C, H, W].
+fn patches_on(gpu: &Gpu, images: &Tensor, patch: usize, normalised: bool) -> Result<Tensor> {
+    let images = if images.dtype() == Dtype::U8 { images.cast(Dtype::F32)? } else { images.clone() };
+    let [batch, channels, height, width] = sizes(images.shape(), patch)?;
+    let mut patches = images.alike(&[batch, (height / patch) * (width / patch), patch * patch * channels], Dtype::F32)?;
+    let rows = patches.rows();
+    let args = Args::new().out(&mut patches).input(&images).int(rows).int(channels).int(height).int(width).int(patch).flag(normalised);
+    gpu.launch(&typed("pixel_targets", images.dtype()), Launch::new(rows.div_ceil(8), 256), args)?;
+    Ok(patches)
+}
+
+/// Puts patches [B, L, P] back into images of shape [B, C, H, W]. Pictures are made on the CPU: patches of a GPU are brought over first.
 pub fn unpatchify(patches: &Tensor, shape: [usize; 4], patch: usize) -> Result<Tensor> {
-    let sizes = sizes(&shape, patch)?;
+    let (sizes, patches) = (sizes(&shape, patch)?, &patches.on(&Device::Cpu)?);
     let mut images = Tensor::empty(&shape, patches.dtype())?;
     let expected = [sizes[0], (sizes[2] / patch) * (sizes[3] / patch), patch * patch * sizes[1]];
     ensure!(patches.shape() == expected, "unpatchify: patches are {patches:?} but images of {shape:?} have {expected:?}");
@@ -50,9 +66,15 @@ pub fn unpatchify(patches: &Tensor, shape: [usize; 4], patch: usize) -> Result<T
 
 /// Patches [B, L, P] of images, normalised each by itself on request: the targets of MAE.
 pub fn targets(images: &Tensor, patch: usize, normalised: bool) -> Result<Tensor> {
+    if normalised {
+        let values = patch * patch * sizes(images.shape(), patch)?[1];
+        ensure!(values >= 2, "pixel targets: a patch of {values} values has no variance");
+    }
+    if let Some(gpu) = images.gpu() {
+        return patches_on(gpu, images, patch, normalised);
+    }
     let mut patches = patchify(images, patch)?;
     if normalised {
-        ensure!(patches.last() >= 2, "pixel targets: a patch of {} values has no variance", patches.last());
         by_real!("pixel targets", patches.dtype(), normalise(&mut patches))?;
     }
     Ok(patches)

@@ -155,7 +155,8 @@ fn gather_unshuffle(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()
     let x = tape.leaf(case.tensor("in/x", dtype)?);
     let mask_token = tape.leaf(case.tensor("in/mask_token", dtype)?);
     let &[b, l, _] = x.shape() else { bail!("in/x is {:?} but [B, N, C] is needed", x.value()) };
-    let mask = masking::random(&case.floats("in/noise")?, b, l, case.part("options")?.size("len_keep")?)?;
+    let noise = Tensor::from_slice(&[b, l], &case.floats("in/noise")?)?;
+    let mask = masking::random(&noise, case.part("options")?.size("len_keep")?)?;
     let indices = [("ids_shuffle", &mask.shuffle), ("ids_restore", &mask.restore), ("ids_keep", &mask.kept), ("mask", &mask.hidden)];
     indices.into_iter().for_each(|(name, tensor)| record.tensor(format!("out/{name}"), tensor));
     let visible = x.gather(&mask.kept)?;

@@ -1,0 +1,119 @@
+// masking.cu - orders of a few hundred numbers an image: random masks from noise, the most attended patches.   Definition: src/masking.rs
+//
+//   random_mask   shuffle [B, L] = the patches in the order of noise [B, L]; restore [B, L] = its inverse; kept [B, K] = the first K of shuffle;
+//                 hidden [B, L] = restore >= K
+//   most_attended saliency [B, N] = mean over heads of rows [B, H, e + N] without their first e columns; kept [B, K] = the K largest
+//
+//   version  idea                                                                                                             B=256 L=196
+//   v1       every number counts how many come before it: L^2 comparisons out of shared memory, one barrier                   not run on a GPU
+//   v2       bitonic sort in shared memory: L log^2 L comparisons, log^2 L / 2 barriers; far ahead for thousands of patches   not run on a GPU
+//
+// A number and its index are one 64-bit key, so no two keys are equal, ties go to the smaller index, and every version gives the same order. What is no
+// number comes last.
+//
+// Limit: latency. 16 L + 4 K bytes an image are nothing; the barriers of the sort are a few microseconds, as long as a launch.
+#include "common.cuh"
+
+namespace {
+
+typedef unsigned long long Key;
+
+// Unsigned integers in the order of the floats, in rising or falling order; adding 0 makes -0 the equal of +0.
+__device__ __forceinline__ uint32_t ordered(float x, bool falling) {
+  if (x != x) return 0xffffffffu;
+  uint32_t u = __float_as_uint(x + 0.f);
+  u = u & 0x80000000u ? ~u : u | 0x80000000u;
+  return falling ? ~u : u;
+}
+__device__ __forceinline__ Key key(uint32_t order, int index) { return (Key)order << 32 | (uint32_t)index; }
+
+// Sorts `padded` keys, a power of two. A thread owns pairs that are `step` apart; the bit `run` says in which direction a pair is put in order. A barrier
+// stands before each step and after the last.
+__device__ __forceinline__ void sort(Key* keys, int padded) {
+  for (int run = 2; run <= padded; run *= 2)
+    for (int step = run / 2; step > 0; step /= 2) {
+      __syncthreads();
+      for (int p = threadIdx.x; p < padded / 2; p += blockDim.x) {
+        int low = 2 * p - (p & (step - 1)), high = low + step;
+        Key a = keys[low], b = keys[high];
+        if ((a > b) == ((low & run) == 0)) {
+          keys[low] = b;
+          keys[high] = a;
+        }
+      }
+    }
+  __syncthreads();
+}
+
+struct Mask {
+  unsigned *shuffle, *restore, *kept;
+  float* hidden;
+  // Patch i has this place in the order of its image.
+  __device__ __forceinline__ void put(int image, int i, int place, int l, int keep) {
+    const size_t at = (size_t)image * l;
+    shuffle[at + place] = (unsigned)i;
+    restore[at + i] = (unsigned)place;
+    hidden[at + i] = place < keep ? 0.f : 1.f;
+    if (place < keep) kept[(size_t)image * keep + place] = (unsigned)i;
+  }
+};
+
+}  // namespace
+
+// Block: an image, a thread a patch (in turns). Shared: L keys, all written before the barrier.
+extern "C" __global__ void __launch_bounds__(1024) random_mask_v1_f32(unsigned* __restrict__ shuffle, unsigned* __restrict__ restore,
+                                                                      unsigned* __restrict__ kept, float* __restrict__ hidden,
+                                                                      const float* __restrict__ noise, int l, int keep) {
+  SHARED(Key, keys);
+  const float* row = noise + (size_t)blockIdx.x * l;
+  for (int i = threadIdx.x; i < l; i += blockDim.x) keys[i] = key(ordered(row[i], false), i);
+  __syncthreads();
+  for (int i = threadIdx.x; i < l; i += blockDim.x) {
+    const Key mine = keys[i];
+    int place = 0;
+    for (int j = 0; j < l; j++) place += keys[j] < mine;  // all lanes read one address: a broadcast
+    Mask{shuffle, restore, kept, hidden}.put(blockIdx.x, i, place, l, keep);
+  }
+}
+KERNEL(random_mask_v1_f32)
+
+// Block: an image. Shared: `padded` keys, L rounded up to a power of two; the padding comes last.
+extern "C" __global__ void __launch_bounds__(1024) random_mask_v2_f32(unsigned* __restrict__ shuffle, unsigned* __restrict__ restore,
+                                                                      unsigned* __restrict__ kept, float* __restrict__ hidden,
+                                                                      const float* __restrict__ noise, int l, int keep, int padded) {
+  SHARED(Key, keys);
+  const float* row = noise + (size_t)blockIdx.x * l;
+  for (int i = threadIdx.x; i < padded; i += blockDim.x) keys[i] = i < l ? key(ordered(row[i], false), i) : ~0ull;
+  sort(keys, padded);
+  for (int r = threadIdx.x; r < l; r += blockDim.x) Mask{shuffle, restore, kept, hidden}.put(blockIdx.x, (int)(uint32_t)keys[r], r, l, keep);
+}
+KERNEL(random_mask_v2_f32)
+
+// Block: an image; a thread takes the mean over the heads, in their order, of every blockDim-th patch. patch_keys: each head's row is first divided by what
+// it gives to patches at all. raster: the chosen ones in the order of their indices, by a second sort. Shared: `padded` keys, N rounded up to a power of two.
+extern "C" __global__ void __launch_bounds__(1024) most_attended_f32(unsigned* __restrict__ kept, float* __restrict__ saliency,
+                                                                     const float* __restrict__ rows, int n, int heads, int extra, int keep,
+                                                                     int padded, int patch_keys, int raster) {
+  SHARED(Key, keys);
+  const int width = extra + n;
+  const float* row = rows + (size_t)blockIdx.x * heads * width;
+  for (int i = threadIdx.x; i < padded; i += blockDim.x) {
+    float mean = 0.f;
+    for (int h = 0; h < heads && i < n; h++) {
+      const float* head = row + (size_t)h * width;
+      float apart = 0.f;
+      for (int j = 0; j < extra; j++) apart += head[j];
+      mean += patch_keys ? head[extra + i] / (1.f - apart) : head[extra + i];
+    }
+    mean /= (float)heads;
+    if (i < n) saliency[(size_t)blockIdx.x * n + i] = mean;
+    keys[i] = i < n ? key(ordered(mean, true), i) : ~0ull;
+  }
+  sort(keys, padded);
+  if (raster) {
+    for (int r = threadIdx.x; r < padded; r += blockDim.x) keys[r] = r < keep ? (Key)(uint32_t)keys[r] : ~0ull;
+    sort(keys, padded);
+  }
+  for (int r = threadIdx.x; r < keep; r += blockDim.x) kept[(size_t)blockIdx.x * keep + r] = (uint32_t)keys[r];
+}
+KERNEL(most_attended_f32)
