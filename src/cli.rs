@@ -37,25 +37,16 @@ enum Command {
 
 #[derive(Subcommand)]
 enum Measure {
-    /// Products, layer norm, GELU, softmax and attention, forward and backward, at the shapes of a ViT
+    /// Products, layer norm, GELU, softmax and attention on the CPU, forward and backward, at the shapes of a ViT
     Ops(OpsArgs),
     /// One MAE training step: forward, backward, AdamW
     Step {
         #[command(flatten)]
         step: step::StepArgs,
-        #[command(flatten)]
-        shared: Shared,
+        /// One JSON object a line instead of text
+        #[arg(long)]
+        json: bool,
     },
-}
-
-#[derive(Args)]
-struct Shared {
-    /// One JSON object a line instead of text
-    #[arg(long)]
-    json: bool,
-    /// Where to compute
-    #[arg(long, default_value = "cpu", value_name = "cpu|emulated|gpu")]
-    device: Named,
 }
 
 #[derive(Args)]
@@ -66,8 +57,9 @@ struct OpsArgs {
     /// Runs of each case that count, after two that do not
     #[arg(long, default_value_t = 20)]
     rounds: usize,
-    #[command(flatten)]
-    shared: Shared,
+    /// One JSON object a line instead of text
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -153,11 +145,11 @@ fn run(cli: Cli) -> Result<ExitCode> {
 fn execute(command: Command) -> Result<ExitCode> {
     match command {
         Command::Measure(Measure::Ops(args)) => {
-            ops::run(&args.only, args.rounds, |row| say(&if args.shared.json { row.json().to_string() } else { row.text() }))?;
+            ops::run(&args.only, args.rounds, |row| say(&if args.json { row.json().to_string() } else { row.text() }))?;
         }
-        Command::Measure(Measure::Step { step: args, shared }) => {
+        Command::Measure(Measure::Step { step: args, json }) => {
             let report = step::run(&args)?;
-            say(&if shared.json { report.json().to_string() } else { report.text() });
+            say(&if json { report.json().to_string() } else { report.text() });
         }
         Command::Parity(args) => return check(args),
         Command::Convert(args) => convert(&args)?,

@@ -114,6 +114,16 @@ impl Named {
     }
 }
 
+impl fmt::Display for Named {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Named::Cpu => f.write_str("cpu"),
+            Named::Emulated => f.write_str("emulated"),
+            Named::Gpu(ordinal) => write!(f, "gpu:{ordinal}"),
+        }
+    }
+}
+
 impl std::str::FromStr for Named {
     type Err = Error;
 

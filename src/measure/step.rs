@@ -1,7 +1,8 @@
 //! Time of a whole MAE training step: mask, forward, backward, AdamW.
 
 use super::{Times, timed};
-use crate::device::{memory, parallel};
+use crate::device::gpu::Gpu;
+use crate::device::{Named, memory, parallel};
 use crate::ensure;
 use crate::error::{Error, Result};
 use crate::masking;
@@ -15,6 +16,7 @@ use crate::optim::{Optimizer, groups};
 use crate::rng::Rng;
 use crate::tape::Tape;
 use crate::tensor::{Dtype, Tensor};
+use crate::train::step::{Step, StepOptions};
 use serde_json::{Value, json};
 
 /// What is trained and how often.
@@ -56,6 +58,20 @@ pub struct StepArgs {
     /// Seed of the weights, the images and the masks
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// Where to compute
+    #[arg(long, default_value = "cpu", value_name = "cpu|emulated|gpu")]
+    pub device: Named,
+    /// f32, or on a GPU bf16: products of bf16 numbers, summed in f32
+    #[arg(long, default_value = "f32", value_parser = precision)]
+    pub precision: Dtype,
+}
+
+fn precision(name: &str) -> Result<Dtype> {
+    match name {
+        "f32" => Ok(Dtype::F32),
+        "bf16" => Ok(Dtype::Bf16),
+        _ => Err(Error::usage(format!("precision {name} is unknown; use f32 or bf16"))),
+    }
 }
 
 pub struct Report {
@@ -63,9 +79,8 @@ pub struct Report {
     parameters: usize,
     patch: usize,
     total: Times,
-    forward: Times,
-    backward: Times,
-    update: Times,
+    /// Forward, backward and update, where they can be told apart: a recorded step is one piece.
+    parts: Option<[Times; 3]>,
     losses: Vec<f64>,
     /// Bytes of the memory pool, and how often it asked the system during the measured steps.
     memory: usize,
@@ -132,42 +147,94 @@ pub fn run(args: &StepArgs) -> Result<Report> {
     check(args, &encoder, &decoder).map_err(Error::usage)?;
     let rng = Rng::new(args.seed);
     let config = MaeConfig { encoder, decoder, mask_ratio: args.mask_ratio, norm_pix: args.norm_pix };
+    let device = args.device.open()?;
     let mut mae = Mae::new(config, Dtype::F32, &rng)?;
+    mae.params.move_to(&device, args.precision).map_err(|error| Error::usage(error.chain()))?;
     let shape = [args.batch, 3, args.image_size, args.image_size];
     let batch = Batch { images: Tensor::from_slice(&shape, &rng.normal("images", shape.iter().product()))? };
-    let mut optimizer = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8)?;
+    let optimizer = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8)?;
+    let parameters = mae.params.count_trained();
+    let run = Run { args, patch, parameters, rng };
+    match device.gpu() {
+        None => run.in_parts(mae, optimizer, &batch),
+        Some(gpu) => run.recorded(gpu, mae, optimizer, batch),
+    }
+}
 
-    let mut parts: [Vec<f64>; 4] = Default::default();
-    let (mut losses, mut requests) = (Vec::new(), 0);
-    for step in 0..args.warmup + args.steps {
-        if step == args.warmup {
-            requests = memory::taken_from_system().1;
-        }
-        let tape = Tape::new();
-        let (forward, loss) = timed(|| mae.loss(&tape, &batch, &rng.at(step as u64)));
-        let loss = loss?.total;
-        let value = loss.value().item();
-        ensure!(value.is_finite(), "step {step}: the loss is {value}");
-        let (backward, done) = timed(|| tape.backward(&loss, &mut [&mut mae.params]));
-        done?;
-        drop(loss);
-        let (update, done) = timed(|| -> Result<()> {
-            optimizer.step(&mut mae.params, 1.5e-4)?;
-            mae.params.clear_gradients();
-            Ok(())
-        });
-        done?;
-        losses.push(value);
-        if step >= args.warmup {
-            for (part, ms) in parts.iter_mut().zip([forward + backward + update, forward, backward, update]) {
-                part.push(ms);
+/// What the two ways of measuring share.
+struct Run<'a> {
+    args: &'a StepArgs,
+    patch: usize,
+    parameters: usize,
+    rng: Rng,
+}
+
+const LEARNING_RATE: f64 = 1.5e-4;
+
+impl Run<'_> {
+    /// On the CPU: forward, backward and update each by itself.
+    fn in_parts(&self, mut mae: Mae, mut optimizer: AdamW, batch: &Batch) -> Result<Report> {
+        let (args, mut parts): (_, [Vec<f64>; 4]) = (self.args, Default::default());
+        let (mut losses, mut requests) = (Vec::new(), 0);
+        for step in 0..args.warmup + args.steps {
+            if step == args.warmup {
+                requests = memory::taken_from_system().1;
+            }
+            let tape = Tape::new();
+            let (forward, loss) = timed(|| mae.loss(&tape, batch, &self.rng.at(step as u64)));
+            let loss = loss?.total;
+            let value = loss.value().item();
+            ensure!(value.is_finite(), "step {step}: the loss is {value}");
+            let (backward, done) = timed(|| tape.backward(&loss, &mut [&mut mae.params]));
+            done?;
+            drop(loss);
+            let (update, done) = timed(|| -> Result<()> {
+                optimizer.step(&mut mae.params, LEARNING_RATE)?;
+                mae.params.clear_gradients();
+                Ok(())
+            });
+            done?;
+            losses.push(value);
+            if step >= args.warmup {
+                for (part, ms) in parts.iter_mut().zip([forward + backward + update, forward, backward, update]) {
+                    part.push(ms);
+                }
             }
         }
+        let [total, forward, backward, update] = parts.map(Times::of);
+        let (memory, after) = memory::taken_from_system();
+        let requests = after - requests;
+        Ok(self.report(total, Some([forward, backward, update]), losses, memory, requests))
     }
-    let [total, forward, backward, update] = parts.map(Times::of);
-    let (memory, after) = memory::taken_from_system();
-    let parameters = mae.params.count_trained();
-    Ok(Report { args: args.clone(), parameters, patch, total, forward, backward, update, losses, memory, requests: after - requests })
+
+    /// On a GPU: the step as training takes it, recorded once and replayed, images written to the device each time.
+    fn recorded(&self, gpu: &Gpu, mae: Mae, optimizer: AdamW, batch: Batch) -> Result<Report> {
+        let mut step = Step::new(Box::new(mae), Box::new(optimizer), StepOptions::default());
+        let (mut times, mut losses, mut before) = (Vec::new(), Vec::new(), 0);
+        // Steps that are not recorded yet are not what is to be measured.
+        let mut warm = 0;
+        while warm < self.args.warmup || !step.is_recorded() {
+            losses.push(step.run(&batch, &self.rng.at(warm as u64), LEARNING_RATE)?.read()?[0]);
+            warm += 1;
+        }
+        for k in 0..self.args.steps {
+            before = if k == 0 { gpu.memory().1 } else { before };
+            let mut loss = None;
+            times.push(gpu.time(|| {
+                loss = Some(step.run(&batch, &self.rng.at((warm + k) as u64), LEARNING_RATE)?);
+                Ok(())
+            })?);
+            let value = loss.map_or(Ok(f64::NAN), |loss| Ok(loss.read()?[0]))?;
+            ensure!(value.is_finite(), "step {}: the loss is {value}", warm + k);
+            losses.push(value);
+        }
+        let memory = gpu.memory().1;
+        Ok(self.report(Times::of(times), None, losses, memory as usize, (memory - before) as usize))
+    }
+
+    fn report(&self, total: Times, parts: Option<[Times; 3]>, losses: Vec<f64>, memory: usize, requests: usize) -> Report {
+        Report { args: self.args.clone(), parameters: self.parameters, patch: self.patch, total, parts, losses, memory, requests }
+    }
 }
 
 impl Report {
@@ -180,10 +247,10 @@ impl Report {
         json!({
             "what": "step", "method": "mae", "model": a.model, "image_size": a.image_size, "patch_size": self.patch, "batch": a.batch,
             "mask_ratio": a.mask_ratio, "decoder_dim": a.decoder_dim, "decoder_depth": a.decoder_depth, "decoder_heads": a.decoder_heads,
-            "norm_pix": a.norm_pix, "dtype": "f32", "device": "cpu", "threads": parallel::threads(), "steps": a.steps,
+            "norm_pix": a.norm_pix, "dtype": a.precision.name(), "device": a.device.to_string(), "threads": parallel::threads(), "steps": a.steps,
             "parameters": self.parameters, "ms_per_step": self.total.median, "min_ms": self.total.min, "max_ms": self.total.max,
             "images_per_s": self.images_per_second(),
-            "parts": { "forward": self.forward.median, "backward": self.backward.median, "update": self.update.median },
+            "parts": self.parts.map(|[forward, backward, update]| json!({ "forward": forward.median, "backward": backward.median, "update": update.median })),
             "loss": self.losses.last(), "losses": self.losses, "pool_bytes": self.memory, "system_requests_in_steady_state": self.requests,
         })
     }
@@ -191,13 +258,20 @@ impl Report {
     pub fn text(&self) -> String {
         let a = &self.args;
         let losses = self.losses.first().zip(self.losses.last()).map_or(String::new(), |(first, last)| format!("{first:.4} -> {last:.4}"));
+        let device = if a.device == Named::Cpu { "CPU".to_string() } else { format!("device {}", a.device) };
+        let parts = match self.parts {
+            Some([forward, backward, update]) => format!(
+                "  forward  {:>9.1} ms\n  backward {:>9.1} ms\n  update   {:>9.1} ms\n",
+                forward.median, backward.median, update.median
+            ),
+            None => "  recorded once and replayed: forward, backward and update are one piece\n".to_string(),
+        };
         format!(
             "MAE training step, {} encoder ({} trained parameters), decoder {} x {}, images {} x {}, patches of {}, {} % hidden\n\
-             batch {} on {} threads, f32, CPU, random images; median of {} steps after {} warm-up steps\n\n\
-             step       {:>9.1} ms   ({:.1} to {:.1})   {:.2} images/s\n  \
-             forward  {:>9.1} ms\n  backward {:>9.1} ms\n  update   {:>9.1} ms\n\n\
+             batch {} on {} threads, {}, {}, random images; median of {} steps after {} warm-up steps\n\n\
+             step       {:>9.1} ms   ({:.1} to {:.1})   {:.2} images/s\n{parts}\n\
              loss over all steps: {losses}\n\
-             memory of the pool: {:.0} MB, requests to the system in the measured steps: {}",
+             memory of the pool: {:.0} MB, {} in the measured steps: {}",
             a.model,
             self.parameters,
             a.decoder_dim,
@@ -208,16 +282,16 @@ impl Report {
             a.mask_ratio * 100.0,
             a.batch,
             parallel::threads(),
+            a.precision,
+            device,
             a.steps,
             a.warmup,
             self.total.median,
             self.total.min,
             self.total.max,
             self.images_per_second(),
-            self.forward.median,
-            self.backward.median,
-            self.update.median,
             self.memory as f64 / 1e6,
+            if self.parts.is_some() { "requests to the system" } else { "bytes taken from the device" },
             self.requests
         )
     }
