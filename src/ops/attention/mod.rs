@@ -145,7 +145,11 @@ mod tests {
     use super::super::case::numbers;
     use super::*;
     #[cfg(feature = "emulated")]
-    use crate::{device::gpu::Gpu, tape::Tape};
+    use crate::{
+        device::emulated::{Copies, Order},
+        device::gpu::Gpu,
+        tape::Tape,
+    };
 
     #[test]
     fn all_keys_named_out_of_order_change_nothing() {
@@ -178,11 +182,16 @@ mod tests {
     }
 
     #[cfg(feature = "emulated")]
+    /// f32, and bf16 in each version; each in several orders of threads.
     fn every_form(gpu: &Gpu, mut f: impl FnMut(Dtype, &str)) {
-        f(Dtype::F32, "v1");
-        for version in VERSIONS.all {
-            gpu.choose(&VERSIONS, version).unwrap();
-            f(Dtype::Bf16, version);
+        for seed in 0..4 {
+            let copies = if seed == 0 { Copies::Late } else { Copies::ByChance };
+            gpu.as_emulated().unwrap().order(Order { seed, copies });
+            f(Dtype::F32, "v1");
+            for version in VERSIONS.all {
+                gpu.choose(&VERSIONS, version).unwrap();
+                f(Dtype::Bf16, version);
+            }
         }
     }
 
