@@ -1,19 +1,6 @@
-// tokens.cuh - what kernels that move tokens share: rows of C numbers, eight of them a lane.
+// tokens.cuh - what kernels that move tokens share: whole rows, places among ids, rows of a position table.
 #pragma once
-#include "common.cuh"
-
-// Eight numbers of a row from column c on, fewer at its end; one by one where rows do not start on multiples of 16 bytes.
-template <class T> __device__ __forceinline__ void load_row(float (&v)[8], const T* row, int c, int columns) {
-  if (columns % 8 == 0) return load8(v, row + c);
-#pragma unroll
-  for (int j = 0; j < 8; j++) v[j] = c + j < columns ? to_f32(row[c + j]) : 0.f;
-}
-template <class T> __device__ __forceinline__ void store_row(T* row, const float (&v)[8], int c, int columns) {
-  if (columns % 8 == 0) return store8(row + c, v);
-#pragma unroll
-  for (int j = 0; j < 8; j++)
-    if (c + j < columns) row[c + j] = from_f32<T>(v[j]);
-}
+#include "rows.cuh"
 
 // A warp copies a row as it is, or writes zeros where `from` is null. WIDE: 16 bytes a lane where the rows allow it.
 template <bool WIDE, class T> __device__ __forceinline__ void copy_row(T* to, const T* from, int columns) {
