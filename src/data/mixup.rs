@@ -38,7 +38,7 @@ pub fn cutmix_box(h: usize, w: usize, lam: f64, cy: usize, cx: usize) -> Result<
 
 /// Mixes `images` [B, ..] with their partners in place.
 pub fn mixup(images: &mut [f32], batch: usize, lam: f64) -> Result<()> {
-    check_lam(lam)?;
+    check_mixup(batch, lam)?;
     let (own, other) = (lam as f32, (1.0 - lam) as f32);
     if lam < 1.0 {
         for_each_pair(images, batch, |x, y| {
@@ -57,8 +57,8 @@ pub fn cutmix(images: &mut [f32], shape: [usize; 4], cut: CutBox) -> Result<()> 
     let [batch, _, h, w] = shape;
     let wanted = shape.iter().try_fold(1usize, |product, &side| product.checked_mul(side));
     ensure!(wanted == Some(images.len()), "cutmix: {} values are not [B, C, H, W] = {shape:?}", images.len());
+    check_cut(shape, cut)?;
     let CutBox { y0, y1, x0, x1 } = cut;
-    ensure!(y0 <= y1 && y1 <= h && x0 <= x1 && x1 <= w, "cutmix: rows {y0}..{y1}, columns {x0}..{x1} are not inside {h} x {w}");
     for_each_pair(images, batch, |a, b| {
         for (a, b) in a.chunks_exact_mut(h * w).zip(b.chunks_exact_mut(h * w)) {
             for y in y0..y1 {
@@ -88,6 +88,19 @@ pub fn mix_targets(labels: &[u32], classes: usize, lam: f64, smoothing: f64) -> 
 fn check_lam(lam: f64) -> Result<()> {
     ensure!((0.0..=1.0).contains(&lam), "mixup: the share of an image is {lam}; it lies from 0 to 1");
     Ok(())
+}
+
+/// Refuses a share that is none and a batch that cannot be paired.
+pub(super) fn check_mixup(batch: usize, lam: f64) -> Result<()> {
+    check_lam(lam)?;
+    check_even(batch)
+}
+
+/// Refuses a batch that cannot be paired and a box that is not inside its images.
+pub(super) fn check_cut([batch, _, h, w]: [usize; 4], cut: CutBox) -> Result<()> {
+    let CutBox { y0, y1, x0, x1 } = cut;
+    ensure!(y0 <= y1 && y1 <= h && x0 <= x1 && x1 <= w, "cutmix: rows {y0}..{y1}, columns {x0}..{x1} are not inside {h} x {w}");
+    check_even(batch)
 }
 
 fn check_even(batch: usize) -> Result<()> {

@@ -309,7 +309,8 @@ mod gpu {
             return Ok([None, None]);
         }
         let (batch, heads, out, positions) = (x.shape()[0], x.shape()[1], dy.shape()[1], x.shape()[2] * x.last());
-        let shares = (batch * positions.div_ceil(1024)).min(SHARES);
+        // Four units of 1024 positions each at least, since a block's last sums cost about as much as one.
+        let shares = (batch * positions.div_ceil(1024)).div_ceil(4).min(SHARES);
         let (mut dw, mut db) = (x.alike(&[shares, out * heads], Dtype::F32)?, x.alike(&[shares, out], Dtype::F32)?);
         let launch = Launch::new(0, 256).grid(shares, out.div_ceil(8) * heads.div_ceil(8), 1);
         let args = Args::new().out(&mut dw).out(&mut db).input(dy).input(x).int(batch).int(heads).int(out).int(positions);

@@ -1,2 +1,3 @@
 //! What a masked model regresses.
+pub mod hog;
 pub mod pixels;

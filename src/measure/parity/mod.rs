@@ -9,6 +9,7 @@
 
 mod case;
 mod compare;
+mod hog;
 mod mae;
 mod ops;
 mod pth;
@@ -70,7 +71,7 @@ pub struct Summary {
     pub rows: Vec<Row>,
 }
 
-const NOT_YET: [&str; 6] = ["dmae", "maskedkd", "tinymim", "dmjd", "convmae", "hog"];
+const NOT_YET: [&str; 5] = ["dmae", "maskedkd", "tinymim", "dmjd", "convmae"];
 
 /// Runs every case and prints its row as soon as it is done, then the counts.
 pub fn run(options: &Options, print: &mut dyn FnMut(&str)) -> Result<Summary> {
@@ -212,6 +213,7 @@ fn run_case(path: &Path, options: &Options) -> Result<Ran> {
         "mae" => return Ok(Ran::Unsupported(format!("models of kind {kind:?} are not supported yet"))),
         "vit" | "linprobe" if matches!(kind, "" | "deit" | "deit_distilled") => vit::run(&case, dtype, &mut record)?,
         "vit" | "linprobe" => return Ok(Ran::Unsupported(format!("models of kind {kind:?} are not supported yet"))),
+        "hog" => hog::run(&case, dtype, &mut record)?,
         "op" => {
             if !ops::run(&case, dtype, &mut record)? {
                 let op = case.part("options")?.text("op")?;
