@@ -3,8 +3,7 @@
 use crate::device::{Named, parallel};
 use crate::error::{Error, Result};
 use crate::formats;
-use crate::measure::{ops, parity, step};
-use crate::nn::presets;
+use crate::measure::{info, ops, parity, step};
 use crate::tensor::Dtype;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -31,8 +30,12 @@ enum Command {
     Parity(ParityArgs),
     /// Convert a checkpoint's weights between PyTorch's .pth and .safetensors
     Convert(Convert),
-    /// What this program and this machine offer
-    Info,
+    /// What this program and this machine offer: devices, CUDA's libraries, kernels, models
+    Info {
+        /// Each kernel, and where there is a GPU its registers, memory and occupancy
+        #[arg(long)]
+        kernels: bool,
+    },
 }
 
 #[derive(Subcommand)]
@@ -153,17 +156,28 @@ fn run(cli: Cli) -> Result<ExitCode> {
 fn execute(command: Command) -> Result<ExitCode> {
     match command {
         Command::Measure(Measure::Ops(args)) => {
+            only_on_cpu("measure ops", args.shared.device)?;
             ops::run(&args.only, args.rounds, |row| say(&if args.shared.json { row.json().to_string() } else { row.text() }))?;
         }
         Command::Measure(Measure::Step { step: args, shared }) => {
+            only_on_cpu("measure step", shared.device)?;
             let report = step::run(&args)?;
             say(&if shared.json { report.json().to_string() } else { report.text() });
         }
         Command::Parity(args) => return check(args),
         Command::Convert(args) => convert(&args)?,
-        Command::Info => info()?,
+        Command::Info { kernels } => info::run(kernels, &mut |line| say(line))?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses a device that is not there, and one that the command does not use.
+fn only_on_cpu(command: &str, device: Named) -> Result<()> {
+    let device = device.open()?;
+    if device.gpu().is_some() {
+        return Err(Error::usage(format!("{command} runs on the cpu and not on {device} so far; leave --device out")));
+    }
+    Ok(())
 }
 
 /// Prints a line; when the reader has gone away there is nobody left to tell.
@@ -208,17 +222,5 @@ fn convert(args: &Convert) -> Result<()> {
         formats::write_safetensors(&args.to, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), &Default::default())?;
     }
     say(&format!("{} -> {}: {} tensors", args.from.display(), args.to.display(), tensors.len()));
-    Ok(())
-}
-
-fn info() -> Result<()> {
-    say(&format!("masque {}", env!("CARGO_PKG_VERSION")));
-    say(&format!("device    cpu, {} threads, {}", parallel::threads(), crate::device::simd::level().name()));
-    say("CUDA      this version has no CUDA kernels yet");
-    say("\nmodel     width  blocks  heads  patch");
-    for size in presets::NAMES {
-        let config = presets::mae(size, 224)?;
-        say(&format!("{size:<8} {:>6} {:>7} {:>6} {:>6}", config.width, config.depth, config.heads, config.patch));
-    }
     Ok(())
 }

@@ -382,7 +382,11 @@ mod tests {
             let bias = tensor(n, 3, a_kind);
             let mut outputs = [tensor(c_size * batch, 4, c_kind), tensor(c_size * batch, 4, c_kind)];
             for (i, out) in outputs.iter_mut().enumerate() {
-                let as_factor = |x: &Tensor, dtype, shape: Factor| Factor { turned: shape.turned, step: shape.step, ..Factor::rows(x, dtype, shape.stride) };
+                let as_factor = |x: &Tensor, dtype, shape: Factor| Factor {
+                    turned: shape.turned,
+                    step: shape.step,
+                    ..Factor::rows(x, dtype, shape.stride)
+                };
                 let c = Target::rows(out, c_kind, c_shape.stride).step(c_shape.step);
                 let product = Product::new([m, n, k], as_factor(&a, a_kind, a_shape), as_factor(&b, b_kind, b_shape), c);
                 let product = product.batch(batch).bias((bit(3) == bit(4)).then_some(&bias));

@@ -85,7 +85,11 @@ pub(super) fn compile(file: &File, target: &str) -> Result<Vec<u8>> {
     // SAFETY: the program was made above and is alive; the options have no zero bytes, since none of their parts has.
     let done = unsafe { nvrtc::compile_program(program.handle, &options) };
     if let Err(error) = done {
-        return Err(Error::new(format!("NVRTC could not compile kernels/{}.cu for {target} ({error}): {}", file.name, complaint(&program))));
+        return Err(Error::new(format!(
+            "NVRTC could not compile kernels/{}.cu for {target} ({error}): {}",
+            file.name,
+            complaint(&program)
+        )));
     }
     if target.starts_with("compute_") {
         // SAFETY: the program is compiled.
