@@ -3,8 +3,7 @@
 use crate::device::{Named, parallel};
 use crate::error::{Error, Result};
 use crate::formats;
-use crate::measure::{ops, parity, step};
-use crate::nn::presets;
+use crate::measure::{info, ops, parity, step};
 use crate::tensor::Dtype;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -31,8 +30,12 @@ enum Command {
     Parity(ParityArgs),
     /// Convert a checkpoint's weights between PyTorch's .pth and .safetensors
     Convert(Convert),
-    /// What this program and this machine offer
-    Info,
+    /// What this program and this machine offer: devices, CUDA's libraries, kernels, models
+    Info {
+        /// Each kernel, and where there is a GPU its registers, memory and occupancy
+        #[arg(long)]
+        kernels: bool,
+    },
 }
 
 #[derive(Subcommand)]
@@ -153,7 +156,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Parity(args) => return check(args),
         Command::Convert(args) => convert(&args)?,
-        Command::Info => info()?,
+        Command::Info { kernels } => info::run(kernels, &mut |line| say(line))?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -200,17 +203,5 @@ fn convert(args: &Convert) -> Result<()> {
         formats::write_safetensors(&args.to, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), &Default::default())?;
     }
     say(&format!("{} -> {}: {} tensors", args.from.display(), args.to.display(), tensors.len()));
-    Ok(())
-}
-
-fn info() -> Result<()> {
-    say(&format!("masque {}", env!("CARGO_PKG_VERSION")));
-    say(&format!("device    cpu, {} threads, {}", parallel::threads(), crate::device::simd::level().name()));
-    say("CUDA      this version has no CUDA kernels yet");
-    say("\nmodel     width  blocks  heads  patch");
-    for size in presets::NAMES {
-        let config = presets::mae(size, 224)?;
-        say(&format!("{size:<8} {:>6} {:>7} {:>6} {:>6}", config.width, config.depth, config.heads, config.patch));
-    }
     Ok(())
 }

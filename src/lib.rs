@@ -19,7 +19,7 @@
 //! | 5 | [`optim`] | update rules, schedules, parameter groups |
 //! | 6 | [`methods`] | one file a method, reading like its paper's method section |
 //! | 7 | [`train`] | a step of training, recorded on a GPU and replayed |
-//! | 7 | [`measure`] | timing, and parity with PyTorch |
+//! | 7 | [`measure`] | timing, parity with PyTorch, facts of the machine |
 //! | 8 | [`cli`] | arguments turned into objects |
 
 pub mod cli;

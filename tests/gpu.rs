@@ -1,5 +1,8 @@
-//! The device itself, by the example of the emulated one: memory, recorded work, draws, and what it says when something is wrong.
+//! The device itself, by the example of the emulated one: memory, recorded work, draws, and what it says when something is wrong. What a real one has to do as
+//! well is done once more by its code, on a stand-in for CUDA's libraries.
 #![cfg(feature = "emulated")]
+
+mod stand_in;
 
 use masque::device::gpu::Gpu;
 use masque::device::launch::{Args, KERNELS, Launch};
@@ -8,8 +11,26 @@ use masque::tape::{Tape, Var};
 use masque::tensor::{Device, Dtype, Tensor};
 
 fn device() -> (Gpu, Device) {
-    let gpu = Gpu::emulated().unwrap();
+    let gpu = if stand_in::enter() { Gpu::cuda(0).unwrap_or_else(|error| panic!("{}", error.chain())) } else { Gpu::emulated().unwrap() };
+    gpu.poison(true);
     (gpu.clone(), Device::Gpu(gpu))
+}
+
+#[test]
+fn the_code_for_cuda_does_the_same() {
+    for test in [
+        "numbers_go_there_and_come_back",
+        "fresh_memory_holds_no_numbers",
+        "memory_that_was_dropped_is_used_again",
+        "recorded_work_is_done_at_each_replay_and_not_before",
+        "a_replay_draws_afresh_what_the_cpu_would_draw",
+        "memory_of_a_recording_is_not_handed_out_while_it_lives",
+        "a_recording_refuses_the_host_and_leaves_the_device_usable",
+        "tensors_of_different_devices_do_not_meet",
+        "a_weight_in_bf16_has_a_gradient_in_f32",
+    ] {
+        stand_in::run(test, "", None);
+    }
 }
 
 fn numbers(device: &Device, values: &[f32]) -> Tensor {

@@ -3,8 +3,11 @@
 //!
 //! f32 may be off by 1e-5 of a tensor's largest value. bf16 may be off by twice what the CPU's own computation is off when it rounds at the same places.
 //! On the emulated device the result of an order must be that of any other, bit for bit.
-#![cfg(feature = "emulated")]
 
+#[cfg(feature = "emulated")]
+mod stand_in;
+
+#[cfg(feature = "emulated")]
 use masque::device::emulated::{Copies, Order};
 use masque::device::gpu::Gpu;
 use masque::error::Result;
@@ -14,6 +17,7 @@ use masque::ops::{
 };
 use masque::tape::{Tape, Var};
 use masque::tensor::{Device, Dtype, Tensor};
+#[cfg(feature = "emulated")]
 use std::path::{Path, PathBuf};
 
 /// Output and the inputs' gradients for the same upstream gradient each time, rounded to `rounding`.
@@ -69,10 +73,12 @@ fn compare(case: &Case, what: &str, got: &[Tensor], precision: Dtype) -> Result<
     Ok(())
 }
 
+#[cfg(feature = "emulated")]
 fn same_bits(a: &[Tensor], b: &[Tensor]) -> bool {
     a.iter().zip(b).all(|(a, b)| a.to_f64().iter().zip(b.to_f64()).all(|(a, b)| a.to_bits() == b.to_bits()))
 }
 
+#[cfg(feature = "emulated")]
 fn orders() -> Vec<Order> {
     let chance = (1..=4).map(|seed| Order { seed, copies: Copies::ByChance });
     [Order { seed: 0, copies: Copies::Early }].into_iter().chain(chance).collect()
@@ -93,6 +99,7 @@ fn in_every_version(gpu: &Gpu, case: &Case, mut f: impl FnMut(&str)) {
     }
 }
 
+#[cfg(feature = "emulated")]
 fn every_case(precision: Dtype) {
     let gpu = Gpu::emulated().unwrap();
     let (device, emulated) = (Device::Gpu(gpu.clone()), gpu.as_emulated().unwrap());
@@ -112,17 +119,20 @@ fn every_case(precision: Dtype) {
     }
 }
 
+#[cfg(feature = "emulated")]
 #[test]
 fn every_kernel_is_the_definition_in_f32() {
     every_case(Dtype::F32);
 }
 
+#[cfg(feature = "emulated")]
 #[test]
 fn every_kernel_is_the_definition_in_bf16() {
     every_case(Dtype::Bf16);
 }
 
 /// Every launch of every case, in memory of just the size it needs; `scripts/sanitize` runs them again where MASQUE_LAUNCHES says.
+#[cfg(feature = "emulated")]
 #[test]
 fn launches_are_written_down() {
     let gpu = Gpu::emulated().unwrap();
@@ -145,6 +155,8 @@ fn launches_are_written_down() {
 
 #[test]
 fn a_cuda_device_gives_the_same() {
+    #[cfg(feature = "emulated")]
+    stand_in::enter();
     let gpu = match Gpu::cuda(0) {
         Ok(gpu) => gpu,
         Err(error) => return println!("skipped: no CUDA device: {}", error.chain()),
@@ -160,5 +172,16 @@ fn a_cuda_device_gives_the_same() {
                 compare(&case, &what, &got, precision).unwrap_or_else(|e| panic!("{} {what}: {}", case.name, e.chain()));
             });
         }
+    }
+}
+
+/// The code for a real GPU, on a stand-in for CUDA's libraries that runs the emulated kernels: with cuBLASLt as it should be, without its bias, and without
+/// any algorithm.
+#[cfg(feature = "emulated")]
+#[test]
+fn a_stand_in_for_cuda_gives_the_same() {
+    stand_in::run("a_cuda_device_gives_the_same", "", None);
+    for how in ["no-bias", "no-blas"] {
+        stand_in::run("a_cuda_device_gives_the_same", how, Some(("MASQUE_CASES", "linear")));
     }
 }

@@ -76,7 +76,14 @@ fn switched_off() -> bool {
 fn search(library: Library) -> Option<PathBuf> {
     let in_folders = |folders: Vec<PathBuf>| {
         let paths = folders.into_iter().flat_map(|folder| library.files().iter().map(move |file| folder.join(file)));
-        paths.filter(|path| path.is_file()).find(|path| library == Library::Nccl || load(path))
+        paths.filter(|path| path.is_file()).find(|path| match library {
+            Library::Nccl => true,
+            Library::Nvrtc => {
+                load_builtins(path);
+                load(path)
+            }
+            _ => load(path),
+        })
     };
     let by_name = || library.files().iter().find(|file| load(Path::new(file))).map(|file| loaded_as(file).unwrap_or_else(|| file.into()));
     let found = in_folders(given()).or_else(by_name).or_else(|| in_folders(elsewhere()));
@@ -88,6 +95,15 @@ fn load(path: &Path) -> bool {
     // SAFETY: runs the initialisers of a library of CUDA's by name.
     let loaded = unsafe { Loaded::open(Some(path), RTLD_NOW | RTLD_GLOBAL) };
     loaded.map(std::mem::forget).is_ok()
+}
+
+/// NVRTC opens a second library by its name alone, which lies beside it.
+fn load_builtins(nvrtc: &Path) {
+    let beside = nvrtc.parent().map(entries).unwrap_or_default();
+    let is_it = |path: &&PathBuf| path.file_name().is_some_and(|file| file.to_string_lossy().starts_with("libnvrtc-builtins.so"));
+    beside.iter().filter(is_it).for_each(|path| {
+        load(path);
+    });
 }
 
 /// The path that the loader found for a name.

@@ -1,5 +1,6 @@
-//! Floor 7: how long things take, and whether the numbers are PyTorch's.
+//! Floor 7: how long things take, whether the numbers are PyTorch's, and what the machine offers.
 
+pub mod info;
 pub mod ops;
 pub mod parity;
 pub mod step;

@@ -1,0 +1,81 @@
+//! What this program and this machine offer: processor, devices or the reason why there is none, libraries, kernels.
+
+use crate::device::gpu::Gpu;
+use crate::device::launch::{FILES, KERNELS};
+use crate::device::libs::{self, Library};
+use crate::device::real::{Facts, KernelFacts};
+use crate::device::{parallel, simd};
+use crate::error::Result;
+use crate::nn::presets;
+
+/// Prints everything; with `kernels` also each kernel, and where there is a GPU what its compiler made of it.
+pub fn run(kernels: bool, print: &mut dyn FnMut(&str)) -> Result<()> {
+    print(&format!("masque {}\n", env!("CARGO_PKG_VERSION")));
+    print(&format!("cpu        {} threads, {}", parallel::threads(), simd::level().name()));
+    let emulated = KERNELS.iter().filter(|kernel| kernel.entry.is_some()).count();
+    print(&match emulated {
+        0 => "emulated   not in this binary; build with the feature \"emulated\"".to_string(),
+        count => format!("emulated   {count} kernels by the C++ compiler"),
+    });
+    match Facts::all() {
+        Ok(all) => all.iter().enumerate().for_each(|(at, facts)| print(&device(at, facts))),
+        Err(reason) => print(&format!("gpu        none: {}", reason.chain())),
+    }
+    print("");
+    for library in Library::ALL {
+        let name = library.name();
+        print(&match libs::find(library) {
+            None => format!("{name:<17}  not found"),
+            Some(path) => format!("{name:<17}  {} {}", path.display(), libs::version(library).unwrap_or_default()).trim_end().to_string(),
+        });
+    }
+    print("\nfile       kernels  device code  for");
+    for (at, file) in FILES.iter().enumerate() {
+        let count = KERNELS.iter().filter(|kernel| kernel.file == at).count();
+        let code = if file.fatbin.is_empty() { "none".to_string() } else { format!("{:.1} KB", file.fatbin.len() as f64 / 1e3) };
+        let archs = if file.archs.is_empty() { "no nvcc when this was built; needs NVRTC".to_string() } else { file.archs.join(", ") };
+        print(&format!("{:<10} {count:>7} {code:>12}  {archs}", file.name));
+    }
+    let bytes = FILES.iter().map(|file| file.fatbin.len()).sum::<usize>();
+    print(&format!("{:<10} {:>7} {:>9.1} KB", "all", KERNELS.len(), bytes as f64 / 1e3));
+    if kernels {
+        list(print)?;
+    }
+    print("\nmodel     width  blocks  heads  patch");
+    for size in presets::NAMES {
+        let config = presets::mae(size, 224)?;
+        print(&format!("{size:<8} {:>6} {:>7} {:>6} {:>6}", config.width, config.depth, config.heads, config.patch));
+    }
+    Ok(())
+}
+
+fn device(ordinal: usize, facts: &Facts) -> String {
+    let Facts { name, capability: (major, minor), memory, multiprocessors, cache, most_shared } = facts;
+    format!(
+        "gpu:{ordinal:<6} {name}, compute capability {major}.{minor}, {} MB, {multiprocessors} multiprocessors, {} MB of cache, blocks of up to {} KB of \
+         shared memory",
+        memory >> 20,
+        cache >> 20,
+        most_shared >> 10
+    )
+}
+
+/// Every kernel; on a device that does not open only their names.
+fn list(print: &mut dyn FnMut(&str)) -> Result<()> {
+    let gpu = Gpu::cuda(0).ok();
+    print(match gpu {
+        Some(_) => "\nkernel                                             file       registers  shared  local  threads  blocks/SM  code",
+        None => "\nkernel                                             file       (registers and the like need a GPU)",
+    });
+    for (at, kernel) in KERNELS.iter().enumerate() {
+        let line = format!("{:<50} {:<10}", kernel.name, FILES[kernel.file].name);
+        let facts = gpu.as_ref().and_then(Gpu::as_real).map(|real| real.kernel_facts(at)).transpose()?;
+        print(&match facts {
+            None => line.trim_end().to_string(),
+            Some(KernelFacts { registers, shared, local, threads, blocks, arch }) => {
+                format!("{line} {registers:>9} {shared:>7} {local:>6} {threads:>8} {blocks:>10}  sm_{arch}")
+            }
+        });
+    }
+    Ok(())
+}
