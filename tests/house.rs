@@ -1,5 +1,6 @@
 //! The rules of the house: who may name whom, where `unsafe` may stand, one name for an op, sizes of files.
 
+use masque::device::launch::KERNELS;
 use std::path::{Path, PathBuf};
 
 /// Module, floor, highest floor that it may name, and modules it may name or not name all the same.
@@ -215,6 +216,20 @@ fn every_op_has_one_name_and_lists_its_cases() {
         assert!(list.contains(&format!("        {stem}::cases(),")), "the cases of ops/{stem} are not listed in ops/mod.rs");
         let sources = if path.is_dir() { files(&shown(&path), ".rs") } else { vec![path] };
         assert!(sources.iter().any(|path| read(path).contains("pub fn cases() -> Vec<Case>")), "ops/{stem} has no cases");
+    }
+}
+
+#[test]
+fn every_kernel_has_a_row_in_the_table_of_floors() {
+    let text = read(&root().join("kernels/README.md"));
+    let rows: Vec<&str> = text.lines().filter(|line| line.starts_with("| `")).collect();
+    let named: Vec<&str> = rows.iter().flat_map(|row| row.split('|').nth(1).unwrap().split('`').skip(1).step_by(2)).collect();
+    let is = |kernel: &str, name: &str| kernel.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'));
+    for kernel in KERNELS.iter().map(|kernel| kernel.name) {
+        assert!(named.iter().any(|name| is(kernel, name)), "kernel {kernel} is not in the table of kernels/README.md");
+    }
+    for name in named.into_iter().filter(|name| !name.ends_with(".cuh")) {
+        assert!(KERNELS.iter().any(|kernel| is(kernel.name, name)), "kernels/README.md has a row for {name}, which is no kernel");
     }
 }
 
