@@ -137,6 +137,17 @@ fn memory_of_a_recording_is_not_handed_out_while_it_lives() {
 }
 
 #[test]
+fn a_graph_that_is_dropped_gives_its_memory_back() {
+    let (gpu, device) = device();
+    let x = numbers(&device, &[1.0; 4096]);
+    let record = || gpu.capture(|| Var::constant(x.clone()).add(&Var::constant(x.clone()))).map(drop).unwrap();
+    record();
+    let taken = gpu.memory().1;
+    (0..5).for_each(|_| record());
+    assert_eq!(gpu.memory().1, taken);
+}
+
+#[test]
 fn a_recording_refuses_the_host_and_leaves_the_device_usable() {
     let (gpu, device) = device();
     let x = numbers(&device, &[1.0]);

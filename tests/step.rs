@@ -3,11 +3,9 @@
 
 use masque::device::gpu::Gpu;
 use masque::error::Result;
-use masque::methods::mae::{Mae, MaeConfig};
 use masque::methods::{Batch, Loss, Method};
-use masque::nn::decoder::DecoderConfig;
-use masque::nn::vit::{Vit, VitConfig};
-use masque::optim::groups::{self, LayerDecay};
+use masque::nn::vit::Vit;
+use masque::optim::groups::LayerDecay;
 use masque::optim::{Optimizer, adamw::AdamW, clip, lars::Lars, sgd::Sgd};
 use masque::param::{Init, ParamId, Params, ParamsBuilder, Role};
 use masque::rng::Rng;
@@ -209,30 +207,4 @@ fn a_batch_of_another_shape_is_refused_with_both() {
     // On the CPU nothing is recorded.
     let mut step = make("adamw", &Device::Cpu, Dtype::F32, None);
     assert!((1..5).all(|images| run(&mut step, images, 0.01).is_ok()));
-}
-
-/// Losses and norms of steps of MAE, as it comes or recorded.
-fn mae(device: &Device, precision: Dtype) -> Vec<f64> {
-    let (encoder, decoder) = (VitConfig::new(32, 8, 32, 2, 2), DecoderConfig { width: 16, depth: 1, heads: 2 });
-    let mut mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio: 0.75, norm_pix: true }, Dtype::F32, &Rng::new(3)).unwrap();
-    mae.params.move_to(device, precision).unwrap();
-    let optimizer = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8).unwrap();
-    let mut step = Step::new(Box::new(mae), Box::new(optimizer), StepOptions { clip: Some(1.0) });
-    let mut numbers = Vec::new();
-    for i in 0..STEPS {
-        let images = Tensor::from_slice(&[4, 3, 32, 32], &Rng::new(5).at(i).normal("images", 4 * 3 * 32 * 32)).unwrap();
-        let loss = step.run(&Batch { images }, &Rng::new(9).at(i), 1e-3).unwrap();
-        numbers.extend([loss.read().unwrap()[0], step.norm().unwrap().read().unwrap()[0]]);
-    }
-    numbers
-}
-
-#[test]
-fn mae_is_trained_alike_on_the_cpu_and_recorded_on_a_gpu() {
-    let cpu = mae(&Device::Cpu, Dtype::F32);
-    for (precision, limit) in [(Dtype::F32, 1e-4), (Dtype::Bf16, 3e-2)] {
-        for (i, (got, want)) in mae(&emulated(), precision).iter().zip(&cpu).enumerate() {
-            assert!((got - want).abs() <= limit * want, "{precision} number {i}: {got} {want}");
-        }
-    }
 }

@@ -94,18 +94,36 @@ struct State {
     allocated: Vec<(u64, usize)>,
 }
 
+type Free = Mutex<HashMap<usize, Vec<u64>>>;
+
 /// Free blocks by size class.
 #[derive(Default)]
 struct Arena {
-    free: Mutex<HashMap<usize, Vec<u64>>>,
+    free: Free,
     /// Those that no recorded work uses so far; empty outside of recordings.
-    untouched: Mutex<HashMap<usize, Vec<u64>>>,
+    untouched: Free,
+    /// Who gets them all back in the end, if this is the arena of a recording.
+    outer: Option<Arc<Arena>>,
 }
 
 impl Arena {
     fn pop(&self, class: usize, untouched: bool) -> Option<u64> {
-        let pop = |blocks: &Mutex<HashMap<usize, Vec<u64>>>| lock(blocks).get_mut(&class).and_then(Vec::pop);
+        let pop = |blocks: &Free| lock(blocks).get_mut(&class).and_then(Vec::pop);
         if untouched { pop(&self.untouched) } else { pop(&self.free).or_else(|| pop(&self.untouched)) }
+    }
+
+    /// Hands blocks over to the outer arena.
+    fn give_back(&self, blocks: &Free) {
+        let Some(outer) = &self.outer else { return };
+        let mut free = lock(&outer.free);
+        lock(blocks).drain().for_each(|(class, blocks)| free.entry(class).or_default().extend(blocks));
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        self.give_back(&self.free);
+        self.give_back(&self.untouched);
     }
 }
 
@@ -439,9 +457,10 @@ impl Gpu {
         ensure!(!self.is_recording(), "{}: work is being recorded already", self.name());
         self.wait()?;
         // The graph takes over all free memory, so that in the usual case nothing has to be allocated meanwhile.
-        let arena = Arc::new(Arena::default());
-        let outer = std::mem::replace(&mut lock(&self.0.state).arena, arena.clone());
-        std::mem::swap(&mut *lock(&arena.untouched), &mut *lock(&outer.free));
+        let outer = lock(&self.0.state).arena.clone();
+        let untouched = Mutex::new(std::mem::take(&mut *lock(&outer.free)));
+        let arena = Arc::new(Arena { untouched, outer: Some(outer.clone()), free: Free::default() });
+        lock(&self.0.state).arena = arena.clone();
         lock(&self.0.state).draws = Some(Vec::new());
         let done = self.0.backend.begin_recording().and_then(|()| f());
         let recorded = self.0.backend.end_recording();
@@ -450,6 +469,7 @@ impl Gpu {
             state.arena = outer;
             state.draws.take().unwrap_or_default()
         };
+        arena.give_back(&arena.untouched);
         let (result, recorded) = (done?, recorded?);
         Ok((Graph { recorded, gpu: self.clone(), draws, _arena: arena }, result))
     }
