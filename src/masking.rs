@@ -200,7 +200,7 @@ fn average<T: Real + Element>(rows: &Tensor, extra: usize, keys: Keys, saliency:
             let patches = head[extra..].iter().map(|&p| if keys == Keys::Patches { p / (T::ONE - apart) } else { p });
             saliency.iter_mut().zip(patches).for_each(|(score, p)| *score += p);
         }
-        saliency.iter_mut().for_each(|score| *score = *score / T::of(heads as f64));
+        saliency.iter_mut().for_each(|score| *score /= T::of(heads as f64));
     }
 }
 

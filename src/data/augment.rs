@@ -113,9 +113,8 @@ fn erase(images: &mut [f32], [_, channels, h, w]: [usize; 4], boxes: &[u32], fil
     for (plane, pixels) in images.chunks_exact_mut(h * w).enumerate() {
         let [top, left, height, width] = std::array::from_fn(|i| boxes[plane / channels * 4 + i] as usize);
         for y in top..top + height {
-            for at in y * w + left..y * w + left + width {
-                pixels[at] = fill(plane, plane * h * w + at);
-            }
+            let row = pixels.iter_mut().enumerate().skip(y * w + left).take(width);
+            row.for_each(|(at, pixel)| *pixel = fill(plane, plane * h * w + at));
         }
     }
 }
