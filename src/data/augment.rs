@@ -113,8 +113,9 @@ fn erase(images: &mut [f32], [_, channels, h, w]: [usize; 4], boxes: &[u32], fil
     for (plane, pixels) in images.chunks_exact_mut(h * w).enumerate() {
         let [top, left, height, width] = std::array::from_fn(|i| boxes[plane / channels * 4 + i] as usize);
         for y in top..top + height {
-            for at in y * w + left..y * w + left + width {
-                pixels[at] = fill(plane, plane * h * w + at);
+            let first = y * w + left;
+            for (i, pixel) in pixels[first..first + width].iter_mut().enumerate() {
+                *pixel = fill(plane, plane * h * w + first + i);
             }
         }
     }

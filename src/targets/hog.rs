@@ -191,12 +191,12 @@ vectorised! {
             let (a, b) = plane.gradient(y, x, o.variant);
             let mut weight = b.mul_add(b, a * a).sqrt();
             if o.variant == Variant::MaskFeat {
-                weight = weight * (window[y % (2 * o.cell)] * window[x % (2 * o.cell)]);
+                weight *= window[y % (2 * o.cell)] * window[x % (2 * o.cell)];
             }
             histogram[bin(a, b, directions)] += weight;
         }
         if o.variant == Variant::Dmjd {
-            histogram.iter_mut().for_each(|h| *h = *h / T::of((o.cell * o.cell) as f64));
+            histogram.iter_mut().for_each(|h| *h /= T::of((o.cell * o.cell) as f64));
         }
     }
     /// Each row of histograms by itself.
@@ -205,13 +205,13 @@ vectorised! {
         for histogram in histograms.chunks_exact_mut(o.bins) {
             if o.variant == Variant::MaskFeat {
                 let norm = squares(histogram).sqrt().max(eps);
-                histogram.iter_mut().for_each(|h| *h = *h / norm);
+                histogram.iter_mut().for_each(|h| *h /= norm);
                 continue;
             }
             let mean = histogram.iter().fold(T::ZERO, |sum, &h| sum + h) / count;
-            histogram.iter_mut().for_each(|h| *h = *h - mean);
+            histogram.iter_mut().for_each(|h| *h -= mean);
             let deviation = (squares(histogram) / count + eps).sqrt();
-            histogram.iter_mut().for_each(|h| *h = *h / deviation);
+            histogram.iter_mut().for_each(|h| *h /= deviation);
         }
     }
 }
