@@ -113,8 +113,10 @@ fn erase(images: &mut [f32], [_, channels, h, w]: [usize; 4], boxes: &[u32], fil
     for (plane, pixels) in images.chunks_exact_mut(h * w).enumerate() {
         let [top, left, height, width] = std::array::from_fn(|i| boxes[plane / channels * 4 + i] as usize);
         for y in top..top + height {
-            let row = pixels.iter_mut().enumerate().skip(y * w + left).take(width);
-            row.for_each(|(at, pixel)| *pixel = fill(plane, plane * h * w + at));
+            let first = y * w + left;
+            for (i, pixel) in pixels[first..first + width].iter_mut().enumerate() {
+                *pixel = fill(plane, plane * h * w + first + i);
+            }
         }
     }
 }
