@@ -169,6 +169,7 @@ fn as_cpp(source: &Path) -> Vec<OsString> {
         KERNELS,
         "-Wno-unknown-pragmas",
         "-fno-strict-aliasing",
+        "-ffp-contract=off",
     ]);
     args.push(source.into());
     args

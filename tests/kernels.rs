@@ -150,7 +150,7 @@ fn launches_are_written_down() {
         }
     }
     emulated.end_trace().unwrap();
-    assert!(std::fs::metadata(&path).unwrap().len() > 1000);
+    assert!(std::fs::metadata(&path).unwrap().len() >= 16);
 }
 
 #[test]
