@@ -42,10 +42,8 @@ fn a_device_is_what_its_name_says() {
 fn without_cuda_a_gpu_is_one_sentence() {
     let said = refused(masque(&PARITY_ON_GPU).env("MASQUE_NO_CUDA", "1").output().unwrap(), 1);
     assert_eq!(said, "masque: device gpu:0: CUDA is switched off by MASQUE_NO_CUDA; unset it to use a GPU");
-    for command in [&["measure", "step"][..], &["measure", "ops"]] {
-        let said = refused(masque(&[command, &["--device", "gpu:1"]].concat()).env("MASQUE_NO_CUDA", "1").output().unwrap(), 1);
-        assert!(said.contains("gpu:1") && said.contains("MASQUE_NO_CUDA"), "{said}");
-    }
+    let said = refused(masque(&["measure", "step", "--device", "gpu:1"]).env("MASQUE_NO_CUDA", "1").output().unwrap(), 1);
+    assert!(said.contains("gpu:1") && said.contains("MASQUE_NO_CUDA"), "{said}");
     let said = refused(masque(&["parity", FIXTURES, "--device", "cuda"]).output().unwrap(), 2);
     assert!(said.contains("device cuda is unknown"), "{said}");
     let info = masque(&["info"]).env("MASQUE_NO_CUDA", "1").output().unwrap();
