@@ -3,6 +3,7 @@
 
 #![allow(dead_code)] // each test program uses a part of it
 
+use masque::device::gpu::Gpu;
 use masque::device::launch::{Entry, KERNELS};
 use std::ffi::{CString, c_char, c_void};
 use std::path::{Path, PathBuf};
@@ -85,6 +86,16 @@ pub fn enter() -> bool {
         println!("{IN_USE}");
         true
     })
+}
+
+/// The emulated device, or in a process that is to use the stand-in the first of CUDA's, which is to be the same in all that tests see.
+pub fn gpu() -> Gpu {
+    if !enter() {
+        return Gpu::emulated().unwrap();
+    }
+    let gpu = Gpu::cuda(0).unwrap_or_else(|error| panic!("{}", error.chain()));
+    gpu.poison(true);
+    gpu
 }
 
 /// Calls one of the stand-in's own functions.
