@@ -1,7 +1,8 @@
 //! A whole MAE on the emulated device: loss and gradients are those of the CPU, and a recorded step is the step taken as it comes.
 #![cfg(feature = "emulated")]
 
-use masque::device::gpu::Gpu;
+mod stand_in;
+
 use masque::methods::mae::{Mae, MaeConfig};
 use masque::methods::{Batch, Method};
 use masque::nn::decoder::DecoderConfig;
@@ -39,7 +40,7 @@ fn walked(mae: &mut Mae, rng: &Rng) -> (f64, Vec<(String, Vec<f64>)>) {
 
 #[test]
 fn a_whole_mae_runs_on_the_device() {
-    let device = Device::Gpu(Gpu::emulated().unwrap());
+    let device = Device::Gpu(stand_in::gpu());
     let rng = Rng::new(7);
     let (loss, gradients) = walked(&mut mae(&Device::Cpu, Dtype::F32), &rng);
     for (precision, allowed) in [(Dtype::F32, 1e-4), (Dtype::Bf16, 0.05)] {
@@ -55,7 +56,7 @@ fn a_whole_mae_runs_on_the_device() {
 
 #[test]
 fn a_recorded_mae_hides_other_patches_at_each_replay() {
-    let gpu = Gpu::emulated().unwrap();
+    let gpu = stand_in::gpu();
     let device = Device::Gpu(gpu.clone());
     for precision in [Dtype::F32, Dtype::Bf16] {
         let (model, images) = (mae(&device, precision), Batch { images: batch().images.on(&device).unwrap() });
@@ -83,8 +84,19 @@ fn steps_of_a_recorded_mae_are_those_of_the_cpu() {
         let losses: Vec<f64> = losses.collect();
         (losses, step.is_recorded())
     };
-    let ((want, on_cpu), (got, on_gpu)) = (losses(&Device::Cpu), losses(&Device::Gpu(Gpu::emulated().unwrap())));
+    let ((want, on_cpu), (got, on_gpu)) = (losses(&Device::Cpu), losses(&Device::Gpu(stand_in::gpu())));
     assert!(!on_cpu && on_gpu);
     got.iter().zip(&want).for_each(|(got, want)| assert!((got - want).abs() <= 1e-4 * want, "{got} is not {want}"));
     assert!(got[4] < got[0], "{got:?}");
+}
+
+#[test]
+fn the_code_for_cuda_does_the_same() {
+    for test in [
+        "a_whole_mae_runs_on_the_device",
+        "a_recorded_mae_hides_other_patches_at_each_replay",
+        "steps_of_a_recorded_mae_are_those_of_the_cpu",
+    ] {
+        stand_in::run(test, "", None);
+    }
 }

@@ -1,7 +1,8 @@
 //! A step of training: what it does is the same whether it is taken as it comes or recorded and replayed.
 #![cfg(feature = "emulated")]
 
-use masque::device::gpu::Gpu;
+mod stand_in;
+
 use masque::error::Result;
 use masque::methods::{Batch, Loss, Method};
 use masque::nn::vit::Vit;
@@ -86,7 +87,7 @@ fn lr(step: u64) -> f64 {
 }
 
 fn emulated() -> Device {
-    Device::Gpu(Gpu::emulated().unwrap())
+    Device::Gpu(stand_in::gpu())
 }
 
 fn here(tensor: &Tensor) -> Vec<f32> {
@@ -207,4 +208,11 @@ fn a_batch_of_another_shape_is_refused_with_both() {
     // On the CPU nothing is recorded.
     let mut step = make("adamw", &Device::Cpu, Dtype::F32, None);
     assert!((1..5).all(|images| run(&mut step, images, 0.01).is_ok()));
+}
+
+#[test]
+fn the_code_for_cuda_does_the_same() {
+    for test in ["recorded_steps_are_plain_steps_bit_for_bit", "steps_on_a_gpu_are_those_of_the_cpu"] {
+        stand_in::run(test, "", None);
+    }
 }

@@ -1,13 +1,16 @@
 //! A stand-in for CUDA's libraries (`cuda.c`), so that the code for a real GPU runs where there is none: built by the C compiler, found by MASQUE_CUDA_LIBS
 //! in a process of its own.
 
+#![allow(dead_code)] // each test program uses a part of it
+
+use masque::device::gpu::Gpu;
 use masque::device::launch::{Entry, KERNELS};
 use std::ffi::{CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
-const ENTERED: &str = "the stand-in is used";
+const IN_USE: &str = "the stand-in is used";
 
 /// The folder with the libraries.
 pub fn folder() -> &'static Path {
@@ -40,13 +43,14 @@ pub fn with(command: &mut Command, how: &str) -> Output {
     command.env("MASQUE_CUDA_LIBS", folder()).env("MASQUE_STAND_IN", format!("yes {how}")).env_remove("MASQUE_NO_CUDA").output().unwrap()
 }
 
-/// Runs one test of this program there.
+/// Runs one test of this program there; what it printed.
 #[track_caller]
-pub fn run(test: &str, how: &str, variable: Option<(&str, &str)>) {
+pub fn run(test: &str, how: &str, variable: Option<(&str, &str)>) -> String {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let output = with(command.args([test, "--exact", "--nocapture"]).envs(variable), how);
     let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success() && said.contains("1 passed") && said.contains(ENTERED), "{test} {how}: {said}");
+    assert!(output.status.success() && said.contains("1 passed") && said.contains(IN_USE), "{test} {how}: {said}");
+    said
 }
 
 unsafe extern "C" {
@@ -79,9 +83,19 @@ pub fn enter() -> bool {
             }
             std::mem::forget(library);
         }
-        println!("{ENTERED}");
+        println!("{IN_USE}");
         true
     })
+}
+
+/// The emulated device, or in a process that is to use the stand-in the first of CUDA's, which is to be the same in all that tests see.
+pub fn gpu() -> Gpu {
+    if !enter() {
+        return Gpu::emulated().unwrap();
+    }
+    let gpu = Gpu::cuda(0).unwrap_or_else(|error| panic!("{}", error.chain()));
+    gpu.poison(true);
+    gpu
 }
 
 /// Calls one of the stand-in's own functions.

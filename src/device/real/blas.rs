@@ -72,7 +72,14 @@ impl Key {
             return None;
         }
         let (first, second) = (matrix(&p.b, p.k, p.n, p.batch)?, matrix(&p.a, p.m, p.k, p.batch)?);
-        Some(Self { first, second, result: matrix(&p.c, p.m, p.n, p.batch)?, batch: p.batch, bias: p.bias.is_some(), tf32 })
+        Some(Self {
+            first,
+            second,
+            result: matrix(&p.c, p.m, p.n, p.batch)?,
+            batch: p.batch,
+            bias: p.bias.is_some(),
+            tf32: tf32 && kinds.0 == Dtype::F32,
+        })
     }
 }
 
@@ -108,8 +115,8 @@ pub(super) struct Plan {
 }
 
 pub(super) struct Blas {
-    /// None: the library has no algorithm for it.
-    plans: Mutex<HashMap<Key, Option<Plan>>>,
+    /// What the library said where it has no algorithm.
+    plans: Mutex<HashMap<Key, std::result::Result<Plan, CublasError>>>,
     handle: Owned<sys::cublasLtHandle_t>,
     workspace: u64,
     context: Arc<CudaContext>,
@@ -146,7 +153,7 @@ impl Blas {
             std::collections::hash_map::Entry::Occupied(there) => there.into_mut(),
             std::collections::hash_map::Entry::Vacant(none) => none.insert(self.plan(&key)?),
         };
-        let Some(plan) = plan else { return Ok(false) };
+        let Ok(plan) = plan else { return Ok(false) };
         let separately = p.bias.is_some() && !plan.takes_bias;
         if separately {
             prepare()?;
@@ -194,19 +201,25 @@ impl Blas {
         }
     }
 
-    /// With the bias if the library takes it, else without, else none.
-    fn plan(&self, key: &Key) -> Result<Option<Plan>> {
+    /// The products that it was asked for and has no algorithm for.
+    pub fn refused(&self) -> Vec<String> {
+        let plans = lock(&self.plans);
+        let refused = plans.iter().filter_map(|(key, plan)| plan.as_ref().err().map(|error| format!("{error} for {key:?}")));
+        refused.collect()
+    }
+
+    /// With the bias if the library takes it, else without, else what it said.
+    fn plan(&self, key: &Key) -> Result<std::result::Result<Plan, CublasError>> {
+        use sys::cublasStatus_t::{CUBLAS_STATUS_INVALID_VALUE as INVALID, CUBLAS_STATUS_NOT_SUPPORTED as NOT_SUPPORTED};
         // A bias of another type than the result's is not among those that the library documents.
-        let fused = key.bias && key.result.dtype == key.first.dtype;
-        let ways = if fused { &[true, false][..] } else { &[false] };
-        for &bias in ways {
-            match self.try_plan(key, bias) {
-                Ok(plan) => return Ok(Some(plan)),
-                Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED | sys::cublasStatus_t::CUBLAS_STATUS_INVALID_VALUE)) => {}
-                Err(error) => return Err(Error::new(format!("cuBLASLt finds no algorithm: {error}"))),
-            }
+        let mut plan = if key.bias && key.result.dtype == key.first.dtype { self.try_plan(key, true) } else { self.try_plan(key, false) };
+        if key.bias && plan.is_err() {
+            plan = self.try_plan(key, false);
         }
-        Ok(None)
+        match plan {
+            Err(error) if !matches!(error.0, INVALID | NOT_SUPPORTED) => Err(Error::new(format!("cuBLASLt finds no algorithm: {error}"))),
+            plan => Ok(plan),
+        }
     }
 
     fn try_plan(&self, key: &Key, bias: bool) -> std::result::Result<Plan, CublasError> {
@@ -355,6 +368,8 @@ mod tests {
         assert!(Key::of(&Product { m: 1, a: Factor { stride: 0, ..a }, ..p }, false).is_some());
         assert_ne!(Key::of(&Product { a: a.from(1), ..p }, false), Key::of(&p, false));
         assert_ne!(Key::of(&p, true), Key::of(&p, false));
+        let all_half = Product { a: half(a), b: half(b), c: half(c), ..p };
+        assert_eq!(Key::of(&all_half, true), Key::of(&all_half, false));
     }
 
     #[test]

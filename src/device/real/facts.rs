@@ -4,8 +4,8 @@ use super::super::launch::KERNELS;
 use super::super::libs;
 use super::{Doing, Real};
 use crate::error::Result;
-use cudarc::driver::CudaContext;
-use cudarc::driver::sys::{CUdevice_attribute as Of, CUfunction_attribute as OfFunction};
+use cudarc::driver::result::device;
+use cudarc::driver::sys::{CUdevice, CUdevice_attribute as Of, CUfunction_attribute as OfFunction};
 
 /// A device.
 pub struct Facts {
@@ -20,15 +20,19 @@ pub struct Facts {
 impl Facts {
     /// Of all devices that the driver sees, whether kernels run on them or not.
     pub fn all() -> Result<Vec<Self>> {
-        (0..libs::devices()?).map(|ordinal| Self::of(&*CudaContext::new(ordinal).doing("opening it")?)).collect()
+        (0..libs::devices()?).map(|ordinal| Self::of(device::get(ordinal as i32).doing("looking at it")?)).collect()
     }
 
-    fn of(context: &CudaContext) -> Result<Self> {
-        let attribute = |of: Of| context.attribute(of).map(|value| value.max(0) as usize).doing("asking for its limits");
+    fn of(it: CUdevice) -> Result<Self> {
+        // SAFETY: the driver gave this device.
+        let attribute = |of: Of| unsafe { device::get_attribute(it, of) }.map(|value| value.max(0) as usize).doing("asking for its limits");
+        let major = attribute(Of::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as i32;
+        let minor = attribute(Of::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as i32;
         Ok(Self {
-            name: context.name().doing("asking for its name")?,
-            capability: context.compute_capability().doing("asking for its compute capability")?,
-            memory: context.total_mem().doing("asking for its memory")? as u64,
+            name: device::get_name(it).doing("asking for its name")?,
+            capability: (major, minor),
+            // SAFETY: as above.
+            memory: unsafe { device::total_mem(it) }.doing("asking for its memory")? as u64,
             multiprocessors: attribute(Of::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             cache: attribute(Of::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
             most_shared: attribute(Of::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
@@ -52,7 +56,7 @@ pub struct KernelFacts {
 
 impl Real {
     pub fn facts(&self) -> Result<Facts> {
-        Facts::of(&self.context)
+        Facts::of(self.context.cu_device())
     }
 
     /// Of the kernel at this position of [`KERNELS`].

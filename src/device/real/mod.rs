@@ -48,7 +48,7 @@ pub struct Real {
 /// A kernel on the device.
 struct Function {
     function: CudaFunction,
-    /// Bytes of each parameter.
+    /// Bytes of each parameter; none if the driver does not tell.
     parameters: Vec<usize>,
     /// Static shared memory of a block, and how much dynamic one it may have by now.
     fixed: usize,
@@ -139,6 +139,11 @@ impl Real {
         self.tf32.store(on, Ordering::Relaxed);
     }
 
+    /// The products so far that cuBLASLt did not take, which a slow kernel does instead.
+    pub fn without_cublas(&self) -> Vec<String> {
+        self.blas.refused()
+    }
+
     /// Makes this thread's calls go to the device; reports errors that nothing else could report.
     fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().doing("using the device")
@@ -165,8 +170,8 @@ impl Real {
         }
         let kernel = &KERNELS[at];
         let function = self.module(kernel.file)?.load_function(kernel.name).doing("finding its code")?;
-        // SAFETY: the function belongs to a module that it keeps loaded.
-        unsafe { sys::cuFuncLoad(function.cu_function()) }.result().doing("loading its code")?;
+        // SAFETY: the function belongs to a module that it keeps loaded. What fails here shows at the launch.
+        let _ = unsafe { sys::cuFuncLoad(function.cu_function()) };
         let mut parameters = Vec::new();
         loop {
             let (mut offset, mut size) = (0, 0);
@@ -187,7 +192,7 @@ impl Real {
         let function = self.function(at)?;
         let sizes = letters.chars().map(|letter| if matches!(letter, 'p' | 'l') { 8 } else { 4 });
         ensure!(
-            sizes.eq(function.parameters.iter().copied()),
+            function.parameters.is_empty() || sizes.eq(function.parameters.iter().copied()),
             "it takes parameters of {:?} bytes but was given {letters}",
             function.parameters
         );
