@@ -297,7 +297,8 @@ impl Gpu {
         let class = class_of(bytes);
         let (arena, exact) = {
             let state = lock(&self.0.state);
-            (state.arena.clone(), state.exact)
+            // What a recording hands out belongs to it, and is not given back while it lives.
+            (state.arena.clone(), state.exact && state.draws.is_none())
         };
         if exact && bytes > 0 {
             let address = self.allocate(bytes)?;
@@ -452,7 +453,8 @@ impl Gpu {
         lock(&self.0.state).draws.is_some()
     }
 
-    /// Records the work that `f` hands over; nothing of it is done before the graph is replayed.
+    /// Records the work that `f` hands over; nothing of it is done before the graph is replayed. Tensors from before that the work uses are the caller's to
+    /// keep for as long as it replays.
     pub fn capture<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<(Graph, R)> {
         ensure!(!self.is_recording(), "{}: work is being recorded already", self.name());
         self.wait()?;
