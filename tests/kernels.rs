@@ -163,19 +163,25 @@ fn a_cuda_device_gives_the_same() {
     };
     gpu.poison(true);
     let device = Device::Gpu(gpu.clone());
+    // All that is wrong is worth knowing: the machine may not be there a second time.
+    let mut wrong = Vec::new();
     for case in chosen() {
         for precision in [Dtype::F32, Dtype::Bf16] {
             in_every_version(&gpu, &case, |version| {
                 let what = format!("{precision} {version}");
-                let got = run(&case, &case.run, &device, precision, precision);
-                let got = got.unwrap_or_else(|e| panic!("{} {what}: {}", case.name, e.chain()));
-                compare(&case, &what, &got, precision).unwrap_or_else(|e| panic!("{} {what}: {}", case.name, e.chain()));
+                let check = || compare(&case, &what, &run(&case, &case.run, &device, precision, precision)?, precision);
+                match std::panic::catch_unwind(std::panic::AssertUnwindSafe(check)) {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => wrong.push(format!("{} {what}: {}", case.name, error.chain())),
+                    Err(_) => wrong.push(format!("{} {what}: see above", case.name)),
+                }
             });
         }
     }
     for product in gpu.as_real().unwrap().without_cublas() {
         println!("cuBLASLt does not take a product: {product}");
     }
+    assert!(wrong.is_empty(), "{} are not the definition:\n{}", wrong.len(), wrong.join("\n"));
 }
 
 /// The code for a real GPU, on a stand-in for CUDA's libraries that runs the emulated kernels: with cuBLASLt as it should be, without its bias, and without

@@ -29,15 +29,15 @@ pub fn run(kernels: bool, print: &mut dyn FnMut(&str)) -> Result<()> {
             Some(path) => format!("{name:<17}  {} {}", path.display(), libs::version(library).unwrap_or_default()).trim_end().to_string(),
         });
     }
-    print("\nfile       kernels  device code  for");
+    print("\nfile            kernels  device code  for");
     for (at, file) in FILES.iter().enumerate() {
         let count = KERNELS.iter().filter(|kernel| kernel.file == at).count();
         let code = if file.fatbin.is_empty() { "none".to_string() } else { format!("{:.1} KB", file.fatbin.len() as f64 / 1e3) };
         let archs = if file.archs.is_empty() { "no nvcc when this was built; needs NVRTC".to_string() } else { file.archs.join(", ") };
-        print(&format!("{:<10} {count:>7} {code:>12}  {archs}", file.name));
+        print(&format!("{:<15} {count:>7} {code:>12}  {archs}", file.name));
     }
     let bytes = FILES.iter().map(|file| file.fatbin.len()).sum::<usize>();
-    print(&format!("{:<10} {:>7} {:>9.1} KB", "all", KERNELS.len(), bytes as f64 / 1e3));
+    print(&format!("{:<15} {:>7} {:>9.1} KB", "all", KERNELS.len(), bytes as f64 / 1e3));
     if kernels {
         list(print)?;
     }
@@ -64,11 +64,13 @@ fn device(ordinal: usize, facts: &Facts) -> String {
 fn list(print: &mut dyn FnMut(&str)) -> Result<()> {
     let gpu = Gpu::cuda(0).ok();
     print(match gpu {
-        Some(_) => "\nkernel                                             file       registers  shared  local  threads  blocks/SM  code",
-        None => "\nkernel                                             file       (registers and the like need a GPU)",
+        Some(_) => {
+            "\nkernel                                             file            registers  shared  local  threads  blocks/SM  code"
+        }
+        None => "\nkernel                                             file            (registers and the like need a GPU)",
     });
     for (at, kernel) in KERNELS.iter().enumerate() {
-        let line = format!("{:<50} {:<10}", kernel.name, FILES[kernel.file].name);
+        let line = format!("{:<50} {:<15}", kernel.name, FILES[kernel.file].name);
         let facts = gpu.as_ref().and_then(Gpu::as_real).map(|real| real.kernel_facts(at)).transpose()?;
         print(&match facts {
             None => line.trim_end().to_string(),
