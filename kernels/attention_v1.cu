@@ -6,6 +6,7 @@
 // time. Sums never leave their four lanes: no atomics. Limit: f32 operations, 4 N^2 D forward and 14 N^2 D backward, and as many bytes from shared memory as
 // there are multiplications.
 #include "attention.cuh"
+#include "rows.cuh"
 
 namespace {
 
@@ -174,17 +175,23 @@ __device__ __forceinline__ void attention_bwd_v1_dkv(T* __restrict__ dqkv, const
   store_quarter<D>(dqkv + own + 2 * head, dv, 1.f, d);
 }
 
-// delta = rows(dy y). A warp a row of d numbers, rows as they lie in y [B, N, H, d]. Limit: bandwidth.
+// delta = rows(dy y). Eight lanes a row of d numbers, rows as they lie in y [B, N, H, d]; 16 bytes a lane where d is a multiple of 8. Limit: bandwidth.
 template <class T>
 __device__ __forceinline__ void attention_delta(float* __restrict__ delta, const T* __restrict__ dy, const T* __restrict__ y, int n, int heads, int d,
                                                 int rows) {
-  const int r = blockIdx.x * 4 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
-  if (r >= rows) return;
+  const int r = blockIdx.x * 16 + (threadIdx.x >> 3), part = threadIdx.x & 7;
   float sum = 0.f;
-  for (int c = lane; c < d; c += 32) sum += to_f32(y[(size_t)r * d + c]) * to_f32(dy[(size_t)r * d + c]);
-  sum = warp_sum(sum);
+  for (int c = part * 8; r < rows && c < d; c += 64) {
+    float a[8], b[8];
+    load_row(a, y + (size_t)r * d, c, d);
+    load_row(b, dy + (size_t)r * d, c, d);
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum += a[j] * b[j];
+  }
+#pragma unroll
+  for (int o = 4; o > 0; o >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
   const int h = r % heads, token = r / heads % n, b = r / heads / n;
-  if (lane == 0) delta[((size_t)b * heads + h) * n + token] = sum;
+  if (r < rows && part == 0) delta[((size_t)b * heads + h) * n + token] = sum;
 }
 
 }  // namespace

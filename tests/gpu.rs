@@ -163,6 +163,29 @@ fn a_recording_refuses_the_host_and_leaves_the_device_usable() {
 }
 
 #[test]
+fn eight_numbers_at_once_and_the_tail_one_by_one() {
+    let (gpu, device) = device();
+    for n in [1, 7, 8, 2049, 2056] {
+        let bytes: Vec<u8> = (0..n).map(|i| (i * 37 % 251) as u8).collect();
+        let want: Vec<f64> = bytes.iter().map(|&x| f64::from(x)).collect();
+        let bytes = Tensor::from_slice(&[n], &bytes).unwrap().on(&device).unwrap();
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let x = bytes.cast(dtype).unwrap();
+            let other = if dtype == Dtype::F32 { Dtype::Bf16 } else { Dtype::F32 };
+            assert_eq!(x.read().unwrap(), want, "{n} bytes as {dtype}");
+            assert_eq!(x.cast(other).unwrap().read().unwrap(), want, "{n} of {dtype} as {other}");
+            let same = Tensor::full_on(&device, &[n], dtype, -1.5).unwrap();
+            assert_eq!(same.read().unwrap(), vec![-1.5; n], "{n} of {dtype}");
+            let sum = same.accumulate(&Tensor::full_on(&device, &[n], dtype, 3.5).unwrap()).unwrap();
+            assert_eq!(sum.read().unwrap(), vec![2.0; n], "the sum of {n} of {dtype}");
+        }
+        let (mut sum, x) = (Tensor::zeros_on(&device, &[], Dtype::F32).unwrap(), bytes.cast(Dtype::F32).unwrap());
+        gpu.launch("sum_f32", Launch::new(1, 1024), Args::new().out(&mut sum).input(&x).int(n).float(0.5)).unwrap();
+        assert_eq!(sum.read().unwrap(), [want.iter().sum::<f64>() / 2.0], "the sum of {n}");
+    }
+}
+
+#[test]
 fn wrong_launches_are_one_sentence() {
     let (gpu, device) = device();
     let (mut y, x) = (numbers(&device, &[0.0; 8]), numbers(&device, &[1.0; 8]));
@@ -174,6 +197,9 @@ fn wrong_launches_are_one_sentence() {
     assert!(error.contains("cannot be launched as [1, 1, 1] blocks of 2048 threads"), "{error}");
     let error = gpu.launch("fill_32", Launch::new(1, 32).shared(1 << 20), Args::new().out(&mut y).int(0).long(8)).unwrap_err().chain();
     assert!(error.contains("needs 1048576 bytes of shared memory but a block has 232448"), "{error}");
+    let error = gpu.launch("sum_f32", Launch::new(1, 32), Args::new().out(&mut y).input(&x).int(1 << 31).float(1.0)).unwrap_err().chain();
+    let want = "emulated: kernel sum_f32: a size of 2147483648 is more than the 2147483647 that it can count to; make the batch smaller";
+    assert_eq!(error, want);
     assert_eq!(x.read().unwrap(), [1.0; 8]);
 }
 

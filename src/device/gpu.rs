@@ -504,6 +504,7 @@ impl Gpu {
         );
         let most = self.most_shared();
         ensure!(shared <= most, "{}: kernel {name} needs {shared} bytes of shared memory but a block has {most}", self.name());
+        args.check().with_context(|| format!("{}: kernel {name}", self.name()))?;
         let sizes = args.letters();
         let words = args.words(self.0.faults + 4 * at as u64);
         self.0

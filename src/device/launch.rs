@@ -4,6 +4,8 @@
 //! cells, which is what cuLaunchKernel wants. In the order outputs, inputs, saved, sizes, scalars, as kernels declare them.
 
 use super::Dtype;
+use crate::bail;
+use crate::error::Result;
 use std::ffi::{c_char, c_void};
 
 /// The emulated form of a kernel: runs it with these arguments, or answers the letters of its parameters if there are none.
@@ -62,6 +64,8 @@ pub(super) enum Cell {
 #[derive(Clone, Default, Debug)]
 pub struct Args {
     pub(super) cells: Vec<Cell>,
+    /// A size that 32 bits do not hold.
+    too_large: Option<usize>,
 }
 
 impl Args {
@@ -94,8 +98,10 @@ impl Args {
     }
 
     /// A size. Kernels count in 32 bits: a larger one is refused by the launch.
-    pub fn int(self, x: usize) -> Self {
-        self.with(Cell::Int(i32::try_from(x).unwrap_or(-1)))
+    pub fn int(mut self, x: usize) -> Self {
+        let size = i32::try_from(x);
+        self.too_large = self.too_large.or(size.is_err().then_some(x));
+        self.with(Cell::Int(size.unwrap_or(-1)))
     }
 
     pub fn flag(self, x: bool) -> Self {
@@ -119,6 +125,12 @@ impl Args {
     /// Where the kernel notes an index out of range (`unsigned* fault`).
     pub fn fault(self) -> Self {
         self.with(Cell::Fault)
+    }
+
+    /// Refuses sizes that a kernel cannot count to.
+    pub(super) fn check(&self) -> Result<()> {
+        let Some(size) = self.too_large else { return Ok(()) };
+        bail!("a size of {size} is more than the {} that it can count to; make the batch smaller", i32::MAX)
     }
 
     /// The letter of each argument: p pointer, i and f four bytes, l eight.

@@ -175,6 +175,7 @@ pub fn cases() -> Vec<Case> {
         plain("one row, no bias", &[&[1, 16], &[8, 16]]),
         plain("a convolution's weight", &[&[3, 12], &[5, 3, 2, 2], &[5]]),
         plain("enough rows for several pieces", &[&[300, 64], &[70, 64], &[70]]),
+        plain("a bias of whole vectors", &[&[70, 8], &[264, 8], &[264]]),
         gelu("2 x 5 rows, 37 to 19", &[&[2, 5, 37], &[19, 37], &[19]]),
         gelu("no bias", &[&[4, 8], &[3, 8]]),
         gelu("rows of vectors", &[&[40, 16], &[264, 16], &[264]]),

@@ -107,23 +107,23 @@ pub(crate) fn beside(activations: Dtype) -> Dtype {
 /// Second stage of a sum over rows on a GPU: `sum` [C] of parts [.., C] in f32, in a fixed order.
 pub(crate) fn sum_of_parts(gpu: &Gpu, parts: &Tensor, sum: &mut Tensor) -> Result<()> {
     let columns = parts.last();
-    gpu.launch("sum_columns_f32", Launch::new(columns.div_ceil(32), 256), Args::new().out(sum).input(parts).int(parts.rows()).int(columns))
+    gpu.launch("sum_columns_f32", Launch::new(columns.div_ceil(32), 1024), Args::new().out(sum).input(parts).int(parts.rows()).int(columns))
 }
 
 /// Both stages: `sum` [C] of the rows of x [.., C], f32 or bf16.
 pub(crate) fn sum_of_rows_on(gpu: &Gpu, x: &Tensor, sum: &mut Tensor) -> Result<()> {
     let (rows, columns) = (x.rows(), x.last());
-    let shares = rows.div_ceil(64).clamp(1, 128);
+    let (shares, width) = (rows.div_ceil(32).clamp(1, 256), if columns.is_multiple_of(8) { 256 } else { 32 });
     let mut parts = x.alike(&[shares, columns], Dtype::F32)?;
     let args = Args::new().out(&mut parts).input(x).int(rows).int(columns);
-    gpu.launch(&typed("sum_rows", x.dtype()), Launch::new(0, 256).grid(columns.div_ceil(32), shares, 1), args)?;
+    gpu.launch(&typed("sum_rows", x.dtype()), Launch::new(0, 256).grid(columns.div_ceil(width), shares, 1), args)?;
     sum_of_parts(gpu, &parts, sum)
 }
 
 /// A loss on a GPU from the partial sums of its blocks: factor * their sum, shape [].
 pub(crate) fn loss_of(gpu: &Gpu, partial: &Tensor, factor: f64) -> Result<Tensor> {
     let mut loss = partial.alike(&[], Dtype::F32)?;
-    gpu.launch("sum_f32", Launch::new(1, 256), Args::new().out(&mut loss).input(partial).int(partial.numel()).float(factor))?;
+    gpu.launch("sum_f32", Launch::new(1, 1024), Args::new().out(&mut loss).input(partial).int(partial.numel()).float(factor))?;
     Ok(loss)
 }
 

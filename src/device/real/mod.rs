@@ -222,7 +222,8 @@ impl Real {
     fn plain_product(&self, product: &Product) -> Result<()> {
         let (name, launch, args) = blas::plain(product);
         let at = find(&name).ok_or_else(|| Error::new(format!("there is no kernel {name}")))?;
-        self.kernel(&KERNELS[at], &launch, args.words(0), &args.letters()).with_context(|| format!("kernel {name}"))
+        let launched = args.check().and_then(|()| self.kernel(&KERNELS[at], &launch, args.words(0), &args.letters()));
+        launched.with_context(|| format!("kernel {name}"))
     }
 
     fn product(&self, product: &Product) -> Result<()> {

@@ -159,7 +159,7 @@ pub(super) fn backward(gpu: &Gpu, dy: &Tensor, saved: &Saved, s: &Sizes, dqkv: &
     let mut delta = lse.alike(lse.shape(), Dtype::F32)?;
     let rows = lse.numel();
     let args = Args::new().out(&mut delta).input(dy).input(y).int(s.n).int(s.heads).int(s.width).int(rows);
-    gpu.launch(&typed("attention_delta", dtype), Launch::new(rows.div_ceil(4), 128), args)?;
+    gpu.launch(&typed("attention_delta", dtype), Launch::new(rows.div_ceil(16), 128), args)?;
     for (side, rows) in [("dq", s.n), ("dkv", s.keys)] {
         let args = s.sizes(inputs(dqkv).input(lse).input(&delta)).float(s.scale()).fault();
         gpu.launch(&s.kernel(&format!("{name}_{side}"), dtype), s.by_rows(rows, each).shared(shared), args)?;
