@@ -231,6 +231,7 @@ mod gpu {
     use crate::device::gpu::Gpu;
     use crate::device::launch::{Args, Launch, typed};
     use crate::device::product::{Factor, Product, Target};
+    use crate::ensure;
     use crate::error::Result;
     use crate::ops::sum_of_rows_on;
     use crate::tape::Need;
@@ -256,6 +257,12 @@ mod gpu {
     }
 
     pub fn convolve(gpu: &Gpu, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, s: &Sizes) -> Result<Tensor> {
+        // Kernels number what belongs to one image in 32 bits.
+        let most = (s.c * s.h * s.w).max(s.places() * s.window());
+        ensure!(
+            most < 1 << 31,
+            "conv2d: x is {x:?}, of which an image or its windows have {most} numbers, more than a GPU's kernel can count to"
+        );
         let (rows, dtype) = (s.batch * s.places(), x.dtype());
         let windows = windows(gpu, x, s)?;
         let mut tokens = x.alike(&[rows, s.out], dtype)?;
