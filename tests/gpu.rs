@@ -158,6 +158,15 @@ fn a_recording_refuses_the_host_and_leaves_the_device_usable() {
     assert!(error.contains("no numbers to read yet"), "{error}");
     let error = gpu.capture(|| gpu.capture(|| Ok(())).map(|_| ())).err().unwrap().chain();
     assert!(error.contains("being recorded already"), "{error}");
+    let error = gpu.capture(|| gpu.wait()).err().unwrap().chain();
+    assert!(error.contains("recorded work is not waited for"), "{error}");
+    let (graph, _) = gpu.capture(|| x.copy()).unwrap();
+    let error = gpu.capture(|| graph.replay(&Rng::new(0))).err().unwrap().chain();
+    assert!(error.contains("not replayed inside a recording"), "{error}");
+    gpu.exact(true);
+    let error = gpu.capture(|| x.copy()).err().unwrap().chain();
+    assert!(error.contains("not recorded while memory is given back at once"), "{error}");
+    gpu.exact(false);
     assert_eq!(x.read().unwrap(), [1.0]);
     assert_eq!(Var::constant(x.clone()).add(&Var::constant(x)).unwrap().value().read().unwrap(), [2.0]);
 }
@@ -174,6 +183,9 @@ fn wrong_launches_are_one_sentence() {
     assert!(error.contains("cannot be launched as [1, 1, 1] blocks of 2048 threads"), "{error}");
     let error = gpu.launch("fill_32", Launch::new(1, 32).shared(1 << 20), Args::new().out(&mut y).int(0).long(8)).unwrap_err().chain();
     assert!(error.contains("needs 1048576 bytes of shared memory but a block has 232448"), "{error}");
+    let args = Args::new().out(&mut y).input(&x).input(&x).int(3 << 30);
+    let error = gpu.launch("add_f32", Launch::new(1, 256), args).unwrap_err().chain();
+    assert_eq!(error, "emulated: kernel add_f32 counts in 32 bits and cannot count 3221225472; make the batch smaller");
     assert_eq!(x.read().unwrap(), [1.0; 8]);
 }
 

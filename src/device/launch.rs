@@ -62,6 +62,8 @@ pub(super) enum Cell {
 #[derive(Clone, Default, Debug)]
 pub struct Args {
     pub(super) cells: Vec<Cell>,
+    /// A size that does not fit into its cell.
+    pub(super) too_large: Option<usize>,
 }
 
 impl Args {
@@ -94,8 +96,10 @@ impl Args {
     }
 
     /// A size. Kernels count in 32 bits: a larger one is refused by the launch.
-    pub fn int(self, x: usize) -> Self {
-        self.with(Cell::Int(i32::try_from(x).unwrap_or(-1)))
+    pub fn int(mut self, x: usize) -> Self {
+        let fits = i32::try_from(x);
+        self.too_large = self.too_large.or(fits.err().map(|_| x));
+        self.with(Cell::Int(fits.unwrap_or(i32::MAX)))
     }
 
     pub fn flag(self, x: bool) -> Self {
