@@ -3,10 +3,10 @@
 //! | variable | meaning |
 //! |---|---|
 //! | `MASQUE_NVCC` | the nvcc to use; else CUDA_HOME, CUDA_PATH, CUDA_ROOT, PATH, a virtual environment with pip's packages, /usr/local/cuda |
-//! | `MASQUE_REQUIRE_CUDA=1` | no nvcc is an error and not a warning |
+//! | `MASQUE_REQUIRE_CUDA=1` | no nvcc is an error and not a warning; so is anything else but nothing and 0 |
 //! | `MASQUE_CUDA_ARCHS` | targets, by default `80,90a`; PTX for compute_80 always comes with them |
 //!
-//! Nothing is downloaded and no GPU is asked for anything. Objects whose sources have not changed since are kept.
+//! Nothing is downloaded and no GPU is asked for anything. What has been made is kept while its source, the headers and the compiler stay the same.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -39,14 +39,20 @@ fn main() {
             .chain(["build.rs".into()]),
     );
 
-    let compiler = cc::Build::new().cpp(true).warnings(false).get_compiler();
+    let mut build = cc::Build::new();
+    let compiler = build.cpp(true).warnings(false).try_get_compiler();
+    let compiler = compiler.unwrap_or_else(|error| fail(&format!("{error}; {NEEDS_CPP}")));
+    if !answers(compiler.path()) {
+        fail(&format!("the C++ compiler {} does not answer --version; {NEEDS_CPP}", compiler.path().display()));
+    }
+    forget_unless_made_by(&out, "cpp", &["o", "names"], &format!("{:?} {:?}", compiler.path(), compiler.args()));
     let emulated = env::var_os("CARGO_FEATURE_EMULATED").is_some();
     let runtime = Path::new(KERNELS).join("emulate/runtime.cpp");
     let mut objects: Vec<PathBuf> = sources.iter().map(|source| out.join(stem(source)).with_extension("o")).collect();
     let mut jobs: Vec<Job> = Vec::new();
     for (source, object) in sources.iter().zip(&objects) {
         let names = object.with_extension("names");
-        jobs.push(Job { from: source, to: names.clone(), command: preprocess(&compiler, source, &names), what: "the C++ compiler" });
+        jobs.push(Job { from: source, to: names.clone(), command: preprocess(&compiler, source), what: "the C++ compiler" });
         if emulated {
             jobs.push(Job {
                 from: source,
@@ -70,19 +76,15 @@ fn main() {
     let archs = if nvcc.is_some() { archs() } else { Vec::new() };
     match &nvcc {
         Some(nvcc) => {
-            let (stamp, wanted) = (out.join("archs"), archs.join(","));
-            if fs::read_to_string(&stamp).unwrap_or_default() != wanted {
-                with_ending(&out, "fatbin").iter().for_each(|old| fs::remove_file(old).expect("OUT_DIR can be written"));
-                fs::write(&stamp, &wanted).expect("OUT_DIR can be written");
-            }
+            forget_unless_made_by(&out, "nvcc", &["fatbin"], &format!("{nvcc:?} {archs:?}"));
             for source in &sources {
                 let fatbin = out.join(stem(source)).with_extension("fatbin");
                 jobs.push(Job { from: source, to: fatbin.clone(), command: device_code(nvcc, &archs, source, &fatbin), what: "nvcc" });
             }
             println!("cargo:rustc-cfg=masque_fatbins");
         }
-        None if env::var_os("MASQUE_REQUIRE_CUDA").is_some_and(|value| value == "1") => {
-            fail("MASQUE_REQUIRE_CUDA is 1 and no nvcc was found; set MASQUE_NVCC to one");
+        None if env::var_os("MASQUE_REQUIRE_CUDA").is_some_and(|value| !value.is_empty() && value != "0") => {
+            fail("MASQUE_REQUIRE_CUDA is set and no nvcc was found; set MASQUE_NVCC to one");
         }
         None => println!(
             "cargo:warning=no nvcc was found (MASQUE_NVCC, CUDA_HOME, CUDA_PATH, CUDA_ROOT, PATH, virtual environment): built without GPU code; \
@@ -122,6 +124,22 @@ fn fail(message: &str) -> ! {
     println!("cargo:warning={message}");
     eprintln!("{message}");
     std::process::exit(1);
+}
+
+const NEEDS_CPP: &str = "the kernels in kernels/ need one: install g++, or set CXX to one";
+
+/// Removes what another tool, or this one with other options, has made.
+fn forget_unless_made_by(out: &Path, tool: &str, endings: &[&str], how: &str) {
+    let stamp = out.join(tool);
+    if fs::read_to_string(&stamp).unwrap_or_default() != how {
+        let old = endings.iter().flat_map(|ending| with_ending(out, ending));
+        old.for_each(|old| fs::remove_file(old).expect("OUT_DIR can be written"));
+        fs::write(&stamp, how).expect("OUT_DIR can be written");
+    }
+}
+
+fn answers(program: &Path) -> bool {
+    Command::new(program).arg("--version").output().is_ok_and(|done| done.status.success())
 }
 
 fn stem(path: &Path) -> &str {
@@ -176,7 +194,7 @@ fn as_cpp(source: &Path) -> Vec<OsString> {
 }
 
 /// Macros expanded, so that each `KERNEL(name)`, also one inside another macro, shows as a symbol.
-fn preprocess(compiler: &cc::Tool, source: &Path, _to: &Path) -> Invocation {
+fn preprocess(compiler: &cc::Tool, source: &Path) -> Invocation {
     let mut args = words(&["-E", "-P"]);
     args.extend(as_cpp(source));
     of(compiler, args, true)
@@ -321,7 +339,6 @@ fn table(sources: &[PathBuf], out: &Path, emulated: bool, archs: &[String]) -> S
 
 fn find_nvcc() -> Option<PathBuf> {
     let variable = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let answers = |path: &Path| Command::new(path).arg("--version").output().is_ok_and(|done| done.status.success());
     if let Some(given) = variable("MASQUE_NVCC") {
         if !answers(&given) {
             fail(&format!("MASQUE_NVCC is {}, which does not answer --version", given.display()));

@@ -245,26 +245,20 @@ impl Params {
         self.forget_gradients();
     }
 
-    fn forget_gradients(&mut self) {
+    pub(crate) fn forget_gradients(&mut self) {
         self.entries.iter_mut().for_each(|entry| (entry.gradient, entry.has_gradient) = (None, false));
         self.gradients_allocated = false;
     }
 
-    /// Replaces a value; the number of elements must agree.
+    /// Replaces a value, and its working copy where there is one; the shapes must agree.
     pub fn set_value(&mut self, id: ParamId, value: &Tensor) -> Result<()> {
         let own = &self.values[id.0];
         ensure!(value.shape() == own.shape(), "{} is {:?}, the model wants {:?}", self.name(id), value.shape(), own.shape());
         let value = value.cast(self.dtype)?.on(&Device::Cpu)?;
+        let free = self.working.get(id.0).is_none_or(Tensor::is_unique);
+        ensure!(free, "the working copy of {} is still in use by a recorded forward pass", self.name(id));
         self.value_mut(id)?.upload(&value)?;
-        self.refresh_one(id)
-    }
-
-    fn refresh_one(&mut self, id: ParamId) -> Result<()> {
-        if let Some(working) = self.working.get_mut(id.0) {
-            ensure!(working.is_unique(), "the working copy is still in use by a recorded forward pass");
-            working.round_from(&self.values[id.0])?;
-        }
-        Ok(())
+        self.working.get_mut(id.0).map_or(Ok(()), |working| working.round_from(&self.values[id.0]))
     }
 
     /// Takes every value from named tensors. Nothing changes unless names and shapes agree throughout; the error lists all that do not.

@@ -158,7 +158,8 @@ impl Tape {
         matches!((&self.0, &other.0), (Some(a), Some(b)) if Rc::ptr_eq(a, b))
     }
 
-    /// Gradients of `loss`, one number, with respect to everything on this tape. Those of `params` are added to what their gradient buffers hold.
+    /// Gradients of `loss`, one number, with respect to everything on this tape. Those of `params` are added to what their gradient buffers hold;
+    /// where that fails they have none.
     pub fn backward(&self, loss: &Var, params: &mut [&mut Params]) -> Result<Gradients> {
         ensure!(loss.value.numel() == 1, "backward: the loss is {:?}, not one number", loss.value.shape());
         let one = Tensor::full_on(&loss.value.device(), loss.value.shape(), loss.value.dtype(), 1.0)?;
@@ -176,6 +177,15 @@ impl Tape {
             output.value.shape()
         );
         let last = place.expect("checked above");
+        let walked = self.walk(last, gradient, params);
+        if walked.is_err() {
+            // Memory that was lent is gone with the walk.
+            params.iter_mut().for_each(|params| params.forget_gradients());
+        }
+        walked
+    }
+
+    fn walk(&self, last: usize, gradient: Tensor, params: &mut [&mut Params]) -> Result<Gradients> {
         let device = gradient.device();
         let recording = self.0.as_ref().map(|recording| recording.take()).expect("a tape with a place on it is on");
         let nodes = recording.nodes;
@@ -356,6 +366,28 @@ mod tests {
             Ok([Some(so_far.map_or(Ok(dx.clone()), |so_far| dx.accumulate(&so_far))?)])
         };
         Var::record("three", [x], times(x.value()), backward).unwrap()
+    }
+
+    #[test]
+    fn a_backward_that_fails_leaves_parameters_that_can_be_trained() {
+        let mut builder = ParamsBuilder::default();
+        let ids = ["a", "b"].map(|name| builder.add(name, &[2], Init::Constant(1.0)).unwrap());
+        let mut params = builder.build(Dtype::F64, &Rng::new(0)).unwrap();
+        for fails in [true, false] {
+            let tape = Tape::new();
+            let [a, b] = ids.map(|id| params.var(&tape, id));
+            let backward = move |dy: Tensor, need: &mut Need| {
+                ensure!(!fails, "it fails");
+                let answers = [need.give(0, |da| da.copy_from(&dy))?, need.give(1, |db| db.copy_from(&dy))?];
+                Ok(answers)
+            };
+            let sum = Var::record("sum", [&a, &b], numbers(&[2.0, 2.0]), backward).unwrap();
+            drop((a, b));
+            let done = tape.backward_from(&sum, numbers(&[3.0, 4.0]), &mut [&mut params]);
+            assert_eq!(done.is_err(), fails);
+            let flat = params.with_flat_gradients(|flat: &mut [f64]| (flat[0], flat[1], flat[8], flat[9])).unwrap();
+            assert_eq!(flat, if fails { (0.0, 0.0, 0.0, 0.0) } else { (3.0, 4.0, 3.0, 4.0) });
+        }
     }
 
     #[test]

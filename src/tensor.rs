@@ -346,12 +346,15 @@ impl Tensor {
     /// New memory with the same numbers.
     pub fn copy(&self) -> Result<Self> {
         let mut copy = self.alike(&self.shape, self.dtype)?;
-        copy.take_from(self)?;
+        copy.copy_from(self)?;
         Ok(copy)
     }
 
-    /// Takes over the numbers of a tensor of the same device, shape and dtype.
-    fn take_from(&mut self, other: &Tensor) -> Result<()> {
+    /// Takes over the numbers of a tensor of the same device, shape and dtype; nobody else may hold those of this one.
+    pub fn copy_from(&mut self, other: &Tensor) -> Result<()> {
+        ensure!(self.shape == other.shape && self.dtype == other.dtype, "replace: {self:?} by {other:?}");
+        ensure!(self.gpu() == other.gpu(), "replace: {self:?} and {other:?} are on different devices");
+        ensure!(self.is_unique(), "replace: {self:?} is still in use");
         let bytes = other.numel() * other.dtype.size();
         match (&mut self.storage, &other.storage) {
             (Storage::Gpu(to), Storage::Gpu(from)) => {
@@ -435,9 +438,7 @@ impl Tensor {
 
     /// The numbers of `other` in the memory of self.
     pub fn replace(mut self, other: &Tensor) -> Result<Self> {
-        ensure!(self.shape == other.shape && self.dtype == other.dtype, "replace: {self:?} by {other:?}");
-        ensure!(self.gpu() == other.gpu(), "replace: {self:?} and {other:?} are on different devices");
-        self.take_from(other)?;
+        self.copy_from(other)?;
         Ok(self)
     }
 

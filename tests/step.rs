@@ -13,6 +13,8 @@ use masque::rng::Rng;
 use masque::tape::{Tape, Var};
 use masque::tensor::{Device, Dtype, Tensor};
 use masque::train::step::{Step, StepOptions};
+use std::cell::Cell;
+use std::rc::Rc;
 
 const SIDE: usize = 4;
 const PIXELS: usize = 3 * SIDE * SIDE;
@@ -22,6 +24,8 @@ const WIDTH: usize = 19;
 struct Tiny {
     params: Params,
     ids: [ParamId; 5],
+    /// Whether it asks for numbers of the device, which recorded work cannot have.
+    reads: Rc<Cell<bool>>,
 }
 
 impl Tiny {
@@ -34,7 +38,7 @@ impl Tiny {
         let head = builder.add("head.weight", &[5, WIDTH], Init::Normal(0.3)).unwrap();
         let mut params = builder.build(Dtype::F32, &Rng::new(1)).unwrap();
         params.move_to(device, precision).unwrap();
-        Self { params, ids: [unused, hidden, bias, frozen, head] }
+        Self { params, ids: [unused, hidden, bias, frozen, head], reads: Rc::default() }
     }
 
     /// The sum of all numbers of y times weights of chance.
@@ -55,6 +59,9 @@ impl Method for Tiny {
 
     fn loss(&self, tape: &Tape, batch: &Batch, rng: &Rng) -> Result<Loss> {
         let [_, hidden, bias, frozen, head] = self.ids.map(|id| self.params.working(tape, id));
+        if self.reads.get() {
+            batch.images.read()?;
+        }
         let images = batch.images.cast(self.params.precision())?;
         let x = Var::constant(images.reshape(&[images.shape()[0], PIXELS])?);
         let y = x.linear_gelu(&hidden, Some(&bias))?;
@@ -171,6 +178,34 @@ fn recorded_steps_are_plain_steps_bit_for_bit() {
             assert!(plain == recorded, "{which} {precision}: {:?} {:?}", plain.numbers, recorded.numbers);
         }
     }
+}
+
+#[test]
+fn a_step_that_cannot_be_recorded_does_no_harm() {
+    let device = emulated();
+    let tiny = Tiny::new(&device, Dtype::F32);
+    let (reads, optimizer) = (tiny.reads.clone(), optimizer("adamw", &tiny.params));
+    let mut step = Step::new(Box::new(tiny), optimizer, StepOptions { clip: None });
+    let mut numbers = Vec::new();
+    for i in 0..STEPS {
+        if i == 2 {
+            reads.set(true);
+            let refused = step.run(&batch(i, 6), &Rng::new(9).at(i), lr(i)).unwrap_err().chain();
+            assert_eq!(refused, "recording a step: emulated: recorded work has no numbers to read yet");
+            reads.set(false);
+        }
+        numbers.extend(here(&step.run(&batch(i, 6), &Rng::new(9).at(i), lr(i)).unwrap()));
+    }
+    assert!(step.is_recorded());
+    assert!(step.optimizer().state().memories().all(|memory| memory.steps == STEPS));
+    assert_eq!(numbers, by_hand("adamw", &device, Dtype::F32, None).numbers);
+    // Nor does a batch that is elsewhere.
+    let elsewhere = Batch { images: batch(0, 6).images.on(&emulated()).unwrap() };
+    assert_eq!(
+        step.run(&elsewhere, &Rng::new(9), 0.01).unwrap_err().chain(),
+        "a step on emulated cannot take images that are on another device, emulated"
+    );
+    assert!(step.run(&batch(0, 6), &Rng::new(9), 0.01).is_ok());
 }
 
 #[test]

@@ -200,6 +200,7 @@ pub struct Graph {
 impl Graph {
     /// Does the recorded work once more, with the numbers that `rng` gives for the recorded names.
     pub fn replay(&self, rng: &Rng) -> Result<()> {
+        ensure!(!self.gpu.is_recording(), "{}: recorded work is not replayed inside a recording", self.gpu.name());
         for draw in &self.draws {
             let numbers = rng.uniform(&draw.name, draw.count)?;
             self.gpu.upload(&draw.block, 0, bytemuck::cast_slice(&numbers))?;
@@ -277,7 +278,8 @@ impl Gpu {
         lock(&self.0.state).poison = on;
     }
 
-    /// Makes every piece of memory an allocation of just its size from now on: slow, and what a check of memory accesses needs.
+    /// Makes every piece of memory an allocation of just its size from now on: slow, and what a check of memory accesses needs. Nothing is recorded then,
+    /// since memory goes when it is dropped.
     pub fn exact(&self, on: bool) {
         lock(&self.0.state).exact = on;
     }
@@ -400,6 +402,7 @@ impl Gpu {
 
     /// Waits for all work; an index that was out of range is an error here at the latest.
     pub fn wait(&self) -> Result<()> {
+        ensure!(!self.is_recording(), "{}: recorded work is not waited for", self.name());
         self.0.backend.wait()?;
         self.check_faults()
     }
@@ -457,6 +460,7 @@ impl Gpu {
     /// keep for as long as it replays.
     pub fn capture<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<(Graph, R)> {
         ensure!(!self.is_recording(), "{}: work is being recorded already", self.name());
+        ensure!(!lock(&self.0.state).exact, "{}: work is not recorded while memory is given back at once", self.name());
         self.wait()?;
         // The graph takes over all free memory, so that in the usual case nothing has to be allocated meanwhile.
         let outer = lock(&self.0.state).arena.clone();
@@ -505,11 +509,11 @@ impl Gpu {
         let most = self.most_shared();
         ensure!(shared <= most, "{}: kernel {name} needs {shared} bytes of shared memory but a block has {most}", self.name());
         args.check().with_context(|| format!("{}: kernel {name}", self.name()))?;
-        let sizes = args.letters();
+        let letters = args.letters();
         let words = args.words(self.0.faults + 4 * at as u64);
         self.0
             .backend
-            .submit(Work::Kernel { kernel: &KERNELS[at], launch, words, letters: sizes })
+            .submit(Work::Kernel { kernel: &KERNELS[at], launch, words, letters })
             .with_context(|| format!("{}: kernel {name}", self.name()))
     }
 

@@ -52,7 +52,7 @@ pub struct StepArgs {
     /// Steps that are measured
     #[arg(long, default_value_t = 5)]
     pub steps: usize,
-    /// Steps before them that are not
+    /// Steps before them that are not; on a GPU at least the three after which a step is recorded
     #[arg(long, default_value_t = 2)]
     pub warmup: usize,
     /// Seed of the weights, the images and the masks
@@ -78,13 +78,15 @@ pub struct Report {
     args: StepArgs,
     parameters: usize,
     patch: usize,
+    /// Steps that were taken before those that are measured: more than asked for where a step is recorded only then.
+    warmup: usize,
     total: Times,
     /// Forward, backward and update, where they can be told apart: a recorded step is one piece.
     parts: Option<[Times; 3]>,
     losses: Vec<f64>,
-    /// Bytes of the memory pool, and how often it asked the system during the measured steps.
+    /// Bytes of the memory pool, and how much more it took during the measured steps: requests to the system on the CPU, bytes of a GPU.
     memory: usize,
-    requests: usize,
+    more: usize,
 }
 
 /// No more steps than this are counted.
@@ -100,6 +102,9 @@ fn check(args: &StepArgs, encoder: &VitConfig, decoder: &DecoderConfig) -> std::
     counted("--warmup", args.warmup, 0)?;
     if args.batch == 0 {
         return Err("--batch 0: at least one image is needed".into());
+    }
+    if args.device == Named::Cpu && args.precision == Dtype::Bf16 {
+        return Err("--precision bf16: the CPU computes in f32; use --device gpu or --device emulated".into());
     }
     encoder.check().map_err(|error| error.chain())?;
     let (width, heads) = (decoder.width, decoder.heads);
@@ -149,7 +154,7 @@ pub fn run(args: &StepArgs) -> Result<Report> {
     let config = MaeConfig { encoder, decoder, mask_ratio: args.mask_ratio, norm_pix: args.norm_pix };
     let device = args.device.open()?;
     let mut mae = Mae::new(config, Dtype::F32, &rng)?;
-    mae.params.move_to(&device, args.precision).map_err(|error| Error::usage(error.chain()))?;
+    mae.params.move_to(&device, args.precision)?;
     let shape = [args.batch, 3, args.image_size, args.image_size];
     let batch = Batch { images: Tensor::from_slice(&shape, &rng.normal("images", shape.iter().product()))? };
     let optimizer = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8)?;
@@ -204,7 +209,7 @@ impl Run<'_> {
         let [total, forward, backward, update] = parts.map(Times::of);
         let (memory, after) = memory::taken_from_system();
         let requests = after - requests;
-        Ok(self.report(total, Some([forward, backward, update]), losses, memory, requests))
+        Ok(self.report(args.warmup, total, Some([forward, backward, update]), losses, [memory, requests]))
     }
 
     /// On a GPU: the step as training takes it, recorded once and replayed, images written to the device each time.
@@ -229,11 +234,11 @@ impl Run<'_> {
             losses.push(value);
         }
         let memory = gpu.memory().1;
-        Ok(self.report(Times::of(times), None, losses, memory as usize, (memory - before) as usize))
+        Ok(self.report(warm, Times::of(times), None, losses, [memory, memory - before].map(|bytes| bytes as usize)))
     }
 
-    fn report(&self, total: Times, parts: Option<[Times; 3]>, losses: Vec<f64>, memory: usize, requests: usize) -> Report {
-        Report { args: self.args.clone(), parameters: self.parameters, patch: self.patch, total, parts, losses, memory, requests }
+    fn report(&self, warmup: usize, total: Times, parts: Option<[Times; 3]>, losses: Vec<f64>, [memory, more]: [usize; 2]) -> Report {
+        Report { args: self.args.clone(), parameters: self.parameters, patch: self.patch, warmup, total, parts, losses, memory, more }
     }
 }
 
@@ -244,14 +249,15 @@ impl Report {
 
     pub fn json(&self) -> Value {
         let a = &self.args;
+        let more = if self.parts.is_some() { "system_requests_in_steady_state" } else { "bytes_taken_in_steady_state" };
         json!({
             "what": "step", "method": "mae", "model": a.model, "image_size": a.image_size, "patch_size": self.patch, "batch": a.batch,
             "mask_ratio": a.mask_ratio, "decoder_dim": a.decoder_dim, "decoder_depth": a.decoder_depth, "decoder_heads": a.decoder_heads,
-            "norm_pix": a.norm_pix, "dtype": a.precision.name(), "device": a.device.to_string(), "threads": parallel::threads(), "steps": a.steps,
+            "norm_pix": a.norm_pix, "dtype": a.precision.name(), "device": a.device.to_string(), "threads": parallel::threads(), "steps": a.steps, "warmup": self.warmup,
             "parameters": self.parameters, "ms_per_step": self.total.median, "min_ms": self.total.min, "max_ms": self.total.max,
             "images_per_s": self.images_per_second(),
             "parts": self.parts.map(|[forward, backward, update]| json!({ "forward": forward.median, "backward": backward.median, "update": update.median })),
-            "loss": self.losses.last(), "losses": self.losses, "pool_bytes": self.memory, "system_requests_in_steady_state": self.requests,
+            "loss": self.losses.last(), "losses": self.losses, "pool_bytes": self.memory, more: self.more,
         })
     }
 
@@ -285,14 +291,14 @@ impl Report {
             a.precision,
             device,
             a.steps,
-            a.warmup,
+            self.warmup,
             self.total.median,
             self.total.min,
             self.total.max,
             self.images_per_second(),
             self.memory as f64 / 1e6,
             if self.parts.is_some() { "requests to the system" } else { "bytes taken from the device" },
-            self.requests
+            self.more
         )
     }
 }

@@ -34,7 +34,12 @@ pub trait Optimizer {
     /// Changes every parameter that has a gradient. One without a gradient keeps its value, its state and its number of updates.
     fn step(&mut self, params: &mut Params, lr: f64) -> Result<()> {
         self.prepare(params, lr)?;
-        self.apply(params)
+        self.apply(params).inspect_err(|_| self.withdraw())
+    }
+
+    /// Takes back what was prepared last: no update was made with it.
+    fn withdraw(&mut self) {
+        self.state_mut().withdraw();
     }
 
     /// What is remembered from step to step, for checkpoints.

@@ -32,6 +32,8 @@ struct Slot {
     id: ParamId,
     group: usize,
     steps: u64,
+    /// Whether the last update that was prepared is counted in them.
+    counted: bool,
     /// From when an update is prepared until it is made.
     plan: Option<Plan>,
 }
@@ -61,7 +63,7 @@ impl State {
             for (what, number) in [("weight decay", group.weight_decay), ("learning-rate scale", group.lr_scale)] {
                 ensure!(number.is_finite() && number >= 0.0, "{optimizer}: group {} has a {what} of {number}", group.name);
             }
-            slots.extend(group.params.iter().map(|&id| Slot { id, group: i, steps: 0, plan: None }));
+            slots.extend(group.params.iter().map(|&id| Slot { id, group: i, steps: 0, counted: false, plan: None }));
         }
         slots.sort_by_key(|slot| slot.id);
         let slot_of: HashMap<ParamId, usize> = slots.iter().enumerate().map(|(i, slot)| (slot.id, i)).collect();
@@ -137,24 +139,36 @@ impl State {
             ensure!(own, "{optimizer}: the state of {name} is still held elsewhere");
             ensure!(params.value(id).is_unique(), "{name} is still in use by a recorded forward pass");
         }
+        if params.device().gpu().is_some() {
+            let places = Places::of(params, &self.slot_of);
+            if self.pieces.as_ref().is_none_or(|pieces| pieces.places != places) {
+                self.pieces = Some(Pieces::new(params, places)?);
+            }
+        }
         for slot in &mut self.slots {
             let group = &self.groups[slot.group];
+            slot.counted = params.gradient(slot.id).is_some();
             slot.plan = params.gradient(slot.id).map(|gradient| {
                 slot.steps += 1;
                 let vector = gradient.shape().len() <= 1;
                 Plan { lr: lr * group.lr_scale, weight_decay: group.weight_decay, steps: slot.steps, vector }
             });
         }
-        if params.device().gpu().is_none() {
-            return Ok(());
-        }
-        let places = Places::of(params, &self.slot_of);
-        let pieces = match self.pieces.take().filter(|pieces| pieces.places == places) {
-            Some(pieces) => pieces,
-            None => Pieces::new(params, places)?,
-        };
+        let Some(pieces) = self.pieces.as_mut().filter(|_| params.device().gpu().is_some()) else { return Ok(()) };
         let rules = self.slots.iter().map(|slot| slot.plan.as_ref().map(&rule));
-        self.pieces.insert(pieces).write(rules)
+        let written = pieces.write(rules);
+        if written.is_err() {
+            self.withdraw();
+        }
+        written
+    }
+
+    /// Forgets the update that was prepared last and counts it no more: it could not be made.
+    pub(super) fn withdraw(&mut self) {
+        for slot in &mut self.slots {
+            slot.steps -= u64::from(std::mem::take(&mut slot.counted));
+            slot.plan = None;
+        }
     }
 
     /// Takes the plans: one for each slot, and only for what has a gradient.

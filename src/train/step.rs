@@ -12,7 +12,7 @@ use crate::optim::{Optimizer, clip};
 use crate::param::ParamId;
 use crate::rng::Rng;
 use crate::tape::Tape;
-use crate::tensor::Tensor;
+use crate::tensor::{Device, Tensor};
 
 /// Steps before one is recorded: memory is allocated in the first, and the second shows that nothing more is asked for.
 const WARM_UP: usize = 2;
@@ -73,18 +73,30 @@ impl Step {
 
     fn run_on(&mut self, gpu: &Gpu, batch: Batch, rng: &Rng, lr: f64) -> Result<Tensor> {
         if self.recorded.is_none() && self.taken < WARM_UP {
+            let loss = self.eager(&batch, rng, lr)?;
             self.taken += 1;
-            return self.eager(&batch, rng, lr);
+            return Ok(loss);
         }
         // The host's half of the update comes first; what has a gradient is what had one after the last walk.
         let params = self.method.params();
         params.assume_gradients(&self.reached)?;
         self.optimizer.prepare(params, lr)?;
+        let done = self.replay(gpu, &batch, rng);
+        if done.is_err() {
+            self.optimizer.withdraw();
+            // What could not be recorded begins anew.
+            self.taken = 0;
+        }
+        done
+    }
+
+    /// The update is prepared; records the step if it is not yet.
+    fn replay(&mut self, gpu: &Gpu, batch: &Batch, rng: &Rng) -> Result<Tensor> {
         if self.recorded.is_none() {
             let (method, optimizer, options) = (&mut *self.method, &mut *self.optimizer, self.options);
             let (graph, (loss, norm)) = gpu
                 .capture(|| {
-                    let walked = walk(method, &batch, rng, options)?;
+                    let walked = walk(method, batch, rng, options)?;
                     optimizer.apply(method.params())?;
                     Ok(walked)
                 })
@@ -104,31 +116,34 @@ impl Step {
         Ok(loss)
     }
 
-    /// The batch where recorded work reads it.
+    /// The batch where recorded work reads it, always in the same memory.
     fn place(&mut self, gpu: &Gpu, batch: &Batch) -> Result<Batch> {
         let images = &batch.images;
-        if let Some(own) = &self.images {
-            ensure!(
-                own.shape() == images.shape() && own.dtype() == images.dtype(),
-                "a step on {} is recorded for one shape of batches: it takes {} {:?}, not {} {:?}",
-                gpu.name(),
-                own.dtype(),
-                own.shape(),
-                images.dtype(),
-                images.shape()
-            );
-        }
-        let mut own = match self.images.take() {
+        ensure!(
+            images.gpu().is_none_or(|of| of == gpu),
+            "a step on {} cannot take images that are on another device, {}",
+            gpu.name(),
+            images.device()
+        );
+        let own = match &mut self.images {
             Some(own) => own,
-            None => Tensor::empty_on(self.method.params().device(), images.shape(), images.dtype())?,
+            none => none.insert(Tensor::empty_on(&Device::Gpu(gpu.clone()), images.shape(), images.dtype())?),
         };
+        ensure!(
+            own.shape() == images.shape() && own.dtype() == images.dtype(),
+            "a step on {} is recorded for one shape of batches: it takes {} {:?}, not {} {:?}",
+            gpu.name(),
+            own.dtype(),
+            own.shape(),
+            images.dtype(),
+            images.shape()
+        );
         if images.gpu().is_some() {
-            own = own.replace(images)?;
+            own.copy_from(images)?
         } else {
-            own.upload(images)?;
+            own.upload(images)?
         }
-        self.images = Some(own.clone());
-        Ok(Batch { images: own })
+        Ok(Batch { images: own.clone() })
     }
 }
 
