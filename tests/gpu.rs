@@ -163,10 +163,6 @@ fn a_recording_refuses_the_host_and_leaves_the_device_usable() {
     let (graph, _) = gpu.capture(|| x.copy()).unwrap();
     let error = gpu.capture(|| graph.replay(&Rng::new(0))).err().unwrap().chain();
     assert!(error.contains("not replayed inside a recording"), "{error}");
-    gpu.exact(true);
-    let error = gpu.capture(|| x.copy()).err().unwrap().chain();
-    assert!(error.contains("not recorded while memory is given back at once"), "{error}");
-    gpu.exact(false);
     assert_eq!(x.read().unwrap(), [1.0]);
     assert_eq!(Var::constant(x.clone()).add(&Var::constant(x)).unwrap().value().read().unwrap(), [2.0]);
 }

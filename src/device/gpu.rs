@@ -278,8 +278,7 @@ impl Gpu {
         lock(&self.0.state).poison = on;
     }
 
-    /// Makes every piece of memory an allocation of just its size from now on: slow, and what a check of memory accesses needs. Nothing is recorded then,
-    /// since memory goes when it is dropped.
+    /// Makes every piece of memory an allocation of just its size from now on: slow, and what a check of memory accesses needs.
     pub fn exact(&self, on: bool) {
         lock(&self.0.state).exact = on;
     }
@@ -460,7 +459,6 @@ impl Gpu {
     /// keep for as long as it replays.
     pub fn capture<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<(Graph, R)> {
         ensure!(!self.is_recording(), "{}: work is being recorded already", self.name());
-        ensure!(!lock(&self.0.state).exact, "{}: work is not recorded while memory is given back at once", self.name());
         self.wait()?;
         // The graph takes over all free memory, so that in the usual case nothing has to be allocated meanwhile.
         let outer = lock(&self.0.state).arena.clone();
