@@ -6,6 +6,7 @@ mod stand_in;
 
 use masque::device::gpu::Gpu;
 use masque::device::launch::{Args, KERNELS, Launch};
+use masque::error::Result;
 use masque::rng::Rng;
 use masque::tape::{Tape, Var};
 use masque::tensor::{Device, Dtype, Tensor};
@@ -188,6 +189,16 @@ fn eight_numbers_at_once_and_the_tail_one_by_one() {
         gpu.launch("sum_f32", Launch::new(1, 1024), Args::new().out(&mut sum).input(&x).int(n).float(0.5)).unwrap();
         assert_eq!(sum.read().unwrap(), [want.iter().sum::<f64>() / 2.0], "the sum of {n}");
     }
+}
+
+#[test]
+fn a_panic_ends_the_recording() {
+    let (gpu, device) = device();
+    let x = numbers(&device, &[1.0]);
+    let panicked =
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| gpu.capture(|| -> Result<()> { panic!("on purpose") }).map(drop)));
+    assert!(panicked.is_err() && !gpu.is_recording());
+    assert_eq!(Var::constant(x.clone()).add(&Var::constant(x)).unwrap().value().read().unwrap(), [2.0]);
 }
 
 #[test]

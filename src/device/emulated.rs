@@ -107,15 +107,17 @@ impl Emulated {
 
     /// In 64-bit words unless said otherwise: lengths and bytes of name and letters, grid, threads, shared memory; number of allocations, length and
     /// bytes of each; then for each argument the allocation (all ones: none) and the offset in it, or the value.
-    fn write_down(&self, name: &str, launch: &Launch, words: &[u64], letters: &str) -> Result<()> {
-        let mut trace = self.trace.lock().expect("no code that holds this lock panics");
-        let Some(trace) = &mut *trace else { return Ok(()) };
+    ///
+    /// It is taken down before the launch, and written once that went well: then None is answered for its like.
+    fn taken_down(&self, name: &str, launch: &Launch, words: &[u64], letters: &str) -> Result<Option<(u64, Vec<u8>)>> {
+        let trace = self.trace.lock().expect("no code that holds this lock panics");
+        let Some(trace) = &*trace else { return Ok(None) };
         let is_pointer = |i: usize| letters.as_bytes()[i] == b'p';
         let mut hash = DefaultHasher::new();
         (name, launch.grid, launch.block, launch.shared).hash(&mut hash);
         (0..words.len()).for_each(|i| if is_pointer(i) { (words[i] != 0).hash(&mut hash) } else { words[i].hash(&mut hash) });
-        if !trace.seen.insert(hash.finish()) {
-            return Ok(());
+        if trace.seen.contains(&hash.finish()) {
+            return Ok(None);
         }
         let live = self.live.lock().expect("no code that holds this lock panics");
         let mut held: Vec<(u64, usize)> = Vec::new();
@@ -150,7 +152,14 @@ impl Emulated {
             // SAFETY: a live allocation, which was filled when it was handed out; the lock keeps it alive.
             out.extend(unsafe { std::slice::from_raw_parts(start as *const u8, size) });
         }
-        trace.file.write_all(&out).context("writing a launch down")
+        Ok(Some((hash.finish(), out)))
+    }
+
+    fn write_down(&self, (hash, launch): (u64, Vec<u8>)) -> Result<()> {
+        let mut trace = self.trace.lock().expect("no code that holds this lock panics");
+        let Some(trace) = &mut *trace else { return Ok(()) };
+        trace.seen.insert(hash);
+        trace.file.write_all(&launch).context("writing a launch down")
     }
 
     fn run(&self, work: &Work) -> Result<()> {
@@ -189,7 +198,7 @@ impl Emulated {
         for (&word, _) in words.iter().zip(letters.chars()).filter(|(word, letter)| *letter == 'p' && **word != 0) {
             self.check(word, 1)?;
         }
-        self.write_down(kernel.name, launch, words, letters)?;
+        let taken_down = self.taken_down(kernel.name, launch, words, letters)?;
         let order = *self.order.lock().expect("no code that holds this lock panics");
         let early = match order.copies {
             Copies::Late => 0,
@@ -212,7 +221,8 @@ impl Emulated {
             stop.fetch_or(done.is_err(), Ordering::Relaxed);
             done
         };
-        if blocks == 1 { run(0) } else { (0..blocks).into_par_iter().try_for_each(run) }
+        if blocks == 1 { run(0) } else { (0..blocks).into_par_iter().try_for_each(run) }?;
+        taken_down.map_or(Ok(()), |launch| self.write_down(launch))
     }
 }
 

@@ -16,6 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::rng::Rng;
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
@@ -182,6 +183,36 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("no code that holds this lock panics")
 }
 
+/// A recording that ends with its scope, also when what is recorded panics.
+struct Recording<'a> {
+    gpu: &'a Gpu,
+    /// The arena of before; None once it is over.
+    outer: Option<Arc<Arena>>,
+}
+
+impl Recording<'_> {
+    fn end(mut self) -> (Result<Box<dyn Recorded>>, Vec<Draw>) {
+        self.over()
+    }
+
+    fn over(&mut self) -> (Result<Box<dyn Recorded>>, Vec<Draw>) {
+        let recorded = self.gpu.0.backend.end_recording();
+        let mut state = lock(&self.gpu.0.state);
+        if let Some(outer) = self.outer.take() {
+            state.arena = outer;
+        }
+        (recorded, state.draws.take().unwrap_or_default())
+    }
+}
+
+impl Drop for Recording<'_> {
+    fn drop(&mut self) {
+        if self.outer.is_some() {
+            drop(self.over());
+        }
+    }
+}
+
 /// Numbers that each replay draws afresh.
 struct Draw {
     name: String,
@@ -210,9 +241,16 @@ impl Graph {
 }
 
 impl Gpu {
+    /// Where `MASQUE_LAUNCHES` names a folder, all its launches are written down there, with exact memory: see `scripts/sanitize`.
     #[cfg(feature = "emulated")]
     pub fn emulated() -> Result<Self> {
         let emulated = Arc::new(super::emulated::Emulated::default());
+        let launches = std::env::var_os("MASQUE_LAUNCHES").map(std::path::PathBuf::from);
+        if let Some(folder) = &launches {
+            static DEVICES: AtomicUsize = AtomicUsize::new(0);
+            let name = format!("{}-{}.launches", std::process::id(), DEVICES.fetch_add(1, Ordering::Relaxed));
+            emulated.trace(&folder.join(name))?;
+        }
         let inner = |faults| Inner {
             name: "emulated".to_string(),
             backend: Box::new(emulated.clone()),
@@ -221,7 +259,9 @@ impl Gpu {
             state: Mutex::new(State::new(true)),
             faults,
         };
-        Self::with_faults(inner)
+        let gpu = Self::with_faults(inner)?;
+        gpu.exact(launches.is_some());
+        Ok(gpu)
     }
 
     /// The CUDA device of this number.
@@ -466,13 +506,9 @@ impl Gpu {
         let arena = Arc::new(Arena { untouched, outer: Some(outer.clone()), free: Free::default() });
         lock(&self.0.state).arena = arena.clone();
         lock(&self.0.state).draws = Some(Vec::new());
+        let recording = Recording { gpu: self, outer: Some(outer) };
         let done = self.0.backend.begin_recording().and_then(|()| f());
-        let recorded = self.0.backend.end_recording();
-        let draws = {
-            let mut state = lock(&self.0.state);
-            state.arena = outer;
-            state.draws.take().unwrap_or_default()
-        };
+        let (recorded, draws) = recording.end();
         arena.give_back(&arena.untouched);
         let (result, recorded) = (done?, recorded?);
         Ok((Graph { recorded, gpu: self.clone(), draws, _arena: arena }, result))
