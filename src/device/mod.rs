@@ -65,6 +65,54 @@ impl fmt::Display for Dtype {
     }
 }
 
+/// What a device computes in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Precision {
+    #[default]
+    F32,
+    /// f32, but products take their factors with the 11 significant bits that fast tensor cores read. Only where it is asked for.
+    Tf32,
+    /// Activations and weights of products in bf16.
+    Bf16,
+}
+
+impl Precision {
+    /// Of activations.
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Precision::F32 | Precision::Tf32 => Dtype::F32,
+            Precision::Bf16 => Dtype::Bf16,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Tf32 => "tf32",
+            Precision::Bf16 => "bf16",
+        }
+    }
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for Precision {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "f32" => Ok(Precision::F32),
+            "tf32" => Ok(Precision::Tf32),
+            "bf16" => Ok(Precision::Bf16),
+            _ => Err(Error::usage(format!("precision {name} is unknown; use f32, bf16 or tf32"))),
+        }
+    }
+}
+
 /// Where a tensor lives.
 #[derive(Clone, Default, PartialEq, Debug)]
 pub enum Device {
@@ -78,6 +126,22 @@ impl Device {
         match self {
             Device::Cpu => None,
             Device::Gpu(gpu) => Some(gpu),
+        }
+    }
+}
+
+impl Device {
+    /// Makes products of f32 what the precision says; refuses one that the device does not have.
+    pub fn compute_in(&self, precision: Precision) -> Result<()> {
+        let real = self.gpu().and_then(Gpu::as_real);
+        match (precision, real, self.gpu()) {
+            (Precision::Tf32, None, _) => Err(Error::usage(format!("device {self} has no tf32; use f32, or --device gpu"))),
+            (Precision::Bf16, _, None) => Err(Error::usage(format!("device {self} does not compute in bf16; use f32, or --device gpu or emulated"))),
+            (_, Some(real), _) => {
+                real.allow_tf32(precision == Precision::Tf32);
+                Ok(())
+            }
+            _ => Ok(()),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Times, timed};
 use crate::device::gpu::Gpu;
-use crate::device::{Named, memory, parallel};
+use crate::device::{Named, Precision, memory, parallel};
 use crate::ensure;
 use crate::error::{Error, Result};
 use crate::masking;
@@ -61,17 +61,9 @@ pub struct StepArgs {
     /// Where to compute
     #[arg(long, default_value = "cpu", value_name = "cpu|emulated|gpu")]
     pub device: Named,
-    /// f32, or on a GPU bf16: products of bf16 numbers, summed in f32
-    #[arg(long, default_value = "f32", value_parser = precision)]
-    pub precision: Dtype,
-}
-
-fn precision(name: &str) -> Result<Dtype> {
-    match name {
-        "f32" => Ok(Dtype::F32),
-        "bf16" => Ok(Dtype::Bf16),
-        _ => Err(Error::usage(format!("precision {name} is unknown; use f32 or bf16"))),
-    }
+    /// f32; on a GPU also bf16 (products of bf16 numbers, summed in f32) and tf32 (f32 whose products are rounded)
+    #[arg(long, default_value = "f32")]
+    pub precision: Precision,
 }
 
 pub struct Report {
@@ -102,9 +94,6 @@ fn check(args: &StepArgs, encoder: &VitConfig, decoder: &DecoderConfig) -> std::
     counted("--warmup", args.warmup, 0)?;
     if args.batch == 0 {
         return Err("--batch 0: at least one image is needed".into());
-    }
-    if args.device == Named::Cpu && args.precision == Dtype::Bf16 {
-        return Err("--precision bf16: the CPU computes in f32; use --device gpu or --device emulated".into());
     }
     encoder.check().map_err(|error| error.chain())?;
     let (width, heads) = (decoder.width, decoder.heads);
@@ -153,8 +142,9 @@ pub fn run(args: &StepArgs) -> Result<Report> {
     let rng = Rng::new(args.seed);
     let config = MaeConfig { encoder, decoder, mask_ratio: args.mask_ratio, norm_pix: args.norm_pix };
     let device = args.device.open()?;
+    device.compute_in(args.precision)?;
     let mut mae = Mae::new(config, Dtype::F32, &rng)?;
-    mae.params.move_to(&device, args.precision)?;
+    mae.params.move_to(&device, args.precision.dtype())?;
     let shape = [args.batch, 3, args.image_size, args.image_size];
     let batch = Batch { images: Tensor::from_slice(&shape, &rng.normal("images", shape.iter().product()))? };
     let optimizer = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8)?;
