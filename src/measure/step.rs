@@ -66,7 +66,7 @@ pub struct StepArgs {
     pub precision: Dtype,
 }
 
-fn precision(name: &str) -> Result<Dtype> {
+pub(super) fn precision(name: &str) -> Result<Dtype> {
     match name {
         "f32" => Ok(Dtype::F32),
         "bf16" => Ok(Dtype::Bf16),
