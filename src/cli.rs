@@ -3,7 +3,7 @@
 use crate::device::{Named, parallel};
 use crate::error::{Error, Result};
 use crate::formats;
-use crate::measure::{info, ops, parity, step};
+use crate::measure::{info, kernels, ops, parity, step};
 use crate::tensor::Dtype;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -23,7 +23,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Time single ops or a whole training step
+    /// Time single ops, kernels or a whole training step
     #[command(subcommand)]
     Measure(Measure),
     /// Check this program's numbers against PyTorch's: operations, models, optimiser steps, checkpoint files
@@ -42,6 +42,8 @@ enum Command {
 enum Measure {
     /// Products, layer norm, GELU, softmax and attention on the CPU, forward and backward, at the shapes of a ViT
     Ops(OpsArgs),
+    /// Every op and every version of its kernels at the shapes of a ViT with masked tokens, beside what the machine copies and multiplies
+    Kernels(kernels::KernelsArgs),
     /// One MAE training step: forward, backward, AdamW
     Step {
         #[command(flatten)]
@@ -150,6 +152,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         Command::Measure(Measure::Ops(args)) => {
             ops::run(&args.only, args.rounds, |row| say(&if args.json { row.json().to_string() } else { row.text() }))?;
         }
+        Command::Measure(Measure::Kernels(args)) => kernels::run(&args, &mut |line| say(line))?,
         Command::Measure(Measure::Step { step: args, json }) => {
             let report = step::run(&args)?;
             say(&if json { report.json().to_string() } else { report.text() });

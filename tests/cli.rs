@@ -133,6 +133,9 @@ fn other_mistakes_in_what_was_typed_are_refused() {
         &["parity", empty],
         &["parity", FIXTURES, "--device", "emulated", "--precision", "f64"],
         &["parity", FIXTURES, "--precision", "f16"],
+        &["measure", "step", "--precision", "f16"],
+        &["measure", "step", "--precision", "bf16", "--image-size", "32"],
+        &["measure", "step", "--precision", "tf32", "--device", "emulated", "--image-size", "32"],
         &["convert", "only-one.pth"],
     ] {
         refused(args, 2);

@@ -136,7 +136,9 @@ impl Device {
         let real = self.gpu().and_then(Gpu::as_real);
         match (precision, real, self.gpu()) {
             (Precision::Tf32, None, _) => Err(Error::usage(format!("device {self} has no tf32; use f32, or --device gpu"))),
-            (Precision::Bf16, _, None) => Err(Error::usage(format!("device {self} does not compute in bf16; use f32, or --device gpu or emulated"))),
+            (Precision::Bf16, _, None) => {
+                Err(Error::usage(format!("device {self} does not compute in bf16; use f32, or --device gpu or emulated")))
+            }
             (_, Some(real), _) => {
                 real.allow_tf32(precision == Precision::Tf32);
                 Ok(())

@@ -1,6 +1,7 @@
 //! Floor 7: how long things take, whether the numbers are PyTorch's, and what the machine offers.
 
 pub mod info;
+pub mod kernels;
 pub mod ops;
 pub mod parity;
 pub mod step;

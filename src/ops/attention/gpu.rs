@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::tensor::{Dtype, Tensor};
 
 /// Most tokens of a head in shared memory, until a GPU says otherwise: the 257 of patches of 14 pixels are among them.
-const MOST_RESIDENT: usize = 272;
+pub const MOST_RESIDENT: usize = 272;
 
 /// Rows of a block of v1 and of the long kernels.
 const PLAIN_ROWS: usize = 32;

@@ -15,6 +15,7 @@ mod cpu;
 mod gpu;
 
 pub use cases::cases;
+pub use gpu::MOST_RESIDENT;
 
 use crate::device::launch::Versions;
 use crate::device::simd::Real;
