@@ -33,7 +33,6 @@ __device__ __forceinline__ void gelu_fwd(T* __restrict__ y, const T* __restrict_
 template <class T>
 __device__ __forceinline__ void gelu_bwd(T* __restrict__ dx, float* __restrict__ partial, const T* __restrict__ dy, const T* __restrict__ x,
                                          const T* __restrict__ bias, int rows, int columns) {
-  __shared__ float sums[8][256];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, c = blockIdx.x * 256 + lane * 8;
   float sum[8] = {};
   if (c < columns) {
@@ -54,14 +53,7 @@ __device__ __forceinline__ void gelu_bwd(T* __restrict__ dx, float* __restrict__
     }
   }
   if (!partial) return;  // the same for all threads
-#pragma unroll
-  for (int j = 0; j < 8; j++) sums[warp][lane * 8 + j] = sum[j];
-  __syncthreads();
-  const int mine = blockIdx.x * 256 + threadIdx.x;
-  if (mine >= columns) return;
-  float all = 0.f;
-  for (int w = 0; w < 8; w++) all += sums[w][threadIdx.x];
-  partial[(size_t)blockIdx.y * columns + mine] = all;
+  store_share(partial, sum, columns);
 }
 
 }  // namespace

@@ -53,3 +53,18 @@ struct Factors {
     for (int j = 0; j < W; j++) v[j] = (gains ? v[j] * g[j] : v[j]) * row;
   }
 };
+
+// The first stage of a sum over rows. A block of 8 warps has 32 W columns from 32 W blockIdx.x on, a lane W of them; each warp brings what it summed. Written
+// to partial [gridDim.y, C] is their sum, warps added in their order. All threads call it, once.
+template <int W> __device__ __forceinline__ void store_share(float* partial, const float (&sum)[W], int columns) {
+  __shared__ float sums[8][32 * W];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+  for (int j = 0; j < W; j++) sums[warp][lane * W + j] = sum[j];
+  __syncthreads();
+  const int mine = blockIdx.x * 32 * W + threadIdx.x;
+  if (threadIdx.x >= 32 * W || mine >= columns) return;
+  float all = 0.f;
+  for (int w = 0; w < 8; w++) all += sums[w][threadIdx.x];
+  partial[(size_t)blockIdx.y * columns + mine] = all;
+}

@@ -33,7 +33,6 @@ __device__ __forceinline__ void channels_fwd(T* __restrict__ y, const T* __restr
 template <int W, class T>
 __device__ __forceinline__ void channels_bwd(T* __restrict__ dx, float* __restrict__ partial, const T* __restrict__ dy, const T* __restrict__ x,
                                              const Factors& f, int rows, int columns) {
-  __shared__ float sums[8][32 * W];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, c = (blockIdx.x * 32 + lane) * W;
   float sum[W] = {};
   if (c < columns) {
@@ -52,14 +51,7 @@ __device__ __forceinline__ void channels_bwd(T* __restrict__ dx, float* __restri
     }
   }
   if (!partial) return;  // the same for all threads
-#pragma unroll
-  for (int j = 0; j < W; j++) sums[warp][lane * W + j] = sum[j];
-  __syncthreads();
-  const int mine = blockIdx.x * 32 * W + threadIdx.x;
-  if (threadIdx.x >= 32 * W || mine >= columns) return;
-  float all = 0.f;
-  for (int w = 0; w < 8; w++) all += sums[w][threadIdx.x];
-  partial[(size_t)blockIdx.y * columns + mine] = all;
+  store_share(partial, sum, columns);
 }
 
 }  // namespace

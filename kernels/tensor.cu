@@ -27,7 +27,6 @@ __device__ __forceinline__ void load_piece(float (&v)[8], const unsigned char* p
 // Block: 8 warps, 32 W columns of x from 32 W blockIdx.x on, and every gridDim.y-th group of 8 rows. A lane owns W columns, a warp a row at a time; at the end
 // warps are added in their order. partial [gridDim.y, C].
 template <int W, class T> __device__ __forceinline__ void sum_rows(float* __restrict__ partial, const T* __restrict__ x, int rows, int columns) {
-  __shared__ float sums[8][32 * W];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, c = (blockIdx.x * 32 + lane) * W;
   float sum[W] = {};
   if (c < columns) {
@@ -39,14 +38,7 @@ template <int W, class T> __device__ __forceinline__ void sum_rows(float* __rest
       for (int j = 0; j < W; j++) sum[j] += v[j];
     }
   }
-#pragma unroll
-  for (int j = 0; j < W; j++) sums[warp][lane * W + j] = sum[j];
-  __syncthreads();
-  const int mine = blockIdx.x * 32 * W + threadIdx.x;
-  if (threadIdx.x >= 32 * W || mine >= columns) return;
-  float all = 0.f;
-  for (int w = 0; w < 8; w++) all += sums[w][threadIdx.x];
-  partial[(size_t)blockIdx.y * columns + mine] = all;
+  store_share(partial, sum, columns);
 }
 
 }  // namespace
