@@ -69,7 +69,9 @@ fn accepted(args: &[&str]) -> String {
 
 #[test]
 fn every_command_explains_itself() {
-    for command in [&[][..], &["measure"], &["measure", "ops"], &["measure", "step"], &["parity"], &["convert"], &["info"]] {
+    for command in
+        [&[][..], &["measure"], &["measure", "kernels"], &["measure", "ops"], &["measure", "step"], &["parity"], &["convert"], &["info"]]
+    {
         let args = [command, &["--help"]].concat();
         assert!(accepted(&args).contains("Usage: masque"), "{args:?}");
     }

@@ -56,6 +56,9 @@ struct Input {
     numbers: Option<Vec<f32>>,
 }
 
+/// What is computed from the inputs.
+pub type Run = Box<dyn Fn(&[Var]) -> Result<Var>>;
+
 pub struct Bench {
     pub op: &'static str,
     pub case: Map<String, Value>,
@@ -71,7 +74,7 @@ pub struct Bench {
     pub loss: bool,
     /// Whether images are different, because the op compares them.
     pub distinct: bool,
-    pub run: Box<dyn Fn(&[Var]) -> Result<Var>>,
+    pub run: Run,
 }
 
 impl Bench {

@@ -18,7 +18,6 @@ pub mod time;
 pub mod tokens;
 pub mod updates;
 
-use crate::device::real::Facts;
 use crate::device::{Named, Precision, memory, parallel};
 use crate::error::{Context, Error, Result};
 use crate::tensor::{Device, Dtype};
@@ -116,6 +115,21 @@ impl Plan {
         all.extend(once::of_a_model(&Sizes::of(model, 100, images, self.precision)?)?);
         Ok(all)
     }
+
+    /// Refuses what the machine's own memory cannot hold; a GPU says so itself.
+    fn room(&self, bench: &Bench) -> Result<()> {
+        let (needed, there) = (bench.memory(self.precision) as u64, memory::of_the_machine());
+        if needed <= there || matches!(self.named, Named::Gpu(_)) {
+            return Ok(());
+        }
+        Err(Error::usage(format!(
+            "--batch {}: {} needs about {} GB of memory but the machine has {}; make it smaller",
+            self.images,
+            bench.op,
+            needed / 1_000_000_000,
+            there / 1_000_000_000
+        )))
+    }
 }
 
 /// The ops there are, in the order of the table.
@@ -139,10 +153,21 @@ pub fn run(args: &KernelsArgs, print: &mut dyn FnMut(&str)) -> Result<()> {
         return Err(Error::usage(format!("--only {name}: there is no such op; there are {}", names.join(", "))));
     }
     let wanted = |op: &str| args.only.is_empty() || args.only.iter().any(|name| name == op);
-    let ceilings = Ceilings::measure(&plan.named.open()?, plan.named, plan.precision, plan.rounds)?;
+    let models: Vec<Option<&str>> = plan.models.iter().copied().map(Some).chain([None]).collect();
+    for model in &models {
+        plan.benches(*model, &args.tokens, plan.images)?.iter().filter(|bench| wanted(bench.op)).try_for_each(|bench| plan.room(bench))?;
+    }
+    let device = plan.named.open()?;
+    let name = match device.gpu().map(|gpu| gpu.as_real()) {
+        None => format!("the CPU with {} threads", parallel::threads()),
+        Some(None) => "the emulated device".to_string(),
+        Some(Some(real)) => real.facts()?.name,
+    };
+    let ceilings = Ceilings::measure(&device, plan.named, plan.precision, plan.rounds)?;
+    drop(device);
     let mut table = Table { plan: &plan, ceilings, json: args.json, print, section: String::new() };
-    table.head()?;
-    for model in plan.models.iter().copied().map(Some).chain([None]) {
+    table.head(&name);
+    for model in models {
         // Memory goes back to the system only with the device.
         let device = plan.named.open()?;
         let benches = plan.benches(model, &args.tokens, plan.images)?;
@@ -175,21 +200,15 @@ impl Table<'_> {
         (self.print)(line);
     }
 
-    fn head(&mut self) -> Result<()> {
+    fn head(&mut self, name: &str) {
         let Plan { named, images, precision, rounds, .. } = *self.plan;
-        let name = match named {
-            Named::Gpu(ordinal) => Facts::all()?.swap_remove(ordinal).name,
-            Named::Cpu => format!("the CPU with {} threads", parallel::threads()),
-            Named::Emulated => "the emulated device".to_string(),
-        };
         let Ceilings { copy, product, side } = self.ceilings;
         if self.json {
             let head = json!({
                 "what": "ceilings", "device": named.to_string(), "name": name, "dtype": precision.name(), "batch": images,
                 "threads": parallel::threads(), "copy_gb_s": copy / 1e9, "product_tflop_s": product / 1e12, "product_side": side,
             });
-            self.say(&head.to_string());
-            return Ok(());
+            return self.say(&head.to_string());
         }
         let checked = match named {
             Named::Cpu => {
@@ -213,7 +232,6 @@ impl Table<'_> {
         }
         self.say("of ceiling: the least time that the row's bytes or operations allow, over its time; *: the version that runs unless asked otherwise");
         self.say(&format!("\n{}", row::heading()));
-        Ok(())
     }
 
     fn row(&mut self, row: &Row) {
@@ -228,7 +246,6 @@ impl Table<'_> {
     /// All versions and passes of an op. `single` is the same on one image.
     fn bench(&mut self, model: Option<&str>, bench: &Bench, single: &Bench, device: &Device) -> Result<()> {
         let Plan { precision, rounds, named, .. } = *self.plan;
-        self.room(bench, device)?;
         let row = |pass: Pass, times, version: Option<&'static str>, chosen, first| Row {
             model: model.unwrap_or(PARTS),
             op: bench.op,
@@ -271,21 +288,6 @@ impl Table<'_> {
             }
         }
         gpu.choose(versions, versions.chosen)
-    }
-
-    /// Refuses what the machine's own memory cannot hold; a GPU says so itself.
-    fn room(&self, bench: &Bench, device: &Device) -> Result<()> {
-        let (needed, there) = (bench.memory(self.plan.precision) as u64, memory::of_the_machine());
-        if needed > there && device.gpu().is_none_or(|gpu| gpu.as_real().is_none()) {
-            return Err(Error::usage(format!(
-                "--batch {}: {} needs about {} GB of memory but the machine has {}; make it smaller",
-                self.plan.images,
-                bench.op,
-                needed / 1_000_000_000,
-                there / 1_000_000_000
-            )));
-        }
-        Ok(())
     }
 
     fn updates(&mut self, name: &str, rules: &[Rule], device: &Device) -> Result<()> {

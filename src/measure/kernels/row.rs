@@ -119,8 +119,10 @@ impl Row<'_> {
 
     pub fn text(&self, ceilings: &Ceilings) -> String {
         let (limit, percent) = self.ceiling(ceilings);
+        let flops = self.work.flops as f64 / self.seconds();
         let rate = match limit {
-            "flops" => format!("{:.1} TFLOP/s", self.work.flops as f64 / self.seconds() / 1e12),
+            "flops" if flops < 1e12 => format!("{:.0} GFLOP/s", flops / 1e9),
+            "flops" => format!("{:.1} TFLOP/s", flops / 1e12),
             _ => format!("{:.0} GB/s", self.bytes() / self.seconds() / 1e9),
         };
         let size = |(name, value): (&String, &Value)| match value {
