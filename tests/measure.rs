@@ -141,6 +141,7 @@ fn what_cannot_be_meant_is_refused() {
         &["--rounds", "0"],
         &["--rounds", "18446744073709551615"],
         &["--precision", "f64"],
+        &["--precision", "tf32"],
         &["--precision", "bf16"],
         &["--device", "abacus"],
         &["--device", "emulated", "--only", "gelu", "--batch", "65535", "--model", "huge"],
