@@ -16,7 +16,6 @@ use crate::error::{Context, Error, Result};
 use crate::rng::Rng;
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
@@ -247,8 +246,10 @@ impl Gpu {
         let emulated = Arc::new(super::emulated::Emulated::default());
         let launches = std::env::var_os("MASQUE_LAUNCHES").map(std::path::PathBuf::from);
         if let Some(folder) = &launches {
-            static DEVICES: AtomicUsize = AtomicUsize::new(0);
-            let name = format!("{}-{}.launches", std::process::id(), DEVICES.fetch_add(1, Ordering::Relaxed));
+            static DEVICES: Mutex<usize> = Mutex::new(0);
+            let mut devices = lock(&DEVICES);
+            *devices += 1;
+            let name = format!("{}-{devices}.launches", std::process::id());
             emulated.trace(&folder.join(name))?;
         }
         let inner = |faults| Inner {
