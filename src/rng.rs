@@ -53,11 +53,77 @@ impl Rng {
         pairs.take(n).collect()
     }
 
+    /// Numbers one after another, for decisions whose count is not known beforehand: one stream for each name and number.
+    pub fn stream(&self, name: &str, number: u64) -> Stream {
+        let name = hash(name) ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        let key = [self.seed as u32 ^ name as u32, (self.seed >> 32) as u32 ^ (name >> 32) as u32];
+        Stream { key, step: self.step, next: 0, block: [0; 4] }
+    }
+
     fn words(&self, name: &str, n: usize) -> Vec<u32> {
         let name = hash(name);
         let key = [self.seed as u32 ^ name as u32, (self.seed >> 32) as u32 ^ (name >> 32) as u32];
         let block = |i: usize| philox([i as u32, (i >> 32) as u32, self.step as u32, (self.step >> 32) as u32], key);
         (0..n.div_ceil(4)).flat_map(block).take(n).collect()
+    }
+}
+
+/// A stream of random numbers; see [`Rng::stream`].
+#[derive(Clone, Debug)]
+pub struct Stream {
+    key: [u32; 2],
+    step: u64,
+    next: u64,
+    block: [u32; 4],
+}
+
+impl Stream {
+    pub fn word(&mut self) -> u32 {
+        let at = (self.next % 4) as usize;
+        if at == 0 {
+            // Streams count in the upper half: they share no block with the numbers that are asked for by name alone.
+            let block = self.next / 4;
+            self.block = philox([block as u32, (block >> 32) as u32 | 1 << 31, self.step as u32, (self.step >> 32) as u32], self.key);
+        }
+        self.next += 1;
+        self.block[at]
+    }
+
+    /// Uniform in [0, 1), a multiple of 2^-53.
+    pub fn unit(&mut self) -> f64 {
+        let bits = (self.word() as u64) << 32 | self.word() as u64;
+        (bits >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+    }
+
+    /// Uniform in [low, high).
+    pub fn between(&mut self, low: f64, high: f64) -> f64 {
+        low + (high - low) * self.unit()
+    }
+
+    /// A whole number from 0 to below `n`, each equally likely; 0 if there is none.
+    pub fn below(&mut self, n: usize) -> usize {
+        let n = n as u64;
+        // The product's upper half is uniform up to 2^-64 n.
+        let word = (self.word() as u64) << 32 | self.word() as u64;
+        ((word as u128 * n as u128) >> 64) as usize
+    }
+
+    /// True with this probability.
+    pub fn chance(&mut self, probability: f64) -> bool {
+        self.unit() < probability
+    }
+
+    /// Normal with mean 0 and deviation 1.
+    pub fn normal(&mut self) -> f64 {
+        let radius = (-2.0 * (1.0 - self.unit()).ln()).sqrt();
+        radius * (std::f64::consts::TAU * self.unit()).cos()
+    }
+
+    /// Puts the elements in an order of chance.
+    pub fn shuffle<T>(&mut self, elements: &mut [T]) {
+        for i in (1..elements.len()).rev() {
+            elements.swap(i, self.below(i + 1));
+        }
     }
 }
 
@@ -107,6 +173,27 @@ mod tests {
         let normal = Rng::new(1).normal("n", 100_001);
         let (mean, square) = normal.iter().fold((0.0, 0.0), |(m, s), &x| (m + x as f64 / 1e5, s + (x as f64).powi(2) / 1e5));
         assert!(mean.abs() < 0.015 && (square - 1.0).abs() < 0.02, "{mean} {square}");
+    }
+
+    #[test]
+    fn streams_are_apart_and_have_the_moments_of_their_distributions() {
+        let rng = Rng::new(3);
+        let first = |name: &str, number: u64, step: u64| rng.at(step).stream(name, number).word();
+        let words = [first("a", 0, 0), first("a", 1, 0), first("b", 0, 0), first("a", 0, 1), Rng::new(4).stream("a", 0).word()];
+        assert!((1..words.len()).all(|i| !words[..i].contains(&words[i])), "{words:?}");
+        let mut stream = rng.stream("moments", 5);
+        let n = 100_000;
+        let mean = (0..n).map(|_| stream.unit()).sum::<f64>() / n as f64;
+        let square = (0..n).map(|_| stream.normal().powi(2)).sum::<f64>() / n as f64;
+        let mut counts = [0usize; 7];
+        (0..n).for_each(|_| counts[stream.below(7)] += 1);
+        assert!((mean - 0.5).abs() < 0.005 && (square - 1.0).abs() < 0.02, "{mean} {square}");
+        assert!(counts.iter().all(|&count| count.abs_diff(n / 7) < 500), "{counts:?}");
+        let mut order: Vec<usize> = (0..50).collect();
+        stream.shuffle(&mut order);
+        assert_ne!(order, (0..50).collect::<Vec<_>>());
+        order.sort_unstable();
+        assert_eq!(order, (0..50).collect::<Vec<_>>());
     }
 
     #[test]

@@ -1,0 +1,95 @@
+//! Batches of an epoch, each image decoded and transformed with numbers that depend on (seed, epoch, position) alone.
+
+use super::transform::Transform;
+use super::{Dataset, augment};
+use crate::error::Result;
+use crate::rng::Rng;
+use crate::tensor::{Device, Dtype, Tensor};
+use std::sync::Arc;
+
+/// In which order a set is passed through.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Order {
+    /// As it stands; the last batch may be smaller.
+    Sequential,
+    /// Shuffled anew each epoch; a last batch that is not full is left out.
+    Shuffled,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct LoaderOptions {
+    pub batch: usize,
+    pub order: Order,
+    /// Threads that decode and transform; they never change what a batch holds.
+    pub workers: usize,
+    pub seed: u64,
+    /// Whether an image that cannot be read is an error, and not skipped with a warning.
+    pub strict: bool,
+}
+
+/// A batch as bytes, on the host.
+pub struct Loaded {
+    /// u8 [B, S, S, C]
+    pub bytes: Tensor,
+    pub labels: Vec<u32>,
+    /// Numbers of the images in the set.
+    pub indices: Vec<usize>,
+}
+
+impl Loaded {
+    /// Normalised images [B, C, S, S] on a device.
+    pub fn images(&self, device: &Device, mean: [f32; 3], std: [f32; 3], augment: &augment::Augment) -> Result<Tensor> {
+        let bytes = self.bytes.on(device)?;
+        let &[b, h, w, c] = bytes.shape() else { crate::bail!("a batch is {bytes:?} but [B, H, W, C] is needed") };
+        let mut images = Tensor::empty_on(device, &[b, c, h, w], Dtype::F32)?;
+        augment::prepare(&bytes, mean, std, augment, &mut images)?;
+        Ok(images)
+    }
+}
+
+pub struct Loader {
+    dataset: Arc<dyn Dataset>,
+    transform: Transform,
+    options: LoaderOptions,
+}
+
+impl Loader {
+    pub fn new(dataset: Arc<dyn Dataset>, transform: Transform, options: LoaderOptions) -> Self {
+        Self { dataset, transform, options }
+    }
+
+    pub fn dataset(&self) -> &Arc<dyn Dataset> {
+        &self.dataset
+    }
+
+    /// Batches in an epoch.
+    pub fn batches(&self) -> usize {
+        let (n, batch) = (self.dataset.len(), self.options.batch);
+        if self.options.order == Order::Sequential { n.div_ceil(batch) } else { n / batch }
+    }
+
+    /// The batches of an epoch, from number `first` on.
+    pub fn epoch(&self, epoch: u64, first: usize) -> impl Iterator<Item = Result<Loaded>> + use<'_> {
+        let rng = Rng::new(self.options.seed).at(epoch);
+        let mut order: Vec<usize> = (0..self.dataset.len()).collect();
+        if self.options.order == Order::Shuffled {
+            rng.stream("order", 0).shuffle(&mut order);
+        }
+        (first..self.batches()).map(move |batch| {
+            let positions = batch * self.options.batch..((batch + 1) * self.options.batch).min(order.len());
+            let indices = order[positions.clone()].to_vec();
+            let mut bytes = Vec::new();
+            for (position, &index) in positions.zip(&indices) {
+                let picture = self.dataset.picture(index)?;
+                bytes.extend(self.transform.apply(picture, &mut rng.stream("sample", position as u64))?.pixels);
+            }
+            let side = self.transform.side;
+            let channels = bytes.len() / (indices.len() * side * side);
+            Ok(Loaded {
+                bytes: Tensor::from_slice(&[indices.len(), side, side, channels], &bytes)?,
+                labels: indices.iter().map(|&index| self.dataset.label(index)).collect(),
+                indices,
+            })
+        })
+    }
+}
