@@ -1,7 +1,7 @@
 // pixel_loss.cu - squared error of predicted hidden patches, straight from the images.   Definition: src/ops/pixel_loss.rs
 //
 //   loss = sum_r m[r] mean_P (x[r] - t[r])^2 / sum(m),   dx[r] = 2 m[r] (x[r] - t[r]) / (P sum(m))
-//   t = a patch of the image, or on request (patch - mean) / sqrt(var + 1e-6), var with P - 1
+//   t = a patch of the image, or on request (patch - mean) / sqrt(var + eps), var with P - 1; eps < 0: as it is
 //
 //   x, dx [B, L, P] f32 or bf16, values in the order y, x, channel; images [B, C, H, W] f32; m [B, L] f32; L = (H/p)(W/p), P = p p C
 //
@@ -23,7 +23,7 @@ __device__ __forceinline__ float share_of(const float* count, int values) { retu
 template <class T>
 __device__ __forceinline__ void pixel_loss_v1(T* __restrict__ dx, float* __restrict__ partial, const T* __restrict__ x, const float* __restrict__ images,
                                               const float* __restrict__ mask, const float* __restrict__ count, int patches, int channels,
-                                              int height, int width, int p, int normalise) {
+                                              int height, int width, int p, float eps) {
   __shared__ float scratch[32];
   const int lane = threadIdx.x & 31, r = blockIdx.x * 8 + (threadIdx.x >> 5), across = width / p, grid = (height / p) * across;
   const int P = p * p * channels;
@@ -39,7 +39,7 @@ __device__ __forceinline__ void pixel_loss_v1(T* __restrict__ dx, float* __restr
       const float* corner = images + ((size_t)(r / grid) * channels * height + n / across * p) * width + n % across * p;
       auto pixel = [&](int i) { return corner[((size_t)(i % channels) * height + i / channels / p) * width + i / channels % p]; };
       float mean = 0.f, left = 0.f, rstd = 1.f;
-      if (normalise) {
+      if (eps >= 0.f) {
         for (int i = lane; i < P; i += 32) mean += pixel(i);
         mean = warp_sum(mean) / P;
         for (int i = lane; i < P; i += 32) left += pixel(i) - mean;
@@ -49,7 +49,7 @@ __device__ __forceinline__ void pixel_loss_v1(T* __restrict__ dx, float* __restr
           const float d = (pixel(i) - mean) - left;
           squares += d * d;
         }
-        rstd = 1.f / sqrtf(warp_sum(squares) / (P - 1) + 1e-6f);
+        rstd = 1.f / sqrtf(warp_sum(squares) / (P - 1) + eps);
       }
       for (int i = lane; i < P; i += 32) {
         const float e = to_f32(x[at + i]) - ((pixel(i) - mean) - left) * rstd;
@@ -67,7 +67,7 @@ __device__ __forceinline__ void pixel_loss_v1(T* __restrict__ dx, float* __restr
 template <class T>
 __device__ __forceinline__ void pixel_loss_v2(T* __restrict__ dx, float* __restrict__ partial, const T* __restrict__ x, const float* __restrict__ images,
                                               const float* __restrict__ mask, const float* __restrict__ count, int patches, int height, int width,
-                                              int normalise) {
+                                              float eps) {
   constexpr int P = 768;
   __shared__ float scratch[32];
   const int lane = threadIdx.x & 31, r = blockIdx.x * 8 + (threadIdx.x >> 5), across = width / 16, grid = (height / 16) * across;
@@ -86,7 +86,7 @@ __device__ __forceinline__ void pixel_loss_v2(T* __restrict__ dx, float* __restr
       for (int c = 0; c < 3; c++) load8(t[c], pixels + (size_t)c * height * width);
 #pragma unroll
       for (int c = 0; c < 3; c++) load8(e[c], x + at + 8 * c);
-      if (normalise) {
+      if (eps >= 0.f) {
 #pragma unroll
         for (int pass = 0; pass < 2; pass++) {
           mean = 0.f;
@@ -99,7 +99,7 @@ __device__ __forceinline__ void pixel_loss_v2(T* __restrict__ dx, float* __restr
         float squares = 0.f;
 #pragma unroll
         for (int i = 0; i < 24; i++) squares += t[i / 8][i % 8] * t[i / 8][i % 8];
-        rstd = 1.f / sqrtf(warp_sum(squares) / (P - 1) + 1e-6f);
+        rstd = 1.f / sqrtf(warp_sum(squares) / (P - 1) + eps);
       }
 #pragma unroll
       for (int i = 0; i < 24; i++) {  // value i of the lane: pixel i / 3, channel i % 3
@@ -123,14 +123,14 @@ __device__ __forceinline__ void pixel_loss_v2(T* __restrict__ dx, float* __restr
 #define EXPORT(T, NAME)                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(256, 4) pixel_loss_v1_##NAME(                                                              \
       T* dx, float* partial, const T* x, const float* images, const float* mask, const float* count, int patches, int channels,           \
-      int height, int width, int p, int normalise) {                                                                                      \
-    pixel_loss_v1(dx, partial, x, images, mask, count, patches, channels, height, width, p, normalise);                                    \
+      int height, int width, int p, float eps) {                                                                                      \
+    pixel_loss_v1(dx, partial, x, images, mask, count, patches, channels, height, width, p, eps);                                    \
   }                                                                                                                                        \
   KERNEL(pixel_loss_v1_##NAME)                                                                                                             \
   extern "C" __global__ void __launch_bounds__(256, 3) pixel_loss_v2_##NAME(                                                              \
       T* dx, float* partial, const T* x, const float* images, const float* mask, const float* count, int patches, int height, int width,  \
-      int normalise) {                                                                                                                    \
-    pixel_loss_v2(dx, partial, x, images, mask, count, patches, height, width, normalise);                                                 \
+      float eps) {                                                                                                                    \
+    pixel_loss_v2(dx, partial, x, images, mask, count, patches, height, width, eps);                                                 \
   }                                                                                                                                        \
   KERNEL(pixel_loss_v2_##NAME)
 EXPORT(float, f32)

@@ -1,6 +1,6 @@
 // pixels.cu - patches of images as regression targets.   Definition: src/targets/pixels.rs
 //
-//   targets[b, l, (py, px, channel)] = image[b, channel, y, x], or (it - mean) / sqrt(var + 1e-6) with the mean and the sample variance of the patch
+//   targets[b, l, (py, px, channel)] = image[b, channel, y, x], or (it - mean) / sqrt(var + eps) with the mean and the sample variance of the patch
 //
 //   images [B, channels, H, W] f32 or bf16; targets [B, L, p p channels] f32, the channel fastest
 //
@@ -14,7 +14,7 @@
 #define EXPORT(T, NAME)                                                                                                                   \
   extern "C" __global__ void __launch_bounds__(256) pixel_targets_##NAME(float* __restrict__ targets, const T* __restrict__ images,      \
                                                                          int patches, int channels, int height, int width, int patch,    \
-                                                                         int normalised) {                                                \
+                                                                         float eps)    {                                                \
     const int r = blockIdx.x * 8 + (threadIdx.x >> 5), lane = threadIdx.x & 31, values = patch * patch * channels;                        \
     if (r >= patches) return;                                                                                                             \
     const int across = width / patch, count = height / patch * across, n = r % count;                                                     \
@@ -24,7 +24,7 @@
       const int at = i / channels;                                                                                                        \
       return to_f32(corner[((size_t)(i % channels) * height + at / patch) * width + at % patch]);                                         \
     };                                                                                                                                    \
-    if (!normalised) {                                                                                                                    \
+    if (eps < 0.f) {                                                                                                                      \
       for (int i = lane; i < values; i += 32) row[i] = pixel(i);                                                                          \
       return;                                                                                                                             \
     }                                                                                                                                     \
@@ -36,7 +36,7 @@
       const float d = pixel(i) - first - mean;                                                                                            \
       squares += d * d;                                                                                                                   \
     }                                                                                                                                     \
-    const float deviation = sqrtf(warp_sum(squares) / (float)(values - 1) + 1e-6f);                                                       \
+    const float deviation = sqrtf(warp_sum(squares) / (float)(values - 1) + eps)  ;                                                       \
     for (int i = lane; i < values; i += 32) row[i] = (pixel(i) - first - mean) / deviation;                                               \
   }                                                                                                                                       \
   KERNEL(pixel_targets_##NAME)

@@ -6,6 +6,7 @@
 //! In bf16 a GPU holds a third buffer, the working copy that products read; values, gradients and moments stay f32. Whoever changes values brings it up to
 //! date: the optimiser in the same pass, everything else by [`Params::refresh`].
 
+use crate::device::launch::{Args, Launch};
 use crate::ensure;
 use crate::error::{Context, Error, Result};
 use crate::formats::FileTensor;
@@ -350,6 +351,11 @@ impl Params {
         for entry in self.entries.iter_mut().filter(|entry| !entry.has_gradient) {
             entry.gradient.as_mut().filter(|gradient| gradient.is_unique()).map_or(Ok(()), Tensor::clear)?;
         }
+        self.flat_gradients_as_they_are()
+    }
+
+    fn flat_gradients_as_they_are(&mut self) -> Result<Flat> {
+        self.allocate_gradients()?;
         let whole = Tensor::flat(self.entries.iter_mut().filter_map(|entry| entry.gradient.as_mut()));
         whole.ok_or_else(|| Error::new("a gradient is still held elsewhere, or nothing is trained"))
     }
@@ -366,6 +372,18 @@ impl Params {
             ensure!(self.entries[id.0].gradient.is_some(), "the gradient of {} has been forgotten since it was recorded", self.name(id));
         }
         self.clear_gradients();
+        ids.iter().for_each(|id| self.entries[id.0].has_gradient = true);
+        Ok(())
+    }
+
+    /// Gives these and no others a gradient of zeros, on a GPU: what follows adds to them.
+    pub fn zero_gradients(&mut self, ids: &[ParamId]) -> Result<()> {
+        self.clear_gradients();
+        let mut flat = self.flat_gradients_as_they_are()?;
+        if let Some(gpu) = self.device.gpu() {
+            let n = flat.len;
+            gpu.launch("fill_32", Launch::elements(n, 8), Args::new().out(&mut flat).bits(0).long(n))?;
+        }
         ids.iter().for_each(|id| self.entries[id.0].has_gradient = true);
         Ok(())
     }

@@ -25,13 +25,13 @@ fn trained() -> Vec<(String, Vec<u64>)> {
     let rng = Rng::new(3);
     let encoder = VitConfig::new(64, 8, 96, 2, 4);
     let decoder = DecoderConfig { width: 64, depth: 1, heads: 4 };
-    let mut mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio: 0.5, norm_pix: true }, Dtype::F32, &rng).unwrap();
+    let mut mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio: 0.5, norm_pix: Some(1e-6) }, Dtype::F32, &rng).unwrap();
     let mut adamw = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8).unwrap();
     for step in 0..3 {
         let rng = rng.at(step);
         let images = Tensor::from_slice(&[8, 3, 64, 64], &rng.normal("images", 8 * 3 * 64 * 64)).unwrap();
         let tape = Tape::new();
-        let loss = mae.loss(&tape, &Batch { images }, &rng).unwrap();
+        let loss = mae.loss(&tape, &Batch::of_images(images), &rng).unwrap();
         mae.params.clear_gradients();
         tape.backward(&loss.total, &mut [&mut mae.params]).unwrap();
         adamw.step(&mut mae.params, 1e-3).unwrap();

@@ -55,9 +55,9 @@ fn a_mask_on_the_device_that_hides_nothing_gives_zero() {
         let zero = (0.0, vec![0.0; 96]);
         assert_eq!(both(&x, |x| x.masked_mse(&target, &none)), zero);
         assert_eq!(both(&x, |x| x.feature_loss_at(&target, Distance::L1, &none)), zero);
-        assert_eq!(both(&x, |x| x.pixel_loss(&images, 2, true, &none)), zero);
+        assert_eq!(both(&x, |x| x.pixel_loss(&images, 2, Some(1e-6), &none)), zero);
         let here = Tensor::zeros(&[2, 4], Dtype::F32).unwrap();
-        let refused = Var::constant(x).pixel_loss(&images, 2, true, &here).err().unwrap().chain();
+        let refused = Var::constant(x).pixel_loss(&images, 2, Some(1e-6), &here).err().unwrap().chain();
         assert!(refused.contains("pixel_loss: the mask f32 [2, 4] counts no patch"), "{refused}");
     }
 }
@@ -89,7 +89,7 @@ fn every_loss_can_be_recorded() {
     let losses: Vec<Loss> = vec![
         Box::new(|x| x.feature_loss_at(&target, Distance::L2, &mask)),
         Box::new(|x| x.masked_mse(&target, &mask)),
-        Box::new(|x| x.pixel_loss(&images, 2, true, &mask)),
+        Box::new(|x| x.pixel_loss(&images, 2, Some(1e-6), &mask)),
         Box::new(|x| z(x)?.cross_entropy_at(&labels, 0.1)),
         Box::new(|x| z(x)?.cross_entropy_soft(&flat)),
         Box::new(|x| z(x)?.bce(&flat, true)),

@@ -21,7 +21,7 @@ fn micro(dtype: Dtype, norm_pix: bool) -> Mae {
         encoder: VitConfig::new(32, 8, 16, 2, 4),
         decoder: DecoderConfig { width: 8, depth: 1, heads: 2 },
         mask_ratio: 0.75,
-        norm_pix,
+        norm_pix: norm_pix.then_some(1e-6),
     };
     let mut mae = Mae::new(config, dtype, &Rng::new(0)).unwrap();
     for (j, id) in mae.params.ids().enumerate() {
@@ -82,7 +82,7 @@ fn micro_model_matches(dtype: Dtype, relative: f64) {
 fn micro_gradients_match(dtype: Dtype, norm_pix: bool, loss: f64, norms: &[(&str, f64)], total: f64, relative: f64) {
     let mut mae = micro(dtype, norm_pix);
     let tape = Tape::new();
-    let got = mae.loss(&tape, &Batch { images: micro_images() }, &micro_noise()).unwrap();
+    let got = mae.loss(&tape, &Batch::of_images(micro_images()), &micro_noise()).unwrap();
     near(got.total.value().item(), loss, relative, "loss");
     tape.backward(&got.total, &mut [&mut mae.params]).unwrap();
     let square = |id| mae.params.gradient(id).unwrap().to_f64().iter().map(|g| g * g).sum::<f64>();
@@ -177,7 +177,7 @@ fn is_constant(name: &str, values: &[f64]) {
 #[test]
 fn a_pre_training_model_starts_as_published() {
     let (encoder, decoder) = (VitConfig::new(32, 8, 128, 2, 4), DecoderConfig { width: 64, depth: 1, heads: 4 });
-    let mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio: 0.75, norm_pix: true }, Dtype::F32, &Rng::new(1)).unwrap();
+    let mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio: 0.75, norm_pix: Some(1e-6) }, Dtype::F32, &Rng::new(1)).unwrap();
     for id in mae.params.trained() {
         let (name, value) = (mae.params.name(id), mae.params.value(id));
         let values = value.to_f64();
@@ -256,7 +256,7 @@ fn without_noise_stochastic_depth_is_off() {
 #[test]
 fn forwards_on_a_tape_that_is_off_record_nothing() {
     let mut mae = micro(Dtype::F32, true);
-    let (tape, batch) = (Tape::off(), Batch { images: micro_images() });
+    let (tape, batch) = (Tape::off(), Batch::of_images(micro_images()));
     let losses = [0, 1].map(|_| mae.loss(&tape, &batch, &micro_noise()).unwrap().total);
     assert!(losses.iter().all(|loss| !loss.tracked()));
     assert_eq!(losses[0].value().item().to_bits(), losses[1].value().item().to_bits());
@@ -288,11 +288,11 @@ fn images_may_be_rectangles_and_have_one_or_four_channels() {
         let encoder = VitConfig { image, channels, ..VitConfig::new(32, 8, 32, 2, 4) };
         let decoder = DecoderConfig { width: 16, depth: 1, heads: 2 };
         let rng = Rng::new(2);
-        let mut mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio: 0.5, norm_pix: true }, Dtype::F32, &rng).unwrap();
+        let mut mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio: 0.5, norm_pix: Some(1e-6) }, Dtype::F32, &rng).unwrap();
         let patches = mae.encoder.config.patches();
         assert_eq!(patches, image[0] * image[1] / 64);
         let tape = Tape::new();
-        let batch = Batch { images: images([2, channels, image[0], image[1]]) };
+        let batch = Batch::of_images(images([2, channels, image[0], image[1]]));
         let loss = mae.loss(&tape, &batch, &rng).unwrap();
         assert!(loss.total.value().item().is_finite());
         tape.backward(&loss.total, &mut [&mut mae.params]).unwrap();

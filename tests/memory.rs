@@ -53,10 +53,10 @@ fn five_steps() -> ((usize, usize), usize, usize) {
     let rng = Rng::new(3);
     let encoder = VitConfig::new(64, 8, 96, 2, 4);
     let decoder = DecoderConfig { width: 64, depth: 1, heads: 4 };
-    let mut mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio: 0.75, norm_pix: true }, Dtype::F32, &rng).unwrap();
+    let mut mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio: 0.75, norm_pix: Some(1e-6) }, Dtype::F32, &rng).unwrap();
     let mut adamw = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8).unwrap();
     let images = Tensor::from_slice(&[8, 3, 64, 64], &rng.normal("images", 8 * 3 * 64 * 64)).unwrap();
-    let batch = Batch { images };
+    let batch = Batch::of_images(images);
     let mut step = |i: u64| {
         let tape = Tape::new();
         let loss = mae.loss(&tape, &batch, &rng.at(i)).unwrap();

@@ -140,30 +140,31 @@ fn pixel_targets_are_those_of_the_cpu() {
     for (channels, h, w, patch) in [(3, 16, 32, 8), (1, 6, 9, 3)] {
         let images = images([2, channels, h, w]);
         let rounded = images.cast(Dtype::Bf16).unwrap().cast(Dtype::F32).unwrap();
-        let (plain, want) = (pixels::patchify(&images, patch).unwrap(), pixels::targets(&images, patch, true).unwrap().to_f64());
+        let (plain, want) =
+            (pixels::patchify(&images, patch).unwrap(), pixels::targets(&images, patch, Some(pixels::EPS)).unwrap().to_f64());
         in_all_orders(&gpu, None, |order| {
             let there = images.on(&device).unwrap();
             let patches = pixels::patchify(&there, patch).unwrap();
             same(&patches, &plain, order);
             same(&pixels::patchify(&there.cast(Dtype::Bf16).unwrap(), patch).unwrap(), &pixels::patchify(&rounded, patch).unwrap(), order);
             same(&pixels::unpatchify(&patches, [2, channels, h, w], patch).unwrap(), &images, order);
-            let got = here(&pixels::targets(&there, patch, true).unwrap()).to_f64();
+            let got = here(&pixels::targets(&there, patch, Some(pixels::EPS)).unwrap()).to_f64();
             got.iter().zip(&want).for_each(|(got, want)| assert!((got - want).abs() <= 2e-6, "{got} is not {want}"));
         });
     }
     let one = Tensor::zeros(&[1, 1, 2, 2], Dtype::F32).unwrap().on(&device).unwrap();
-    assert!(pixels::targets(&one, 1, true).unwrap_err().to_string().contains("no variance"));
+    assert!(pixels::targets(&one, 1, Some(pixels::EPS)).unwrap_err().to_string().contains("no variance"));
 }
 
 #[test]
 fn flat_and_nearly_flat_bright_patches_keep_their_digits() {
     let (_, device) = emulated();
     let flat = Tensor::full_on(&device, &[1, 3, 16, 16], Dtype::F32, 2.64).unwrap();
-    assert!(here(&pixels::targets(&flat, 16, true).unwrap()).to_f64().iter().all(|&x| x == 0.0));
+    assert!(here(&pixels::targets(&flat, 16, Some(pixels::EPS)).unwrap()).to_f64().iter().all(|&x| x == 0.0));
     let bright: Vec<f32> = (0..768).map(|i| 1000.0 + (i % 2) as f32 * 0.0078125).collect();
     let bright = Tensor::from_slice(&[1, 3, 16, 16], &bright).unwrap();
-    let want = pixels::targets(&bright, 16, true).unwrap().to_f64();
-    let got = here(&pixels::targets(&bright.on(&device).unwrap(), 16, true).unwrap()).to_f64();
+    let want = pixels::targets(&bright, 16, Some(pixels::EPS)).unwrap().to_f64();
+    let got = here(&pixels::targets(&bright.on(&device).unwrap(), 16, Some(pixels::EPS)).unwrap()).to_f64();
     got.iter().zip(&want).for_each(|(got, want)| assert!((got - want).abs() <= 1e-6, "{got} is not {want}"));
 }
 

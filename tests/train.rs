@@ -18,7 +18,7 @@ const STEPS: u64 = 5;
 fn mae(device: &Device, precision: Dtype) -> Mae {
     let encoder = VitConfig { drop_path: DropPath::Linear(0.3), layer_scale: Some(0.5), ..VitConfig::new(48, 8, 48, 2, 3) };
     let decoder = DecoderConfig { width: 32, depth: 2, heads: 2 };
-    let config = MaeConfig { encoder, decoder, mask_ratio: 0.75, norm_pix: true };
+    let config = MaeConfig { encoder, decoder, mask_ratio: 0.75, norm_pix: Some(1e-6) };
     let mut mae = Mae::new(config, Dtype::F32, &Rng::new(1)).unwrap();
     mae.params.move_to(device, precision).unwrap();
     mae
@@ -26,7 +26,7 @@ fn mae(device: &Device, precision: Dtype) -> Mae {
 
 fn batch(step: u64, size: usize) -> Batch {
     let images = Rng::new(2).at(step).normal("images", size * 3 * 48 * 48);
-    Batch { images: Tensor::from_slice(&[size, 3, 48, 48], &images).unwrap() }
+    Batch::of_images(Tensor::from_slice(&[size, 3, 48, 48], &images).unwrap())
 }
 
 struct Run {
@@ -39,12 +39,12 @@ struct Run {
 fn run(device: &Device, precision: Dtype) -> Run {
     let mae = mae(device, precision);
     let optimizer = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8).unwrap();
-    let mut step = Step::new(Box::new(mae), Box::new(optimizer), StepOptions { clip: Some(0.5) });
+    let mut step = Step::new(Box::new(mae), Box::new(optimizer), StepOptions { clip: Some(0.5), ..StepOptions::default() });
     let (mut losses, mut norms) = (Vec::new(), Vec::new());
     for k in 0..STEPS {
         let loss = step.run(&batch(k, 3), &Rng::new(7).at(k), 1e-3 * (1.0 + k as f64)).unwrap();
-        losses.push(loss.read().unwrap()[0]);
-        norms.push(step.norm().unwrap().read().unwrap()[0]);
+        losses.push(loss.loss);
+        norms.push(loss.norm);
     }
     assert_eq!(step.is_recorded(), device.gpu().is_some());
     let params = step.method().params();
@@ -108,11 +108,11 @@ fn a_replayed_step_takes_no_memory() {
     let device = Named::Emulated.open().unwrap();
     let mae = mae(&device, Dtype::Bf16);
     let optimizer = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8).unwrap();
-    let mut step = Step::new(Box::new(mae), Box::new(optimizer), StepOptions { clip: Some(1.0) });
+    let mut step = Step::new(Box::new(mae), Box::new(optimizer), StepOptions { clip: Some(1.0), ..StepOptions::default() });
     let mut taken = Vec::new();
     for k in 0..5 {
         step.run(&batch(k, 2), &Rng::new(7).at(k), 1e-3).unwrap();
         taken.push(device.gpu().unwrap().memory().1);
     }
-    assert_eq!(taken[1], taken[4], "{taken:?}");
+    assert_eq!(taken[2], taken[4], "{taken:?}");
 }

@@ -15,6 +15,7 @@ use crate::optim::adamw::AdamW;
 use crate::optim::{Optimizer, groups};
 use crate::rng::Rng;
 use crate::tape::Tape;
+use crate::targets::pixels;
 use crate::tensor::{Dtype, Tensor};
 use crate::train::step::{Step, StepOptions};
 use serde_json::{Value, json};
@@ -140,13 +141,13 @@ pub fn run(args: &StepArgs) -> Result<Report> {
     let decoder = DecoderConfig { width: args.decoder_dim, depth: args.decoder_depth, heads: args.decoder_heads };
     check(args, &encoder, &decoder).map_err(Error::usage)?;
     let rng = Rng::new(args.seed);
-    let config = MaeConfig { encoder, decoder, mask_ratio: args.mask_ratio, norm_pix: args.norm_pix };
+    let config = MaeConfig { encoder, decoder, mask_ratio: args.mask_ratio, norm_pix: args.norm_pix.then_some(pixels::EPS) };
     let device = args.device.open()?;
     device.compute_in(args.precision)?;
     let mut mae = Mae::new(config, Dtype::F32, &rng)?;
     mae.params.move_to(&device, args.precision.dtype())?;
     let shape = [args.batch, 3, args.image_size, args.image_size];
-    let batch = Batch { images: Tensor::from_slice(&shape, &rng.normal("images", shape.iter().product()))? };
+    let batch = Batch::of_images(Tensor::from_slice(&shape, &rng.normal("images", shape.iter().product()))?);
     let optimizer = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8)?;
     let parameters = mae.params.count_trained();
     let run = Run { args, patch, parameters, rng };
@@ -209,17 +210,16 @@ impl Run<'_> {
         // Steps that are not recorded yet are not what is to be measured.
         let mut warm = 0;
         while warm < self.args.warmup || !step.is_recorded() {
-            losses.push(step.run(&batch, &self.rng.at(warm as u64), LEARNING_RATE)?.read()?[0]);
+            losses.push(step.run(&batch, &self.rng.at(warm as u64), LEARNING_RATE)?.loss);
             warm += 1;
         }
         for k in 0..self.args.steps {
             before = if k == 0 { gpu.memory().1 } else { before };
-            let mut loss = None;
+            let mut value = f64::NAN;
             times.push(gpu.time(|| {
-                loss = Some(step.run(&batch, &self.rng.at((warm + k) as u64), LEARNING_RATE)?);
+                value = step.run(&batch, &self.rng.at((warm + k) as u64), LEARNING_RATE)?.loss;
                 Ok(())
             })?);
-            let value = loss.map_or(Ok(f64::NAN), |loss| Ok(loss.read()?[0]))?;
             ensure!(value.is_finite(), "step {}: the loss is {value}", warm + k);
             losses.push(value);
         }

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::masking::{self, Mask};
 use crate::nn::decoder::{Decoder, DecoderConfig, DecoderTokens};
 use crate::nn::vit::{Tokens, Vit, VitConfig};
-use crate::nn::{Scope, Start};
+use crate::nn::{Scope, Start, flops};
 use crate::param::{Params, ParamsBuilder};
 use crate::rng::Rng;
 use crate::tape::{Tape, Var};
@@ -19,16 +19,17 @@ pub struct MaeConfig {
     pub encoder: VitConfig,
     pub decoder: DecoderConfig,
     pub mask_ratio: f64,
-    /// Whether each target patch is normalised by its own mean and deviation.
-    pub norm_pix: bool,
+    /// Each target patch is normalised by its own mean and deviation, this much added to the variance; None leaves pixels as they are.
+    pub norm_pix: Option<f64>,
 }
 
 pub struct Mae {
     pub params: Params,
     pub encoder: Vit,
     pub decoder: Decoder,
+    decoder_config: DecoderConfig,
     mask_ratio: f64,
-    norm_pix: bool,
+    norm_pix: Option<f64>,
 }
 
 impl Mae {
@@ -38,7 +39,14 @@ impl Mae {
         let decoder_tokens = DecoderTokens::new(&mut b, &c.decoder, &c.encoder)?;
         let encoder = Vit::new(&mut b, c.encoder, tokens, true, Start::Xavier)?;
         let decoder = Decoder::new(&mut b, &c.decoder, &encoder.config, decoder_tokens, Start::Xavier)?;
-        Ok(Self { params: b.build(dtype, rng)?, encoder, decoder, mask_ratio: c.mask_ratio, norm_pix: c.norm_pix })
+        Ok(Self {
+            params: b.build(dtype, rng)?,
+            encoder,
+            decoder,
+            decoder_config: c.decoder,
+            mask_ratio: c.mask_ratio,
+            norm_pix: c.norm_pix,
+        })
     }
 
     /// The random mask of a batch of this size.
@@ -75,5 +83,11 @@ impl Method for Mae {
 
     fn encoder(&self) -> &Vit {
         &self.encoder
+    }
+
+    fn macs(&self) -> [u64; 2] {
+        let kept = masking::len_keep(self.encoder.config.patches(), self.mask_ratio).unwrap_or(0);
+        let all = flops::vit_macs(&self.encoder.config, kept) + flops::decoder_macs(&self.decoder_config, &self.encoder.config, kept);
+        [all, all]
     }
 }

@@ -1,36 +1,78 @@
 //! Floor 6: one file a method, each reading like its paper's method section.
 
 pub mod mae;
+pub mod supervised;
 
 use crate::error::Result;
 use crate::nn::vit::Vit;
+use crate::ops::batchnorm::Statistics;
 use crate::param::Params;
 use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
+use std::any::Any;
 
-/// What a step of training sees: normalised images [B, C, H, W].
+/// What a step of training sees.
+#[derive(Clone)]
 pub struct Batch {
+    /// Normalised, [B, C, H, W].
     pub images: Tensor,
+    /// What a classifier is to answer: a probability for each class, f32 [B, classes]. Smoothing and mixing are in them already.
+    pub targets: Option<Tensor>,
+    /// The class of each image, for evaluation; empty where nobody asks.
+    pub labels: Vec<u32>,
+}
+
+impl Batch {
+    pub fn of_images(images: Tensor) -> Self {
+        Self { images, targets: None, labels: Vec::new() }
+    }
 }
 
 /// A loss and the named parts it is the sum of: numbers on the model's device, which nobody has to wait for.
 pub struct Loss {
     pub total: Var,
     pub parts: Vec<(&'static str, Tensor)>,
+    /// What the batch says about the columns of a batch norm, to be learned by [`Method::learn`] after the pass.
+    pub statistics: Option<Statistics>,
 }
 
 impl Loss {
     pub fn single(name: &'static str, total: Var) -> Self {
         let parts = vec![(name, total.value().clone())];
-        Self { total, parts }
+        Self { total, parts, statistics: None }
     }
 }
 
-pub trait Method {
+/// How good a model is on a batch.
+#[derive(Clone, Copy, Default, PartialEq, Debug)]
+pub struct Scores {
+    /// Mean over the batch.
+    pub loss: f64,
+    /// How many labels are the first, and among the first five, of the model's answers; None where it does not classify.
+    pub right: Option<[usize; 2]>,
+}
+
+pub trait Method: Any {
     /// What is trained; a teacher's parameters are not among them.
     fn params(&mut self) -> &mut Params;
+
     fn loss(&self, tape: &Tape, batch: &Batch, rng: &Rng) -> Result<Loss>;
+
     /// What fine-tuning keeps.
     fn encoder(&self) -> &Vit;
+
+    /// On images it does not learn from; nothing is drawn but what the method draws for every pass, from `rng`.
+    fn scores(&self, batch: &Batch, rng: &Rng) -> Result<Scores> {
+        let loss = self.loss(&Tape::off(), batch, rng)?.total;
+        Ok(Scores { loss: loss.value().read()?[0], right: None })
+    }
+
+    /// Takes in running statistics after a pass over so many images.
+    fn learn(&mut self, _statistics: &Statistics, _images: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// Multiply-accumulates of a forward pass for one image, and of the part of them that is trained.
+    fn macs(&self) -> [u64; 2];
 }

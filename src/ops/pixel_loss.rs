@@ -22,7 +22,7 @@ use crate::tensor::{Dtype, Tensor};
 pub const VERSIONS: Versions = Versions { op: "pixel_loss", all: &["v1", "v2"], chosen: "v2" };
 
 impl Var {
-    pub fn pixel_loss(&self, images: &Tensor, patch: usize, normalised: bool, hidden: &Tensor) -> Result<Var> {
+    pub fn pixel_loss(&self, images: &Tensor, patch: usize, normalised: Option<f64>, hidden: &Tensor) -> Result<Var> {
         let Some(gpu) = self.value().gpu() else {
             let images = images.on(&self.value().device())?.cast(self.dtype())?;
             return self.masked_mse(&pixels::targets(&images, patch, normalised)?, hidden);
@@ -32,7 +32,7 @@ impl Var {
     }
 }
 
-fn on_gpu(gpu: &Gpu, x: &Var, images: &Tensor, patch: usize, normalised: bool, hidden: &Tensor) -> Result<Made> {
+fn on_gpu(gpu: &Gpu, x: &Var, images: &Tensor, patch: usize, normalised: Option<f64>, hidden: &Tensor) -> Result<Made> {
     let value = x.value();
     let [batch, channels, height, width] = pixels::sizes(images.shape(), patch)?;
     let (tokens, p) = ((height / patch) * (width / patch), patch * patch * channels);
@@ -41,7 +41,7 @@ fn on_gpu(gpu: &Gpu, x: &Var, images: &Tensor, patch: usize, normalised: bool, h
         "pixel_loss: x is {value:?} but images of {images:?} have [{batch}, {tokens}, {p}]"
     );
     ensure!(hidden.shape() == [batch, tokens], "pixel_loss: the mask is {hidden:?} but x is {value:?}");
-    ensure!(!normalised || p >= 2, "pixel targets: a patch of {p} values has no variance");
+    ensure!(normalised.is_none() || p >= 2, "pixel targets: a patch of {p} values has no variance");
     count_of("pixel_loss", value, hidden)?;
     let on_device = |t: &Tensor| t.cast(Dtype::F32)?.on(&value.device());
     let (images, hidden) = (on_device(images)?, on_device(hidden)?);
@@ -51,31 +51,32 @@ fn on_gpu(gpu: &Gpu, x: &Var, images: &Tensor, patch: usize, normalised: bool, h
     let args = Args::new().maybe_out(parts.gradient.as_mut()).out(&mut parts.partial).input(value).input(&images);
     let args = args.input(&hidden).input(&count).int(patches);
     if gpu.version(&VERSIONS) == "v2" && patch == 16 && channels == 3 {
-        let args = args.int(height).int(width).flag(normalised);
+        let args = args.int(height).int(width).float(normalised.unwrap_or(pixels::NOT_NORMALISED));
         gpu.launch(&typed("pixel_loss_v2", x.dtype()), Launch::new(blocks, 256), args)?;
     } else {
-        let args = args.int(channels).int(height).int(width).int(patch).flag(normalised);
+        let args = args.int(channels).int(height).int(width).int(patch).float(normalised.unwrap_or(pixels::NOT_NORMALISED));
         gpu.launch(&typed("pixel_loss_v1", x.dtype()), Launch::new(blocks, 256), args)?;
     }
     parts.finish(gpu)
 }
 
 pub fn cases() -> Vec<Case> {
-    let case = |name: &str, [batch, channels, height, width]: [usize; 4], patch: usize, normalised: bool, hidden: fn(usize) -> f64| {
-        let shape = [batch, channels, height, width];
-        let images = Tensor::from_slice(&shape, &numbers("images", 0, &shape)).expect("as many numbers");
-        let tokens = (height / patch) * (width / patch);
-        let mask: Vec<f64> = (0..batch * tokens).map(hidden).collect();
-        let mask = Tensor::from_slice(&[batch, tokens], &mask).expect("as many numbers");
-        let name = format!("pixel_loss: {name}");
-        Case::loss(&name, &[batch, tokens, patch * patch * channels], move |x| x.pixel_loss(&images, patch, normalised, &mask))
-    };
+    let case =
+        |name: &str, [batch, channels, height, width]: [usize; 4], patch: usize, normalised: Option<f64>, hidden: fn(usize) -> f64| {
+            let shape = [batch, channels, height, width];
+            let images = Tensor::from_slice(&shape, &numbers("images", 0, &shape)).expect("as many numbers");
+            let tokens = (height / patch) * (width / patch);
+            let mask: Vec<f64> = (0..batch * tokens).map(hidden).collect();
+            let mask = Tensor::from_slice(&[batch, tokens], &mask).expect("as many numbers");
+            let name = format!("pixel_loss: {name}");
+            Case::loss(&name, &[batch, tokens, patch * patch * channels], move |x| x.pixel_loss(&images, patch, normalised, &mask))
+        };
     let most: fn(usize) -> f64 = |i| if i % 4 == 1 { 0.0 } else { 1.0 };
     vec![
-        case("patches of 16, normalised", [2, 3, 32, 80], 16, true, most),
-        case("patches of 16 as they are", [1, 3, 48, 32], 16, false, most),
-        case("patches of 14, normalised", [1, 3, 28, 14], 14, true, |_| 1.0),
-        case("patches of 4 of 2 channels", [3, 2, 8, 12], 4, true, most),
-        case("one hidden patch", [2, 1, 6, 6], 2, false, |i| if i == 12 { 1.0 } else { 0.0 }),
+        case("patches of 16, normalised", [2, 3, 32, 80], 16, Some(pixels::EPS), most),
+        case("patches of 16 as they are", [1, 3, 48, 32], 16, None, most),
+        case("patches of 14, normalised", [1, 3, 28, 14], 14, Some(pixels::EPS), |_| 1.0),
+        case("patches of 4 of 2 channels", [3, 2, 8, 12], 4, Some(0.25), most),
+        case("one hidden patch", [2, 1, 6, 6], 2, None, |i| if i == 12 { 1.0 } else { 0.0 }),
     ]
 }

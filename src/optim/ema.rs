@@ -28,6 +28,17 @@ impl Ema {
         Ok(Self { decay, set: params.set(), values: copied.collect::<Result<_>>()? })
     }
 
+    /// The averages, in the order of the parameters.
+    pub fn values(&self) -> &[Tensor] {
+        &self.values
+    }
+
+    /// Puts averages of an earlier time back.
+    pub fn restore(&mut self, values: &[Tensor]) -> Result<()> {
+        ensure!(values.len() == self.values.len(), "an average of {} tensors is given {}", self.values.len(), values.len());
+        self.values.iter_mut().zip(values).try_for_each(|(own, value)| own.upload(value))
+    }
+
     /// Takes in the values after a step.
     pub fn update(&mut self, params: &mut Params) -> Result<()> {
         let rest = 1.0 - self.decay;

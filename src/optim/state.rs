@@ -71,6 +71,11 @@ impl State {
         Ok(Self { optimizer, names, groups, slots, slot_of, tensors: Vec::new(), pieces: None })
     }
 
+    /// What is remembered of each parameter, by name.
+    pub fn names(&self) -> &'static [&'static str] {
+        self.names
+    }
+
     pub fn groups(&self) -> &[Group] {
         &self.groups
     }

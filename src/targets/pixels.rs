@@ -3,8 +3,8 @@
 //! `patchify` cuts images [B, C, H, W] into patches [B, L, P], L = (H/p)(W/p) in raster order, P = p*p*C. Inside a patch the order is
 //! (py, px, channel), channel fastest. (The weight of a patch convolution has the channel slowest.)
 //!
-//! The normalised target of a patch t of P values is (t - mean) / sqrt(var + 1e-6), var = sum (t - mean)^2 / (P - 1). The 1e-6 inside the
-//! root keeps constant patches at 0. Statistics are two passes in f64, so a nearly constant bright patch keeps its digits; on a GPU they are two passes in
+//! The normalised target of a patch t of P values is (t - mean) / sqrt(var + eps), var = sum (t - mean)^2 / (P - 1). The eps inside the
+//! root, 1e-6 in the published models, keeps constant patches at 0. Statistics are two passes in f64, so a nearly constant bright patch keeps its digits; on a GPU they are two passes in
 //! f32 over the distances from the patch's first value. There patches are f32 whatever the images are (kernels/pixels.cu).
 
 use crate::device::gpu::Gpu;
@@ -15,13 +15,17 @@ use crate::error::Result;
 use crate::tensor::{Device, Dtype, Element, Tensor};
 use crate::{by_real, ensure};
 
-const EPS: f64 = 1e-6;
+/// What the published models add to the variance.
+pub const EPS: f64 = 1e-6;
+
+/// What kernels are given as eps where patches stay as they are.
+pub(crate) const NOT_NORMALISED: f64 = -1.0;
 
 /// Cuts images [B, C, H, W] into patches [B, L, P].
 pub fn patchify(images: &Tensor, patch: usize) -> Result<Tensor> {
     let [batch, channels, height, width] = sizes(images.shape(), patch)?;
     if let Some(gpu) = images.gpu() {
-        return patches_on(gpu, images, patch, false);
+        return patches_on(gpu, images, patch, None);
     }
     let mut patches = Tensor::empty(&[batch, (height / patch) * (width / patch), patch * patch * channels], images.dtype())?;
     fn cut<T: Real + Element>(images: &Tensor, sizes: [usize; 4], patch: usize, patches: &mut Tensor) -> Result<()> {
@@ -37,12 +41,13 @@ pub fn patchify(images: &Tensor, patch: usize) -> Result<Tensor> {
     Ok(patches)
 }
 
-fn patches_on(gpu: &Gpu, images: &Tensor, patch: usize, normalised: bool) -> Result<Tensor> {
+fn patches_on(gpu: &Gpu, images: &Tensor, patch: usize, normalised: Option<f64>) -> Result<Tensor> {
     let images = if images.dtype() == Dtype::U8 { images.cast(Dtype::F32)? } else { images.clone() };
     let [batch, channels, height, width] = sizes(images.shape(), patch)?;
     let mut patches = images.alike(&[batch, (height / patch) * (width / patch), patch * patch * channels], Dtype::F32)?;
     let rows = patches.rows();
-    let args = Args::new().out(&mut patches).input(&images).int(rows).int(channels).int(height).int(width).int(patch).flag(normalised);
+    let args = Args::new().out(&mut patches).input(&images).int(rows).int(channels).int(height).int(width).int(patch);
+    let args = args.float(normalised.unwrap_or(NOT_NORMALISED));
     gpu.launch(&typed("pixel_targets", images.dtype()), Launch::new(rows.div_ceil(8), 256), args)?;
     Ok(patches)
 }
@@ -64,9 +69,9 @@ pub fn unpatchify(patches: &Tensor, shape: [usize; 4], patch: usize) -> Result<T
     Ok(images)
 }
 
-/// Patches [B, L, P] of images, normalised each by itself on request: the targets of MAE.
-pub fn targets(images: &Tensor, patch: usize, normalised: bool) -> Result<Tensor> {
-    if normalised {
+/// Patches [B, L, P] of images, normalised each by itself with this eps on request: the targets of MAE.
+pub fn targets(images: &Tensor, patch: usize, normalised: Option<f64>) -> Result<Tensor> {
+    if normalised.is_some() {
         let values = patch * patch * sizes(images.shape(), patch)?[1];
         ensure!(values >= 2, "pixel targets: a patch of {values} values has no variance");
     }
@@ -74,28 +79,28 @@ pub fn targets(images: &Tensor, patch: usize, normalised: bool) -> Result<Tensor
         return patches_on(gpu, images, patch, normalised);
     }
     let mut patches = patchify(images, patch)?;
-    if normalised {
-        by_real!("pixel targets", patches.dtype(), normalise(&mut patches))?;
+    if let Some(eps) = normalised {
+        by_real!("pixel targets", patches.dtype(), normalise(&mut patches, eps))?;
     }
     Ok(patches)
 }
 
-fn normalise<T: Real + Element>(patches: &mut Tensor) -> Result<()> {
+fn normalise<T: Real + Element>(patches: &mut Tensor, eps: f64) -> Result<()> {
     let width = patches.last();
     parallel::rows(patches.data_mut::<T>(), width, |_, rows| {
         for patch in rows.chunks_exact_mut(width) {
-            let (mean, deviation) = statistics(patch);
+            let (mean, deviation) = statistics(patch, eps);
             patch.iter_mut().for_each(|value| *value = T::of((value.f64() - mean) / deviation));
         }
     });
     Ok(())
 }
 
-/// Mean and sqrt(var + 1e-6) of one patch of at least two values: what takes a normalised patch back to pixels.
-pub fn statistics<T: Real>(patch: &[T]) -> (f64, f64) {
+/// Mean and sqrt(var + eps) of one patch of at least two values: what takes a normalised patch back to pixels.
+pub fn statistics<T: Real>(patch: &[T], eps: f64) -> (f64, f64) {
     let mean = sum_of(patch, |x| x.f64()) / patch.len() as f64;
     let squares = sum_of(patch, |x| (x.f64() - mean) * (x.f64() - mean));
-    (mean, (squares / (patch.len() as f64 - 1.0) + EPS).sqrt())
+    (mean, (squares / (patch.len() as f64 - 1.0) + eps).sqrt())
 }
 
 /// The sizes of images that divide into such patches.
@@ -158,7 +163,7 @@ mod tests {
 
     fn normalised(values: &[f32]) -> Vec<f32> {
         let image = Tensor::from_slice(&[1, values.len() / 4, 2, 2], values).unwrap();
-        targets(&image, 2, true).unwrap().data::<f32>().to_vec()
+        targets(&image, 2, Some(EPS)).unwrap().data::<f32>().to_vec()
     }
 
     #[test]
@@ -177,7 +182,7 @@ mod tests {
     #[test]
     fn nearly_constant_bright_patches_keep_their_digits() {
         let patch: Vec<f32> = (0..768).map(|i| 1000.0 + (i % 2) as f32 * 0.0078125).collect();
-        let (mean, deviation) = statistics(&patch);
+        let (mean, deviation) = statistics(&patch, EPS);
         assert_eq!(mean, 1000.00390625);
         let exact = (768.0 * 0.00390625f64.powi(2) / 767.0 + 1e-6).sqrt();
         approx::assert_relative_eq!(deviation, exact, max_relative = 1e-12);

@@ -1,26 +1,56 @@
-//! One step of training: forward, backward, clip, update.
+//! One step of training: forward and backward of one or several micro-batches, clip, update.
 //!
-//! On the CPU each step is taken as it comes. On a GPU the first two are; the third is recorded, and from then on it is replayed: the host only writes the
-//! images, the random numbers and the numbers of the update. So a step there must not ask for what only the device knows, its batches have one shape, and the
-//! same parameters get gradients each time.
+//! On the CPU each forward and backward is taken as it comes. On a GPU the first two are; the third is recorded, and from then on it is replayed: the host
+//! only writes the batch and the random numbers. So a loss there must not ask for what only the device knows, its batches have one shape, and the same
+//! parameters get gradients each time. Clip and update are a handful of launches and stay outside: between them and the backward pass the host looks at the
+//! loss and at the length of the gradient, and leaves the update out where one of them is not finite.
 
 use crate::device::gpu::{Gpu, Graph};
 use crate::ensure;
 use crate::error::{Context, Result};
-use crate::methods::{Batch, Method};
+use crate::methods::{Batch, Loss, Method};
+use crate::ops::batchnorm::Statistics;
 use crate::optim::{Optimizer, clip};
 use crate::param::ParamId;
 use crate::rng::Rng;
 use crate::tape::Tape;
 use crate::tensor::{Device, Tensor};
 
-/// Steps before one is recorded: memory is allocated in the first, and the second shows that nothing more is asked for.
+/// Passes before one is recorded: memory is allocated in the first, and the second shows that nothing more is asked for.
 const WARM_UP: usize = 2;
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct StepOptions {
     /// Longest gradient; None switches clipping off.
     pub clip: Option<f64>,
+    /// Micro-batches of an update; the loss of each counts for its share.
+    pub accumulate: usize,
+}
+
+impl Default for StepOptions {
+    fn default() -> Self {
+        Self { clip: None, accumulate: 1 }
+    }
+}
+
+/// What an update was made of.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Outcome {
+    /// Mean over the micro-batches.
+    pub loss: f64,
+    /// What the loss is the sum of, where it is more than one thing.
+    pub parts: Vec<(&'static str, f64)>,
+    /// Length of the gradient before it was clipped.
+    pub norm: f64,
+    /// False where loss or gradient were not finite: then nothing has changed.
+    pub taken: bool,
+}
+
+/// What a forward pass leaves behind: numbers on the device.
+struct Seen {
+    loss: Tensor,
+    parts: Vec<(&'static str, Tensor)>,
+    statistics: Option<Statistics>,
 }
 
 pub struct Step {
@@ -28,20 +58,23 @@ pub struct Step {
     optimizer: Box<dyn Optimizer>,
     options: StepOptions,
     /// On a GPU: where each batch is put.
-    images: Option<Tensor>,
-    taken: usize,
+    place: Option<(Tensor, Option<Tensor>)>,
+    passes: usize,
     /// What the last walk gave a gradient.
     reached: Vec<ParamId>,
-    norm: Option<Tensor>,
-    recorded: Option<(Graph, Tensor)>,
+    recorded: Option<(Graph, Seen)>,
+    /// Of the micro-batches since the last update.
+    losses: Vec<f64>,
+    parts: Vec<(&'static str, f64)>,
 }
 
 impl Step {
     pub fn new(method: Box<dyn Method>, optimizer: Box<dyn Optimizer>, options: StepOptions) -> Self {
-        Self { method, optimizer, options, images: None, taken: 0, reached: Vec::new(), norm: None, recorded: None }
+        let (place, passes, reached, recorded) = (None, 0, Vec::new(), None);
+        Self { method, optimizer, options, place, passes, reached, recorded, losses: Vec::new(), parts: Vec::new() }
     }
 
-    /// Between steps. A recorded step works on the memory that the parameters have: they must stay on their device, and no others may be trained.
+    /// Between steps. A recorded pass works on the memory that the parameters have: they must stay on their device, and no others may be trained.
     pub fn method(&mut self) -> &mut dyn Method {
         &mut *self.method
     }
@@ -50,110 +83,165 @@ impl Step {
         &mut *self.optimizer
     }
 
-    /// Whether steps are replayed by now.
+    /// Both, for a checkpoint.
+    pub fn method_and_optimizer(&mut self) -> (&mut dyn Method, &mut dyn Optimizer) {
+        (&mut *self.method, &mut *self.optimizer)
+    }
+
+    pub fn options(&self) -> StepOptions {
+        self.options
+    }
+
+    /// Whether passes are replayed by now.
     pub fn is_recorded(&self) -> bool {
         self.recorded.is_some()
     }
 
-    /// Length of the last step's gradient before it was clipped, one number on the device; None without clipping. To be read before the next step.
-    pub fn norm(&self) -> Option<&Tensor> {
-        self.norm.as_ref()
+    /// A whole step of one micro-batch.
+    pub fn run(&mut self, batch: &Batch, rng: &Rng, lr: f64) -> Result<Outcome> {
+        self.add(batch, rng)?;
+        self.finish(lr)
     }
 
-    /// Takes a step and answers the loss, one number on the device. To be read before the next step, which on a GPU writes the same memory.
-    pub fn run(&mut self, batch: &Batch, rng: &Rng, lr: f64) -> Result<Tensor> {
-        match self.method.params().device().gpu().cloned() {
-            None => self.eager(batch, rng, lr),
+    /// Forward and backward of a micro-batch: its gradient is added to what the others since the last update gave. Answers its loss.
+    pub fn add(&mut self, batch: &Batch, rng: &Rng) -> Result<f64> {
+        ensure!(
+            self.losses.len() < self.options.accumulate,
+            "a step takes {} micro-batches and then makes its update",
+            self.options.accumulate
+        );
+        let seen = match self.method.params().device().gpu().cloned() {
+            None => self.eager(batch, rng)?,
             Some(gpu) => {
                 let placed = self.place(&gpu, batch)?;
-                self.run_on(&gpu, placed, rng, lr)
+                self.on_gpu(&gpu, &placed, rng)?
+            }
+        };
+        let loss = seen.loss.read()?[0];
+        if let Some(statistics) = &seen.statistics {
+            self.method.learn(statistics, batch.images.shape()[0])?;
+        }
+        let first = self.losses.is_empty();
+        self.losses.push(loss);
+        if seen.parts.len() > 1 {
+            let share = 1.0 / self.options.accumulate as f64;
+            let parts = seen.parts.iter().map(|(name, part)| Ok((*name, part.read()?[0] * share))).collect::<Result<Vec<_>>>()?;
+            match first {
+                true => self.parts = parts,
+                false => self.parts.iter_mut().zip(parts).for_each(|(sum, part)| sum.1 += part.1),
             }
         }
-    }
-
-    fn run_on(&mut self, gpu: &Gpu, batch: Batch, rng: &Rng, lr: f64) -> Result<Tensor> {
-        if self.recorded.is_none() && self.taken < WARM_UP {
-            let loss = self.eager(&batch, rng, lr)?;
-            self.taken += 1;
-            return Ok(loss);
-        }
-        // The host's half of the update comes first; what has a gradient is what had one after the last walk.
-        let params = self.method.params();
-        params.assume_gradients(&self.reached)?;
-        self.optimizer.prepare(params, lr)?;
-        let done = self.replay(gpu, &batch, rng);
-        if done.is_err() {
-            self.optimizer.withdraw();
-            // What could not be recorded begins anew.
-            self.taken = 0;
-        }
-        done
-    }
-
-    /// The update is prepared; records the step if it is not yet.
-    fn replay(&mut self, gpu: &Gpu, batch: &Batch, rng: &Rng) -> Result<Tensor> {
-        if self.recorded.is_none() {
-            let (method, optimizer, options) = (&mut *self.method, &mut *self.optimizer, self.options);
-            let (graph, (loss, norm)) = gpu
-                .capture(|| {
-                    let walked = walk(method, batch, rng, options)?;
-                    optimizer.apply(method.params())?;
-                    Ok(walked)
-                })
-                .context("recording a step")?;
-            (self.recorded, self.norm) = (Some((graph, loss)), norm);
-        }
-        let (graph, loss) = self.recorded.as_ref().expect("recorded above");
-        graph.replay(rng)?;
-        Ok(loss.clone())
-    }
-
-    fn eager(&mut self, batch: &Batch, rng: &Rng, lr: f64) -> Result<Tensor> {
-        let (loss, norm) = walk(&mut *self.method, batch, rng, self.options)?;
-        let params = self.method.params();
-        self.optimizer.step(params, lr)?;
-        (self.reached, self.norm) = (params.reached(), norm);
         Ok(loss)
+    }
+
+    /// Clips what the micro-batches gave and makes the update, if loss and gradient are finite.
+    pub fn finish(&mut self, lr: f64) -> Result<Outcome> {
+        let losses = std::mem::take(&mut self.losses);
+        ensure!(!losses.is_empty(), "an update needs a micro-batch before it");
+        let params = self.method.params();
+        let norm = match self.options.clip {
+            Some(most) => clip::clip(params, most)?,
+            None => clip::gradient_norm(params)?,
+        };
+        let loss = losses.iter().sum::<f64>() / losses.len() as f64;
+        let taken = loss.is_finite() && norm.is_finite();
+        if taken {
+            self.optimizer.step(params, lr)?;
+        }
+        Ok(Outcome { loss, parts: std::mem::take(&mut self.parts), norm, taken })
+    }
+
+    /// Forgets micro-batches that have had no update.
+    pub fn abandon(&mut self) {
+        self.losses.clear();
+    }
+
+    fn on_gpu(&mut self, gpu: &Gpu, batch: &Batch, rng: &Rng) -> Result<Seen> {
+        if self.recorded.is_none() && self.passes < WARM_UP {
+            let seen = self.eager(batch, rng)?;
+            self.passes += 1;
+            return Ok(seen);
+        }
+        self.begin()?;
+        let (method, options) = (&mut *self.method, self.options);
+        if self.recorded.is_none() {
+            let recorded = gpu.capture(|| walk(method, batch, rng, options)).context("recording a step");
+            if recorded.is_err() {
+                // What could not be recorded begins anew.
+                self.passes = 0;
+            }
+            self.recorded = Some(recorded?);
+        }
+        self.method.params().assume_gradients(&self.reached)?;
+        let (graph, seen) = self.recorded.as_ref().expect("recorded above");
+        graph.replay(rng)?;
+        let parts = seen.parts.clone();
+        let statistics = seen.statistics.as_ref().map(|s| Statistics { mean: s.mean.clone(), variance: s.variance.clone() });
+        Ok(Seen { loss: seen.loss.clone(), parts, statistics })
+    }
+
+    fn eager(&mut self, batch: &Batch, rng: &Rng) -> Result<Seen> {
+        self.begin()?;
+        let seen = walk(&mut *self.method, batch, rng, self.options)?;
+        self.reached = self.method.params().reached();
+        Ok(seen)
+    }
+
+    /// Gradients as the first micro-batch of an update finds them: none, so that it writes them; zeros where others are to be added by the same recorded work.
+    fn begin(&mut self) -> Result<()> {
+        if !self.losses.is_empty() {
+            return Ok(());
+        }
+        let params = self.method.params();
+        if self.options.accumulate > 1 && params.device().gpu().is_some() && !self.reached.is_empty() {
+            return params.zero_gradients(&self.reached);
+        }
+        params.clear_gradients();
+        Ok(())
     }
 
     /// The batch where recorded work reads it, always in the same memory.
     fn place(&mut self, gpu: &Gpu, batch: &Batch) -> Result<Batch> {
-        let images = &batch.images;
-        ensure!(
-            images.gpu().is_none_or(|of| of == gpu),
-            "a step on {} cannot take images that are on another device, {}",
-            gpu.name(),
-            images.device()
-        );
-        let own = match &mut self.images {
-            Some(own) => own,
-            none => none.insert(Tensor::empty_on(&Device::Gpu(gpu.clone()), images.shape(), images.dtype())?),
-        };
-        ensure!(
-            own.shape() == images.shape() && own.dtype() == images.dtype(),
-            "a step on {} is recorded for one shape of batches: it takes {} {:?}, not {} {:?}",
-            gpu.name(),
-            own.dtype(),
-            own.shape(),
-            images.dtype(),
-            images.shape()
-        );
-        if images.gpu().is_some() {
-            own.copy_from(images)?
-        } else {
-            own.upload(images)?
+        if self.place.is_none() {
+            let empty = |like: &Tensor| Tensor::empty_on(&Device::Gpu(gpu.clone()), like.shape(), like.dtype());
+            self.place = Some((empty(&batch.images)?, batch.targets.as_ref().map(empty).transpose()?));
         }
-        Ok(Batch { images: own.clone() })
+        let (images, targets) = self.place.as_mut().expect("made above");
+        put(gpu, images, &batch.images, "images")?;
+        match (targets.as_mut(), &batch.targets) {
+            (Some(own), Some(targets)) => put(gpu, own, targets, "targets")?,
+            (None, None) => {}
+            _ => crate::bail!("a step on {} is recorded for batches with targets or for batches without", gpu.name()),
+        }
+        Ok(Batch { images: images.clone(), targets: targets.clone(), labels: batch.labels.clone() })
     }
 }
 
-/// Forward, backward and clip: the loss, and the length of the gradient where it is clipped.
-fn walk(method: &mut dyn Method, batch: &Batch, rng: &Rng, options: StepOptions) -> Result<(Tensor, Option<Tensor>)> {
-    method.params().clear_gradients();
+fn put(gpu: &Gpu, own: &mut Tensor, given: &Tensor, what: &str) -> Result<()> {
+    ensure!(
+        given.gpu().is_none_or(|of| of == gpu),
+        "a step on {} cannot take {what} that are on another device, {}",
+        gpu.name(),
+        given.device()
+    );
+    ensure!(
+        own.shape() == given.shape() && own.dtype() == given.dtype(),
+        "a step on {} is recorded for one shape of batches: it takes {} {:?}, not {} {:?}",
+        gpu.name(),
+        own.dtype(),
+        own.shape(),
+        given.dtype(),
+        given.shape()
+    );
+    if given.gpu().is_some() { own.copy_from(given) } else { own.upload(given) }
+}
+
+/// Forward and backward.
+fn walk(method: &mut dyn Method, batch: &Batch, rng: &Rng, options: StepOptions) -> Result<Seen> {
     let tape = Tape::new();
-    let loss = method.loss(&tape, batch, rng)?.total;
-    let params = method.params();
-    tape.backward(&loss, &mut [params])?;
-    let norm = options.clip.map(|most| clip::clip_on_device(params, most)).transpose()?;
-    Ok((loss.value().clone(), norm))
+    let Loss { total, parts, statistics } = method.loss(&tape, batch, rng)?;
+    let loss = total.value().clone();
+    let share = if options.accumulate > 1 { total.scale(1.0 / options.accumulate as f64)? } else { total };
+    tape.backward(&share, &mut [method.params()])?;
+    Ok(Seen { loss, parts, statistics })
 }

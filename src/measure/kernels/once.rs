@@ -66,9 +66,11 @@ fn inputs(s: &Sizes) -> Result<Vec<Bench>> {
         })
         .exact(&[b, h, 1 + l], Dtype::F32, Some(Rng::new(0).uniform("probabilities", h * (1 + l))?))
         .forward(Work::moves(0, b * h * (1 + l) + b * l + b * kept)),
-        Bench::new("pixel_targets", b, &[("side", SIDE), ("patch", patch)], move |x| constant(pixels::targets(x[0].value(), patch, true)?))
-            .exact(&[b, 3, SIDE, SIDE], Dtype::F32, None)
-            .forward(Work::moves(0, 2 * n)),
+        Bench::new("pixel_targets", b, &[("side", SIDE), ("patch", patch)], move |x| {
+            constant(pixels::targets(x[0].value(), patch, Some(pixels::EPS))?)
+        })
+        .exact(&[b, 3, SIDE, SIDE], Dtype::F32, None)
+        .forward(Work::moves(0, 2 * n)),
         Bench::new("hog", b, &[("side", SIDE)], move |x| constant(hog::target(x[0].value(), &hog::Options::dmjd())?))
             .exact(&[b, SIDE, SIDE, 3], Dtype::U8, Some(bytes.clone()))
             .forward(Work::moves(0, n * 9 / 64).and_bytes(n)),

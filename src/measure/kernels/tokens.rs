@@ -9,6 +9,7 @@ use crate::ops::relation_kl::{self, Relation};
 use crate::ops::scale::Branch;
 use crate::ops::{gather, layernorm, pixel_loss, softmax};
 use crate::tape::Var;
+use crate::targets::pixels;
 use crate::tensor::Dtype;
 
 /// The sizes of a model, and what is run of it.
@@ -273,7 +274,7 @@ fn losses(s: &Sizes) -> Result<Vec<Bench>> {
                 .loss(work),
         );
         all.push(
-            Bench::new("pixel_loss", b, &shown, move |x| x[0].pixel_loss(x[1].value(), patch, true, x[2].value()))
+            Bench::new("pixel_loss", b, &shown, move |x| x[0].pixel_loss(x[1].value(), patch, Some(pixels::EPS), x[2].value()))
                 .activation(&[b, l, p])
                 .exact(&images, Dtype::F32, None)
                 .exact(&[b, l], Dtype::F32, Some(hidden))

@@ -15,6 +15,7 @@ use crate::optim::groups::{self, Group};
 use crate::param::Params;
 use crate::rng::Rng;
 use crate::tape::{Tape, Var};
+use crate::targets::pixels;
 use crate::tensor::{Dtype, Tensor};
 use std::collections::BTreeMap;
 
@@ -51,7 +52,7 @@ pub fn run(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()> {
         ensure!(theirs == ours, "{field} is {ours} but options.{field} is {theirs}");
     }
     let norm_pix = options.flag_or("norm_pix_loss", model.flag_or("norm_pix_loss", false)?)?;
-    let mut mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio, norm_pix }, dtype, &Rng::new(0))?;
+    let mut mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio, norm_pix: norm_pix.then_some(pixels::EPS) }, dtype, &Rng::new(0))?;
     steps::load(case, &mut mae.params)?;
     steps::run(case, &mut Autoencoder { case, mae }, record)
 }

@@ -169,7 +169,7 @@ fn gather_unshuffle(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()
 fn patchify(case: &Case, i: usize, spec: &Fields, dtype: Dtype, record: &mut Record) -> Result<()> {
     let (images, patch) = (case.images(&input(case, i, "images"), dtype)?, spec.size("patch")?);
     record.tensor(format!("out/{i}/patches"), &pixels::patchify(&images, patch)?);
-    record.tensor(format!("out/{i}/norm_pix"), &pixels::targets(&images, patch, true)?);
+    record.tensor(format!("out/{i}/norm_pix"), &pixels::targets(&images, patch, Some(pixels::EPS))?);
     Ok(())
 }
 

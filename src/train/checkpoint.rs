@@ -1,0 +1,190 @@
+//! A run's checkpoints: everything that is needed to go on as if nothing had happened.
+//!
+//! A checkpoint is a safetensors file, which any program that knows the format can read:
+//!
+//!   model.<key>                the values under their official names
+//!   optimizer.<state>.<key>    what the optimiser remembers (exp_avg, exp_avg_sq, mu)
+//!   ema.<key>                  the running averages, if there are any
+//!
+//! and in its header `masque.format`, `masque.settings` (the resolved flags), `masque.progress` (where the run stands), `masque.updates` (how many updates each
+//! parameter has had) and `masque.checksum` (of all tensors). A file is written beside its place and renamed, so that a name always stands for a whole file.
+
+use crate::ensure;
+use crate::error::{Context, Error, Result};
+use crate::formats::{self, FileDtype, FileTensor, TensorFile};
+use crate::optim::Optimizer;
+use crate::optim::ema::Ema;
+use crate::param::{ParamId, Params};
+use crate::tensor::{Device, Dtype, Tensor};
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+const FORMAT: &str = "1";
+
+/// What stands in a checkpoint's header.
+#[derive(Clone, Debug)]
+pub struct Header {
+    pub settings: Map<String, Value>,
+    pub progress: Map<String, Value>,
+}
+
+/// Whether a file is one of ours.
+pub fn is_checkpoint(file: &TensorFile) -> bool {
+    file.metadata().contains_key("masque.format")
+}
+
+pub fn header(file: &TensorFile) -> Result<Header> {
+    let source = file.source();
+    let text = |key: &str| file.metadata().get(key).ok_or_else(|| Error::new(format!("{source} is no masque checkpoint: it has no {key}")));
+    let format = text("masque.format")?;
+    ensure!(format == FORMAT, "{source} is a checkpoint of format {format}, this program reads format {FORMAT}");
+    let map = |key: &str| -> Result<Map<String, Value>> {
+        serde_json::from_str(text(key)?).with_context(|| format!("{source}: {key} cannot be read"))
+    };
+    Ok(Header { settings: map("masque.settings")?, progress: map("masque.progress")? })
+}
+
+/// Writes model, optimiser and averages; the file at `path` is the old one or the whole new one.
+pub fn save(path: &Path, header: &Header, params: &Params, optimizer: &dyn Optimizer, ema: Option<&Ema>) -> Result<()> {
+    let mut tensors: Vec<(String, FileTensor)> = Vec::new();
+    for id in params.ids() {
+        tensors.push((format!("model.{}", params.name(id)), stored(params.value(id))?));
+    }
+    let mut updates = Map::new();
+    for memory in optimizer.state().memories() {
+        let name = params.name(memory.id);
+        updates.insert(name.to_string(), memory.steps.into());
+        for (state, tensor) in memory.tensors {
+            tensors.push((format!("optimizer.{state}.{name}"), stored(tensor)?));
+        }
+    }
+    for (id, value) in ema.iter().flat_map(|ema| params.ids().zip(ema.values())) {
+        tensors.push((format!("ema.{}", params.name(id)), stored(value)?));
+    }
+    let json = |map: &Map<String, Value>| Value::Object(map.clone()).to_string();
+    let metadata = BTreeMap::from([
+        ("masque.format".to_string(), FORMAT.to_string()),
+        ("masque.settings".to_string(), json(&header.settings)),
+        ("masque.progress".to_string(), json(&header.progress)),
+        ("masque.updates".to_string(), json(&updates)),
+        ("masque.checksum".to_string(), sum_of(tensors.iter().map(|(_, tensor)| tensor))),
+    ]);
+    formats::write_safetensors(path, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), &metadata)
+}
+
+/// Puts everything back; the model must be the one that was saved.
+pub fn restore(file: &TensorFile, params: &mut Params, optimizer: &mut dyn Optimizer, ema: Option<&mut Ema>) -> Result<()> {
+    let source = file.source().to_string();
+    check(file)?;
+    let model: Vec<(&str, &FileTensor)> =
+        file.tensors().iter().filter_map(|(name, tensor)| Some((name.strip_prefix("model.")?, tensor))).collect();
+    params.load(model).with_context(|| source.clone())?;
+    let updates = file.metadata().get("masque.updates").map_or("{}", String::as_str);
+    let updates: BTreeMap<String, u64> = serde_json::from_str(updates).with_context(|| format!("{source}: masque.updates cannot be read"))?;
+    let states = optimizer.state().names();
+    for (name, steps) in updates {
+        let id = params.find(&name).with_context(|| source.clone())?;
+        let tensors = states
+            .iter()
+            .map(|state| Ok((*state, tensor_of(file.get(&format!("optimizer.{state}.{name}"))?, params.value(id))?)))
+            .collect::<Result<Vec<_>>>()?;
+        let lent: Vec<(&str, &Tensor)> = tensors.iter().map(|(state, tensor)| (*state, tensor)).collect();
+        optimizer.state_mut().restore(params, id, steps, &lent).with_context(|| source.clone())?;
+    }
+    if let Some(ema) = ema {
+        let ids: Vec<ParamId> = params.ids().collect();
+        let values = ids.iter().map(|&id| tensor_of(file.get(&format!("ema.{}", params.name(id)))?, params.value(id)));
+        ema.restore(&values.collect::<Result<Vec<_>>>()?).with_context(|| source)?;
+    }
+    Ok(())
+}
+
+/// Compares the checksum of the tensors with what the header says.
+pub fn check(file: &TensorFile) -> Result<()> {
+    let said = file.metadata().get("masque.checksum").map_or("", String::as_str);
+    let found = sum_of(file.tensors().iter().map(|(_, tensor)| tensor));
+    ensure!(said == found, "{} is damaged: the checksum of its tensors is {found}, its header says {said}", file.source());
+    Ok(())
+}
+
+fn sum_of<'a>(tensors: impl Iterator<Item = &'a FileTensor>) -> String {
+    format!("{:08x}", tensors.fold(0u32, |sum, tensor| formats::extend_crc32c(sum, tensor.bytes())))
+}
+
+fn stored(tensor: &Tensor) -> Result<FileTensor> {
+    let here = tensor.on(&Device::Cpu)?;
+    match here.dtype() {
+        Dtype::F64 => FileTensor::from_f64(here.data(), here.shape()),
+        _ => FileTensor::from_f32(here.cast(Dtype::F32)?.data(), here.shape()),
+    }
+}
+
+fn tensor_of(stored: &FileTensor, like: &Tensor) -> Result<Tensor> {
+    match stored.dtype() {
+        FileDtype::F64 => Tensor::from_slice(stored.shape(), &stored.to_f64()?)?.cast(like.dtype()),
+        _ => Tensor::from_slice(stored.shape(), &stored.to_f32()?)?.cast(like.dtype()),
+    }
+}
+
+/// The checkpoints of a run folder.
+pub struct Shelf {
+    folder: PathBuf,
+    /// How many of them stay, besides the best.
+    keep: usize,
+}
+
+const PREFIX: &str = "checkpoint-";
+const ENDING: &str = ".safetensors";
+
+impl Shelf {
+    pub fn new(folder: &Path, keep: usize) -> Self {
+        Self { folder: folder.to_path_buf(), keep }
+    }
+
+    pub fn path(&self, update: u64) -> PathBuf {
+        self.folder.join(format!("{PREFIX}{update:08}{ENDING}"))
+    }
+
+    pub fn best(&self) -> PathBuf {
+        self.folder.join(format!("best{ENDING}"))
+    }
+
+    /// Updates at which there is a checkpoint, the newest first.
+    pub fn updates(&self) -> Vec<u64> {
+        let files = std::fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let number = |name: &str| name.strip_prefix(PREFIX)?.strip_suffix(ENDING)?.parse().ok();
+        let mut updates: Vec<u64> = files.filter_map(|file| number(file.file_name().to_str()?)).collect();
+        updates.sort_unstable_by(|a, b| b.cmp(a));
+        updates
+    }
+
+    /// The newest checkpoint that is whole, and a sentence for each newer one that is not.
+    pub fn newest(&self) -> (Option<(PathBuf, TensorFile)>, Vec<String>) {
+        let mut damaged = Vec::new();
+        for update in self.updates() {
+            let path = self.path(update);
+            let opened = formats::open(&path).and_then(|file| header(&file).and_then(|_| check(&file)).map(|()| file));
+            match opened {
+                Ok(file) => return (Some((path, file)), damaged),
+                Err(error) => damaged.push(format!("{}; an older checkpoint is used", error.chain())),
+            }
+        }
+        (None, damaged)
+    }
+
+    /// Removes all but the newest, and what a killed process left half written.
+    pub fn tidy(&self) {
+        for update in self.updates().into_iter().skip(self.keep.max(1)) {
+            // A file that cannot be removed harms nobody.
+            let _ = std::fs::remove_file(self.path(update));
+        }
+        for file in std::fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+            let name = file.file_name().to_string_lossy().into_owned();
+            let ours = format!(".{}.", std::process::id());
+            if name.starts_with('.') && name.ends_with(".tmp") && name.contains(ENDING) && !name.contains(&ours) {
+                let _ = std::fs::remove_file(file.path());
+            }
+        }
+    }
+}

@@ -1,0 +1,389 @@
+//! The training loop, one for all methods.
+//!
+//!   for each epoch, for each window of `accumulate` micro-batches:  forward and backward of each, then one update at the rate of the schedule
+//!
+//! Where a run stands is a [`Place`], and everything that happens depends on it, the seed and the parameters alone; so a run that goes on from a checkpoint takes
+//! the steps that an unbroken one would have taken, also from the middle of an epoch. The micro-batches at the end of an epoch that fill no window are left out.
+//!
+//! A window whose loss or gradient is not finite makes no update and is counted. After too many in a row the parameters go back to the last checkpoint, while
+//! the data goes on: the batches that did the harm are not met again.
+
+use super::checkpoint::{self, Header, Shelf};
+use super::evaluate::{Evaluation, evaluate};
+use super::feed::Feed;
+use super::progress::{Plan, Progress, Seen};
+use super::record::{Record, Row};
+use super::report;
+use super::signals::Signals;
+use super::step::Step;
+use crate::data::loader::Loader;
+use crate::error::{Context, Error, Result};
+use crate::formats;
+use crate::methods::Method;
+use crate::optim::ema::Ema;
+use crate::optim::schedule;
+use crate::rng::Rng;
+use crate::{bail, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use std::time::{Duration, Instant};
+
+/// Where a run stands.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct Place {
+    pub epoch: u64,
+    /// Micro-batches of this epoch that are behind.
+    pub micro: u64,
+    /// Windows that are behind, skipped ones among them.
+    pub update: u64,
+    pub skipped: u64,
+    /// Skipped since the last update that was made.
+    pub in_a_row: u64,
+    /// How often the parameters went back to a checkpoint.
+    pub returns: u64,
+    pub best: Option<f64>,
+    /// Of this epoch.
+    epoch_loss: Mean,
+    epoch_lr: Mean,
+    /// Since the last row of `steps.jsonl`.
+    row_loss: Mean,
+}
+
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+struct Mean {
+    sum: f64,
+    count: u64,
+}
+
+impl Mean {
+    fn add(&mut self, x: f64) {
+        self.sum += x;
+        self.count += 1;
+    }
+
+    fn value(&self) -> f64 {
+        self.sum / self.count as f64
+    }
+}
+
+/// The learning rate as MAE's programs move it; epochs may be fractions.
+#[derive(Clone, Copy, Debug)]
+pub struct Schedule {
+    pub peak: f64,
+    pub min: f64,
+    pub warmup: f64,
+}
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub epochs: u64,
+    /// Checkpoints: every so many epochs, updates (if any), minutes.
+    pub save_epochs: u64,
+    pub save_updates: Option<u64>,
+    pub save_time: Duration,
+    pub keep: usize,
+    /// Evaluations: every so many epochs; 0 for none but the last.
+    pub eval_epochs: u64,
+    /// Updates between two rows of `steps.jsonl`.
+    pub row_updates: u64,
+    /// Windows in a row that may be skipped.
+    pub most_skips: u64,
+    pub seed: u64,
+}
+
+/// What is done after an evaluation: pictures.
+pub type After<'a> = Box<dyn FnMut(&dyn Method, &mut Record, &Place) -> Result<()> + 'a>;
+
+pub struct Run<'a> {
+    pub step: Step,
+    pub loader: Loader,
+    pub feed: Feed,
+    pub schedule: Schedule,
+    pub ema: Option<Ema>,
+    pub validation: Option<Loader>,
+    pub after: Option<After<'a>>,
+    pub record: Record,
+    pub settings: Map<String, Value>,
+    pub options: Options,
+    pub place: Place,
+}
+
+/// How a run ended.
+pub struct Ended {
+    pub place: Place,
+    pub last: Option<Evaluation>,
+    /// The signal that ended it early.
+    pub signal: Option<(u8, &'static str)>,
+    pub seconds: f64,
+}
+
+/// Going back more often than this is no use.
+const MOST_RETURNS: u64 = 5;
+
+impl Run<'_> {
+    fn batches(&self) -> u64 {
+        self.loader.batches() as u64
+    }
+
+    fn window(&self) -> u64 {
+        self.step.options().accumulate as u64
+    }
+
+    /// Updates of a whole run.
+    pub fn updates(&self) -> u64 {
+        self.batches() / self.window() * self.options.epochs
+    }
+
+    fn shelf(&self) -> Shelf {
+        Shelf::new(self.record.folder(), self.options.keep)
+    }
+
+    /// Puts the run where a checkpoint left it.
+    pub fn restore(&mut self, file: &formats::TensorFile) -> Result<()> {
+        let progress = checkpoint::header(file)?.progress;
+        self.place = serde_json::from_value(Value::Object(progress)).with_context(|| format!("{}: its place cannot be read", file.source()))?;
+        let (method, optimizer) = self.step.method_and_optimizer();
+        checkpoint::restore(file, method.params(), optimizer, self.ema.as_mut())
+    }
+
+    /// Trains to the end, or until a signal asks to stop.
+    pub fn run(mut self) -> Result<Ended> {
+        let (batches, window) = (self.batches(), self.window());
+        ensure!(
+            batches >= window,
+            "an epoch has {batches} batches, fewer than the {window} of an update; make --batch-size or --accum-iter smaller"
+        );
+        let signals = Signals::listen()?;
+        let started = Instant::now();
+        let macs = self.step.method().macs();
+        let mut progress = Progress::new(Plan {
+            updates: self.updates(),
+            before: self.place.update,
+            epochs: self.options.epochs as f64,
+            images_per_update: (self.loader.batch() as u64 * window) as usize,
+            flops_per_image: 2.0 * (macs[0] + 2 * macs[1]) as f64,
+        });
+        let mut saved = Instant::now();
+        let mut last = None;
+        let mut told = 0;
+        while self.place.epoch < self.options.epochs {
+            let loader = self.loader.clone();
+            let mut coming = loader.epoch(self.place.epoch, self.place.micro as usize);
+            while self.place.micro + window <= batches {
+                self.update(&mut coming, batches, window, &mut progress)?;
+                self.tell_skipped(&mut told, &mut progress)?;
+                if self.place.in_a_row > self.options.most_skips {
+                    self.go_back(&mut progress)?;
+                }
+                let due = self.options.save_updates.is_some_and(|every| self.place.update.is_multiple_of(every));
+                let signal = signals.came();
+                let at_the_end = self.place.micro + window > batches;
+                if (due || saved.elapsed() >= self.options.save_time || signal.is_some()) && !at_the_end && self.place.in_a_row == 0 {
+                    progress.pause();
+                    self.save()?;
+                    saved = Instant::now();
+                    progress.go_on();
+                }
+                if signal.is_some() && !at_the_end {
+                    progress.finish();
+                    return self.end(last, signal, started);
+                }
+            }
+            drop(coming);
+            progress.pause();
+            last = self.end_epoch(&mut progress)?.or(last);
+            saved = Instant::now();
+            progress.go_on();
+            if let signal @ Some(_) = signals.came()
+                && self.place.epoch < self.options.epochs
+            {
+                self.save()?;
+                progress.finish();
+                return self.end(last, signal, started);
+            }
+        }
+        progress.finish();
+        self.end(last, None, started)
+    }
+
+    fn end(mut self, last: Option<Evaluation>, signal: Option<(u8, &'static str)>, started: Instant) -> Result<Ended> {
+        if let Some((_, name)) = signal {
+            self.record.note(self.place.update, &format!("stopped by {name} after update {}", self.place.update))?;
+        }
+        report::write(self.record.folder())?;
+        Ok(Ended { place: self.place, last, signal, seconds: started.elapsed().as_secs_f64() })
+    }
+
+    /// One window.
+    fn update(
+        &mut self,
+        coming: &mut dyn Iterator<Item = Result<crate::data::loader::Loaded>>,
+        batches: u64,
+        window: u64,
+        progress: &mut Progress,
+    ) -> Result<()> {
+        let place = &mut self.place;
+        let at = place.epoch as f64 + place.micro as f64 / batches as f64;
+        let s = self.schedule;
+        let lr = schedule::mae_cosine(at, s.peak, s.min, s.warmup, self.options.epochs as f64);
+        let rng = Rng::new(self.options.seed);
+        for _ in 0..window {
+            let loaded = coming.next().ok_or_else(|| Error::new("the epoch ended before its last batch"))??;
+            let rng = rng.at(place.epoch * batches + place.micro);
+            let batch = self.feed.training(loaded, &mut rng.stream("mixing", 0))?;
+            let loss = self.step.add(&batch, &rng)?;
+            place.micro += 1;
+            if loss.is_finite() {
+                place.epoch_loss.add(loss);
+                place.epoch_lr.add(lr);
+            }
+        }
+        let outcome = self.step.finish(lr)?;
+        place.update += 1;
+        let epoch = place.epoch as f64 + place.micro as f64 / batches as f64;
+        if outcome.taken {
+            place.in_a_row = 0;
+            place.row_loss.add(outcome.loss);
+            if let Some(ema) = &mut self.ema {
+                ema.update(self.step.method().params())?;
+            }
+        } else {
+            place.skipped += 1;
+            place.in_a_row += 1;
+            let what = if outcome.loss.is_finite() { "the length of the gradient" } else { "the loss" };
+            let number = if outcome.loss.is_finite() { outcome.norm } else { outcome.loss };
+            let text = format!("update {} was skipped: {what} is {number} ({} in a row)", place.update, place.in_a_row);
+            progress.line(&text);
+            self.record.note(place.update, &text)?;
+        }
+        progress.step(Seen { update: place.update, epoch, loss: outcome.taken.then_some(outcome.loss), lr, skipped: place.skipped });
+        if place.update.is_multiple_of(self.options.row_updates) && place.row_loss.count > 0 {
+            let mean = std::mem::take(&mut place.row_loss).value();
+            let mut row = row(json!({ "update": place.update, "epoch": epoch, "loss": mean, "lr": lr, "grad_norm": outcome.norm }));
+            row.extend(outcome.parts.iter().map(|(name, value)| (format!("loss_{name}"), json!(value))));
+            row.extend(progress.images_per_s().map(|rate| ("images_per_s".to_string(), json!(rate))));
+            self.record.step(&row)?;
+        }
+        Ok(())
+    }
+
+    /// Says of images that could not be read, once for each that is named.
+    fn tell_skipped(&mut self, told: &mut usize, progress: &mut Progress) -> Result<()> {
+        let skipped = self.loader.skipped();
+        for name in skipped.names.iter().skip(*told) {
+            let text = format!("an image could not be read and is replaced by another: {name}");
+            progress.line(&text);
+            self.record.note(self.place.update, &text)?;
+        }
+        *told = (*told).max(skipped.names.len());
+        Ok(())
+    }
+
+    /// The parameters go back to the last checkpoint; the data goes on.
+    fn go_back(&mut self, progress: &mut Progress) -> Result<()> {
+        let place = &mut self.place;
+        let reason = format!("{} updates in a row were skipped because loss or gradient were not finite", place.in_a_row);
+        let (newest, damaged) = Shelf::new(self.record.folder(), self.options.keep).newest();
+        damaged.iter().for_each(|text| progress.line(text));
+        let Some((path, file)) = newest else {
+            bail!("{reason}, and there is no checkpoint to go back to; try a smaller --lr or --clip-grad, or --precision f32");
+        };
+        place.returns += 1;
+        if place.returns > MOST_RETURNS {
+            bail!("{reason}; the run went back to a checkpoint {MOST_RETURNS} times already; try a smaller --lr or --clip-grad");
+        }
+        let (method, optimizer) = self.step.method_and_optimizer();
+        checkpoint::restore(&file, method.params(), optimizer, self.ema.as_mut())?;
+        place.in_a_row = 0;
+        let text = format!("{reason}: the parameters are those of {} again, the data goes on", path.display());
+        progress.line(&text);
+        self.record.note(place.update, &text)
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let shelf = self.shelf();
+        self.save_as(&shelf.path(self.place.update)).with_context(|| match shelf.newest().0 {
+            Some((path, _)) => format!("saving failed; the last good checkpoint is {}", path.display()),
+            None => "saving failed; there is no checkpoint yet".to_string(),
+        })?;
+        shelf.tidy();
+        Ok(())
+    }
+
+    fn save_as(&mut self, path: &std::path::Path) -> Result<()> {
+        let progress = serde_json::to_value(&self.place).context("the place of the run")?;
+        let header = Header { settings: self.settings.clone(), progress: progress.as_object().cloned().unwrap_or_default() };
+        let ema = self.ema.as_ref();
+        let (method, optimizer) = self.step.method_and_optimizer();
+        checkpoint::save(path, &header, method.params(), optimizer, ema)
+    }
+
+    /// Evaluation, the row of the log, checkpoints.
+    fn end_epoch(&mut self, progress: &mut Progress) -> Result<Option<Evaluation>> {
+        let (epochs, shelf) = (self.options.epochs, self.shelf());
+        self.step.abandon();
+        let place = &mut self.place;
+        let (loss, lr) = (std::mem::take(&mut place.epoch_loss), std::mem::take(&mut place.epoch_lr));
+        let mut line = row(json!({ "train_lr": lr.value(), "train_loss": loss.value() }));
+        let number = place.epoch;
+        (place.epoch, place.micro) = (number + 1, 0);
+        let done = place.epoch;
+        let every = |n: u64| n > 0 && done.is_multiple_of(n) || done == epochs;
+        let mut evaluation = None;
+        if let Some(loader) = self.validation.as_ref().filter(|_| every(self.options.eval_epochs)) {
+            let found = evaluate(self.step.method(), loader, &self.feed)?;
+            line.insert("test_loss".into(), json!(found.loss));
+            if let Some([first, five]) = found.accuracy {
+                line.insert("test_acc1".into(), json!(first));
+                line.insert("test_acc5".into(), json!(five));
+            }
+            if let Some(ema) = &mut self.ema {
+                ema.swap(self.step.method().params())?;
+                let averaged = evaluate(self.step.method(), loader, &self.feed);
+                ema.swap(self.step.method().params())?;
+                let averaged = averaged?;
+                line.insert("test_loss_ema".into(), json!(averaged.loss));
+                line.extend(averaged.accuracy.map(|[first, _]| ("test_acc1_ema".to_string(), json!(first))));
+            }
+            evaluation = Some(found);
+        }
+        line.insert("epoch".into(), json!(number));
+        line.insert("n_parameters".into(), json!(self.step.method().params().count_trained()));
+        line.insert("update".into(), json!(self.place.update));
+        self.record.epoch(&line)?;
+        progress.line(&summary(number, epochs, loss.value(), evaluation.as_ref()));
+        if let (Some(_), Some(after)) = (&evaluation, &mut self.after) {
+            after(self.step.method(), &mut self.record, &self.place)?;
+        }
+        let best = evaluation.filter(|found| found.beats(self.place.best));
+        if let Some(best) = &best {
+            self.place.best = Some(best.score().0);
+        }
+        if every(self.options.save_epochs) {
+            self.save()?;
+        }
+        if best.is_some() {
+            self.save_as(&shelf.best())?;
+        }
+        report::write(self.record.folder())?;
+        Ok(evaluation)
+    }
+}
+
+fn row(value: Value) -> Row {
+    value.as_object().cloned().unwrap_or_default()
+}
+
+/// What is said at the end of an epoch.
+fn summary(epoch: u64, epochs: u64, loss: f64, evaluation: Option<&Evaluation>) -> String {
+    let mut text = format!("epoch {} of {epochs}: train loss {loss:.4}", epoch + 1);
+    if let Some(found) = evaluation {
+        text += &match found.accuracy {
+            Some([first, five]) => {
+                format!(", on {} images acc@1 {first:.2} % acc@5 {five:.2} % loss {:.4}", found.images, found.loss)
+            }
+            None => format!(", loss on {} unseen images {:.4}", found.images, found.loss),
+        };
+    }
+    text
+}

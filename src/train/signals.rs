@@ -1,0 +1,35 @@
+//! SIGINT and SIGTERM ask a run to save and stop; a second one ends it at once.
+
+use crate::error::{Context, Result};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+#[derive(Clone)]
+pub struct Signals {
+    which: Arc<AtomicUsize>,
+}
+
+impl Signals {
+    /// From now on both signals are noticed here instead of ending the program.
+    pub fn listen() -> Result<Self> {
+        let (which, asked) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        for signal in [SIGINT, SIGTERM] {
+            let attempt = "listening for signals";
+            // In this order: the first signal finds nothing asked and asks, the second finds it asked and ends the program.
+            signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, asked.clone()).context(attempt)?;
+            signal_hook::flag::register(signal, asked.clone()).context(attempt)?;
+            signal_hook::flag::register_usize(signal, which.clone(), signal as usize).context(attempt)?;
+        }
+        Ok(Self { which })
+    }
+
+    /// The signal that came: its number and its name.
+    pub fn came(&self) -> Option<(u8, &'static str)> {
+        match self.which.load(Ordering::Relaxed) as i32 {
+            0 => None,
+            SIGINT => Some((SIGINT as u8, "SIGINT")),
+            other => Some((other as u8, "SIGTERM")),
+        }
+    }
+}
