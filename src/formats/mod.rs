@@ -112,7 +112,7 @@ fn quoted(name: &str) -> String {
 }
 
 /// The candidate with the fewest edits to `name`, if those are few.
-fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     const LONGEST: usize = 200;
     let allowed = name.len() / 4 + 1;
     candidates

@@ -23,13 +23,13 @@ use serde_json::{Value, json};
 /// What is trained and how often.
 #[derive(Clone, Debug, clap::Args)]
 pub struct StepArgs {
-    /// Size of the encoder: tiny, small, medium, base, large or huge
+    /// Size of the encoder: tiny, small, medium, base, large, huge, glyph_s or glyph_t
     #[arg(long, default_value = "tiny")]
     pub model: String,
     /// Side of the square images in pixels
     #[arg(long, default_value_t = 224)]
     pub image_size: usize,
-    /// Side of a patch in pixels [default: 16, 14 for huge]
+    /// Side of a patch in pixels [default: 16, 14 for huge, 8 for glyphs]
     #[arg(long)]
     pub patch_size: Option<usize>,
     /// Images a step

@@ -1,22 +1,30 @@
-//! Published sizes by name.
+//! Published sizes by name, and the names that the papers' programs give their models.
+//!
+//!   base   mae_vit_base_patch16   mae_vit_base_patch16_dec512d8b   vit_base_patch16   deit_base_patch16_224
+//!   deit_base_distilled_patch16_224   deit_base_patch16_LS (DeiT-III; timm: deit3_base_patch16_224)
+//!
+//! The glyph sizes belong to the built-in dataset of that name.
 
 use super::cait::CaitConfig;
 use super::decoder::DecoderConfig;
 use super::vit::{DropPath, Position, VitConfig};
 use crate::error::{Error, Result};
+use crate::formats::nearest;
 
 /// (name, width, blocks, heads, patch side it is published with)
-const SIZES: [(&str, usize, usize, usize, usize); 6] = [
+const SIZES: [(&str, usize, usize, usize, usize); 8] = [
     ("tiny", 192, 12, 3, 16),
     ("small", 384, 12, 6, 16),
     ("medium", 512, 12, 8, 16),
     ("base", 768, 12, 12, 16),
     ("large", 1024, 24, 16, 16),
     ("huge", 1280, 32, 16, 14),
+    ("glyph_s", 64, 4, 4, 8),
+    ("glyph_t", 32, 3, 4, 8),
 ];
 
 /// The sizes there are.
-pub const NAMES: [&str; 6] = [SIZES[0].0, SIZES[1].0, SIZES[2].0, SIZES[3].0, SIZES[4].0, SIZES[5].0];
+pub const NAMES: [&str; 8] = [SIZES[0].0, SIZES[1].0, SIZES[2].0, SIZES[3].0, SIZES[4].0, SIZES[5].0, SIZES[6].0, SIZES[7].0];
 
 /// MAE's encoder of this size.
 pub fn mae(size: &str, image: usize) -> Result<VitConfig> {
@@ -29,6 +37,123 @@ pub fn mae(size: &str, image: usize) -> Result<VitConfig> {
 /// The decoder of all published MAE models: 512 wide, 8 blocks, 16 heads.
 pub fn mae_decoder() -> DecoderConfig {
     DecoderConfig { width: 512, depth: 8, heads: 16 }
+}
+
+/// The decoder that an encoder of this size is pre-trained with.
+pub fn decoder_of(size: &str) -> DecoderConfig {
+    if size.starts_with("glyph") { DecoderConfig { width: 64, depth: 1, heads: 4 } } else { mae_decoder() }
+}
+
+/// What kind of model a name means.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Family {
+    /// MAE's encoder and decoder, to be pre-trained.
+    Mae,
+    /// A plain ViT classifier, as MAE fine-tunes it.
+    Vit,
+    Deit,
+    /// DeiT with a distillation token.
+    Distilled,
+    Deit3,
+}
+
+/// What a model's name says.
+#[derive(Clone, Debug)]
+pub struct Named {
+    pub size: &'static str,
+    /// None for a size alone, which can be any of them.
+    pub family: Option<Family>,
+    pub patch: usize,
+    /// Side of the images it is published for.
+    pub image: usize,
+    /// The name's own, else the one that this size is pre-trained with.
+    pub decoder: DecoderConfig,
+}
+
+impl Named {
+    fn plain(size: &str) -> Option<Self> {
+        let (size, _, _, _, patch) = *SIZES.iter().find(|(name, ..)| *name == size)?;
+        let image = if size.starts_with("glyph") { 48 } else { 224 };
+        Some(Self { size, family: None, patch, image, decoder: decoder_of(size) })
+    }
+
+    fn parse(name: &str) -> Option<Self> {
+        if let Some(plain) = Self::plain(name) {
+            return Some(plain);
+        }
+        let starts = [("mae_vit_", Family::Mae), ("vit_", Family::Vit), ("deit_", Family::Deit), ("deit3_", Family::Deit3)];
+        let (mut family, rest) = starts.iter().find_map(|(start, family)| Some((*family, name.strip_prefix(start)?)))?;
+        let (mut size, rest) = rest.split_once("_patch")?;
+        if let (Family::Deit, Some(short)) = (family, size.strip_suffix("_distilled")) {
+            (family, size) = (Family::Distilled, short);
+        }
+        let mut named = Self::plain(size)?;
+        let mut parts = rest.split('_');
+        named.patch = number(parts.next()?)?;
+        for part in parts {
+            match (family, part.strip_prefix("dec")) {
+                (Family::Mae, Some(decoder)) => {
+                    let (width, depth) = decoder.strip_suffix('b')?.split_once('d')?;
+                    let (width, depth) = (number(width)?, number(depth)?);
+                    let own = &named.decoder;
+                    // Published decoders have heads of 32.
+                    let heads = if width == own.width { own.heads } else { Some(width / 32).filter(|heads| heads * 32 == width)? };
+                    named.decoder = DecoderConfig { width, depth, heads };
+                }
+                (Family::Deit, None) if part == "LS" => family = Family::Deit3,
+                (Family::Mae, _) => return None,
+                _ => named.image = number(part)?,
+            }
+        }
+        named.family = Some(family);
+        Some(named)
+    }
+
+    /// The encoder that is pre-trained, for images of this side.
+    pub fn encoder(&self, image: usize) -> Result<VitConfig> {
+        Ok(VitConfig { patch: self.patch, ..mae(self.size, image)? })
+    }
+
+    /// The classifier's encoder: a plain ViT's unless the name says otherwise.
+    pub fn classifier(&self, image: usize, drop_path: f64) -> Result<VitConfig> {
+        let config = match self.family {
+            Some(Family::Distilled) => deit_distilled(self.size, image, drop_path),
+            Some(Family::Deit3) => deit3(self.size, image, drop_path),
+            _ => vit(self.size, image, drop_path),
+        };
+        Ok(VitConfig { patch: self.patch, ..config? })
+    }
+}
+
+fn number(text: &str) -> Option<usize> {
+    text.parse().ok().filter(|&number| number > 0)
+}
+
+/// Resolves a size or a model's published name; hyphens count as underscores.
+pub fn named(model: &str) -> Result<Named> {
+    let name = model.replace('-', "_");
+    Named::parse(&name).ok_or_else(|| {
+        let published = NAMES.iter().flat_map(|size| {
+            let patch = if *size == "huge" { 14 } else { 16 };
+            [
+                size.to_string(),
+                format!("mae_vit_{size}_patch{patch}"),
+                format!("mae_vit_{size}_patch{patch}_dec512d8b"),
+                format!("vit_{size}_patch{patch}"),
+                format!("deit_{size}_patch{patch}_224"),
+                format!("deit_{size}_distilled_patch{patch}_224"),
+                format!("deit_{size}_patch{patch}_LS"),
+            ]
+        });
+        let published: Vec<String> = published.collect();
+        let near = nearest(&name, published.iter().map(String::as_str));
+        let hint = near.map_or(String::new(), |near| format!("; did you mean {near}?"));
+        Error::usage(format!(
+            "model {model:?} is unknown{hint}; there are {}, and names such as mae_vit_base_patch16, mae_vit_base_patch16_dec512d8b, \
+             vit_base_patch16, deit_small_patch16_224, deit_small_distilled_patch16_224 and deit_small_patch16_LS",
+            NAMES.join(", ")
+        ))
+    })
 }
 
 /// A ViT or DeiT classifier's encoder: learned positions, stochastic depth growing linearly to `drop_path`.
@@ -121,5 +246,67 @@ mod tests {
     #[test]
     fn an_unknown_size_names_the_known_ones() {
         assert!(mae("giant", 224).unwrap_err().to_string().contains("tiny, small"));
+    }
+
+    #[test]
+    fn published_names_say_size_patch_family_and_image() {
+        for (name, size, patch, family, image) in [
+            ("base", "base", 16, None, 224),
+            ("huge", "huge", 14, None, 224),
+            ("glyph-s", "glyph_s", 8, None, 48),
+            ("mae_vit_base_patch16", "base", 16, Some(Family::Mae), 224),
+            ("mae_vit_glyph_t_patch8", "glyph_t", 8, Some(Family::Mae), 48),
+            ("vit_huge_patch14", "huge", 14, Some(Family::Vit), 224),
+            ("vit_large_patch16_384", "large", 16, Some(Family::Vit), 384),
+            ("deit_small_patch16_224", "small", 16, Some(Family::Deit), 224),
+            ("deit_base_distilled_patch16_384", "base", 16, Some(Family::Distilled), 384),
+            ("deit_medium_patch16_LS", "medium", 16, Some(Family::Deit3), 224),
+            ("deit3_large_patch16_384", "large", 16, Some(Family::Deit3), 384),
+        ] {
+            let found = named(name).unwrap();
+            assert_eq!((found.size, found.patch, found.family, found.image), (size, patch, family, image), "{name}");
+            assert_eq!(found.encoder(found.image).unwrap().patch, patch, "{name}");
+        }
+        assert!(named("deit_tiny_distilled_patch16_224").unwrap().classifier(224, 0.0).unwrap().distillation_token);
+        assert_eq!(named("deit_tiny_patch16_LS").unwrap().classifier(224, 0.1).unwrap().position, Position::LearnedPatches);
+        assert_eq!(named("tiny").unwrap().classifier(224, 0.1).unwrap().position, Position::Learned);
+    }
+
+    #[test]
+    fn a_name_that_says_a_decoder_gets_it() {
+        let sizes = |name: &str| {
+            let decoder = named(name).unwrap().decoder;
+            (decoder.width, decoder.depth, decoder.heads)
+        };
+        assert_eq!(sizes("mae_vit_base_patch16"), (512, 8, 16));
+        assert_eq!(sizes("mae_vit_large_patch16_dec512d8b"), (512, 8, 16));
+        assert_eq!(sizes("mae_vit_small_patch16_dec512d2b"), (512, 2, 16));
+        assert_eq!(sizes("mae_vit_base_patch16_dec256d4b"), (256, 4, 8));
+        assert_eq!(sizes("glyph_s"), (64, 1, 4));
+        assert_eq!(sizes("mae_vit_glyph_s_patch8_dec64d2b"), (64, 2, 4));
+    }
+
+    #[test]
+    fn a_name_that_means_nothing_is_answered_with_the_nearest_and_the_list() {
+        let said = named("mae_vit_bas_patch16").unwrap_err();
+        assert_eq!(said.exit_code(), 2);
+        let said = said.to_string();
+        assert!(said.contains("did you mean mae_vit_base_patch16?") && said.contains("glyph_s"), "{said}");
+        for name in [
+            "",
+            "giant",
+            "vit_base",
+            "vit_base_patch",
+            "vit_base_patch0",
+            "vit_base_patch16_x",
+            "vit_base_distilled_patch16",
+            "mae_vit_base_patch16_224",
+            "mae_vit_base_patch16_dec500d8b",
+            "mae_vit_base_patch16_dec512d0b",
+            "vit_base_patch16_LS",
+            "deit_base_patch16_dec512d8b",
+        ] {
+            assert!(named(name).is_err(), "{name}");
+        }
     }
 }

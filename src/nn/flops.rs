@@ -1,0 +1,94 @@
+//! How much a forward pass multiplies: multiply-accumulates of one image, twice which is its FLOPs.
+//!
+//!   block of n tokens   4 n D^2 (qkv, proj) + 2 n D hidden (MLP) + 2 n^2 D (attention); 12 n D^2 + 2 n^2 D for a hidden width of 4 D
+//!   encoder             K D P (projection of K kept patches of P numbers) + the blocks on K + extra tokens
+//!   decoder             (K + extra) D D' + the blocks on L + extra tokens + (L + extra) D' P
+//!   classifier          encoder on all patches + D classes for each head
+//!
+//! As the papers count: norms, softmax, GELU and sums are left out, and the decoder's last layer is counted on all of its tokens. A backward
+//! pass costs twice the forward of what is trained.
+
+use super::decoder::DecoderConfig;
+use super::vit::VitConfig;
+
+fn block(tokens: u64, width: u64, hidden: u64) -> u64 {
+    4 * tokens * width * width + 2 * tokens * width * hidden + 2 * tokens * tokens * width
+}
+
+/// A width behind an MLP's first layer.
+fn hidden(width: usize, ratio: f64) -> u64 {
+    (width as f64 * ratio) as u64
+}
+
+/// The encoder on `kept` patches and the tokens in front of them.
+pub fn vit_macs(vit: &VitConfig, kept: usize) -> u64 {
+    let (width, patches) = (vit.width as u64, kept as u64);
+    let embed = patches * width * vit.patch_values() as u64;
+    embed + vit.depth as u64 * block(patches + vit.extra() as u64, width, hidden(vit.width, vit.mlp_ratio))
+}
+
+/// MAE's decoder of this encoder, which saw `kept` patches.
+pub fn decoder_macs(decoder: &DecoderConfig, vit: &VitConfig, kept: usize) -> u64 {
+    let (width, all) = (decoder.width as u64, (vit.patches() + vit.extra()) as u64);
+    let embed = (kept + vit.extra()) as u64 * vit.width as u64 * width;
+    let blocks = decoder.depth as u64 * block(all, width, hidden(decoder.width, vit.mlp_ratio));
+    embed + blocks + all * width * vit.patch_values() as u64
+}
+
+/// A classifier on all patches.
+pub fn classifier_macs(vit: &VitConfig, classes: usize) -> u64 {
+    let heads = 1 + u64::from(vit.distillation_token);
+    vit_macs(vit, vit.patches()) + heads * vit.width as u64 * classes as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::presets;
+
+    /// In units of 10^9 with this many decimals, rounded.
+    #[track_caller]
+    fn rounds_to(macs: u64, giga: &str) {
+        let decimals = giga.split_once('.').map_or(0, |(_, decimals)| decimals.len());
+        assert_eq!(format!("{:.decimals$}", macs as f64 / 1e9), giga, "{macs}");
+    }
+
+    #[test]
+    fn pre_training_costs_what_is_published() {
+        for (size, embed, full, masked, decoder, total, one_block) in [
+            ("tiny", "0.029", "1.225", "0.277", "5.358", "5.664", "1.048"),
+            ("small", "0.058", "4.541", "1.085", "5.363", "6.505", "1.889"),
+            ("base", "0.116", "17.447", "4.293", "5.373", "9.781", "5.165"),
+            ("large", "0.154", "61.400", "15.222", "5.379", "20.756", "16.140"),
+            ("huge", "0.193", "167.101", "41.241", "7.129", "48.562", "42.429"),
+        ] {
+            let (vit, decoder_config) = (presets::mae(size, 224).unwrap(), presets::mae_decoder());
+            let (all, kept) = (vit.patches(), vit.patches() / 4);
+            let project = |patches: usize| (patches * vit.width * vit.patch_values()) as u64;
+            rounds_to(project(all), embed);
+            rounds_to(vit_macs(&vit, all) - project(all), full);
+            rounds_to(vit_macs(&vit, kept) - project(kept), masked);
+            rounds_to(decoder_macs(&decoder_config, &vit, kept), decoder);
+            // The published totals project all patches.
+            let sum = |decoder: &DecoderConfig| vit_macs(&vit, kept) + project(all - kept) + decoder_macs(decoder, &vit, kept);
+            rounds_to(sum(&decoder_config), total);
+            rounds_to(sum(&DecoderConfig { depth: 1, ..decoder_config.clone() }), one_block);
+        }
+    }
+
+    #[test]
+    fn classifiers_cost_what_is_published() {
+        for (size, giga) in [("tiny", "1.254"), ("small", "4.599"), ("base", "17.564"), ("large", "61.6"), ("huge", "167.3")] {
+            rounds_to(classifier_macs(&presets::vit(size, 224, 0.0).unwrap(), 1000), giga);
+        }
+        rounds_to(classifier_macs(&presets::vit("base", 384, 0.0).unwrap(), 1000), "55.5");
+    }
+
+    #[test]
+    fn a_second_head_and_a_second_token_are_counted() {
+        let (one, two) = (presets::vit("base", 224, 0.0).unwrap(), presets::deit_distilled("base", 224, 0.0).unwrap());
+        let (n, d) = (197, 768);
+        let token = 12 * (12 * d * d + 2 * d * ((n + 1) * (n + 1) - n * n));
+        assert_eq!(classifier_macs(&two, 1000) - classifier_macs(&one, 1000), token + d * 1000);
+    }
+}
