@@ -5,6 +5,8 @@ use crate::error::{Error, Result};
 use crate::formats;
 use crate::measure::{info, kernels, ops, parity, step};
 use crate::tensor::Dtype;
+use crate::train::pretrain;
+use crate::train::run::Ended;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -23,6 +25,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Learn from images alone
+    #[command(subcommand)]
+    Pretrain(Pretrain),
     /// Time single ops, kernels or a whole training step
     #[command(subcommand)]
     Measure(Measure),
@@ -36,6 +41,13 @@ enum Command {
         #[arg(long)]
         kernels: bool,
     },
+}
+
+#[derive(Subcommand)]
+enum Pretrain {
+    /// MAE: hide most patches of an image, reconstruct their pixels
+    #[command(args_override_self = true)]
+    Mae(pretrain::PretrainArgs),
 }
 
 #[derive(Subcommand)]
@@ -149,6 +161,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
 
 fn execute(command: Command) -> Result<ExitCode> {
     match command {
+        Command::Pretrain(Pretrain::Mae(args)) => return Ok(ended(pretrain::mae(&args, &mut |line| say(line))?)),
         Command::Measure(Measure::Ops(args)) => {
             ops::run(&args.only, args.rounds, |row| say(&if args.json { row.json().to_string() } else { row.text() }))?;
         }
@@ -162,6 +175,14 @@ fn execute(command: Command) -> Result<ExitCode> {
         Command::Info { kernels } => info::run(kernels, &mut |line| say(line))?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// How a run ended: 0, or what a shell gives for the signal that stopped it.
+fn ended(ended: Ended) -> ExitCode {
+    ended.signal.map_or(ExitCode::SUCCESS, |(number, name)| {
+        say(&format!("stopped by {name} after update {}; --resume auto goes on from there", ended.place.update));
+        ExitCode::from(128 + number)
+    })
 }
 
 /// Prints a line; when the reader has gone away there is nobody left to tell.

@@ -47,6 +47,15 @@ impl Loaded {
     }
 }
 
+/// Images that could not be read.
+#[derive(Clone, Debug, Default)]
+pub struct Skipped {
+    pub count: u64,
+    /// The first few, with the reason.
+    pub names: Vec<String>,
+}
+
+#[derive(Clone)]
 pub struct Loader {
     dataset: Arc<dyn Dataset>,
     transform: Transform,
@@ -60,6 +69,16 @@ impl Loader {
 
     pub fn dataset(&self) -> &Arc<dyn Dataset> {
         &self.dataset
+    }
+
+    /// Images of a full batch.
+    pub fn batch(&self) -> usize {
+        self.options.batch
+    }
+
+    /// What could not be read so far.
+    pub fn skipped(&self) -> Skipped {
+        Skipped::default()
     }
 
     /// Batches in an epoch.

@@ -15,6 +15,7 @@ pub mod augment;
 pub mod loader;
 pub mod mixup;
 pub mod resize;
+pub mod synthetic;
 pub mod transform;
 
 use crate::ensure;

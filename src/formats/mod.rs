@@ -16,6 +16,7 @@ mod value;
 mod zip;
 mod zip_write;
 
+pub(crate) use atomic::write as write_atomically;
 pub use bytes::Bytes;
 pub use checksum::{crc32c, extend_crc32c};
 pub use pth::{Checkpoint, OptimizerState, write_pth};

@@ -4,9 +4,10 @@
 //! Speed: not measured for this method as a whole yet; `masque measure step` times its training step.
 
 use super::{Batch, Loss, Method};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::masking::{self, Mask};
 use crate::nn::decoder::{Decoder, DecoderConfig, DecoderTokens};
+use crate::nn::presets::{self, Family};
 use crate::nn::vit::{Tokens, Vit, VitConfig};
 use crate::nn::{Scope, Start, flops};
 use crate::param::{Params, ParamsBuilder};
@@ -14,6 +15,69 @@ use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::targets::pixels;
 use crate::tensor::{Dtype, Tensor};
+use serde::{Deserialize, Serialize};
+
+/// The flags of the method, with the paper's values.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MaeArgs {
+    /// Model by its published name or its size: mae_vit_base_patch16, base, glyph_s ...
+    #[arg(long, default_value = "mae_vit_large_patch16", value_name = "NAME")]
+    pub model: String,
+    /// Side of a patch in pixels [default: the model's]
+    #[arg(long, value_name = "PIXELS")]
+    pub patch_size: Option<usize>,
+    /// Part of the patches that is hidden
+    #[arg(long, default_value_t = 0.75, allow_negative_numbers = true, value_name = "RATIO")]
+    pub mask_ratio: f64,
+    /// Compare with pixels that are normalised patch by patch
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub norm_pix_loss: bool,
+    /// What is added to a patch's variance there; more of it keeps noise in plain patches from being a target
+    #[arg(long, default_value_t = pixels::EPS, value_name = "VARIANCE")]
+    pub norm_pix_eps: f64,
+    /// Width of the decoder [default: the model's, 512]
+    #[arg(long, value_name = "N")]
+    pub decoder_dim: Option<usize>,
+    /// Blocks of the decoder [default: the model's, 8]
+    #[arg(long, value_name = "N")]
+    pub decoder_depth: Option<usize>,
+    /// Heads of the decoder [default: the model's, 16]
+    #[arg(long, value_name = "N")]
+    pub decoder_heads: Option<usize>,
+}
+
+impl MaeArgs {
+    /// For square images of this side.
+    pub fn config(&self, image: usize) -> Result<MaeConfig> {
+        let named = presets::named(&self.model)?;
+        let usage = |text: String| Err(Error::usage(text));
+        if let Some(family) = named.family.filter(|family| *family != Family::Mae) {
+            return usage(format!("--model {} is a {family:?} classifier; pre-training takes mae_vit_... or a size", self.model));
+        }
+        let mut encoder = named.encoder(image)?;
+        encoder.patch = self.patch_size.unwrap_or(encoder.patch);
+        encoder.check().map_err(|error| Error::usage(format!("--input-size and --patch-size: {}", error.chain())))?;
+        let decoder = DecoderConfig {
+            width: self.decoder_dim.unwrap_or(named.decoder.width),
+            depth: self.decoder_depth.unwrap_or(named.decoder.depth),
+            heads: self.decoder_heads.unwrap_or(named.decoder.heads),
+        };
+        let (width, heads) = (decoder.width, decoder.heads);
+        if width == 0 || heads == 0 || !width.is_multiple_of(4) || !width.is_multiple_of(heads) {
+            return usage(format!("--decoder-dim {width} has to be a multiple of 4 and of --decoder-heads {heads}"));
+        }
+        let (patches, ratio) = (encoder.patches(), self.mask_ratio);
+        let kept = masking::len_keep(patches, ratio).map_err(|error| Error::usage(format!("--mask-ratio: {}", error.chain())))?;
+        if kept == 0 || kept == patches {
+            return usage(format!("--mask-ratio {ratio} keeps {kept} of {patches} patches; at least one has to be kept and one hidden"));
+        }
+        if !(self.norm_pix_eps.is_finite() && self.norm_pix_eps > 0.0) {
+            return usage(format!("--norm-pix-eps {} is not a number above 0", self.norm_pix_eps));
+        }
+        Ok(MaeConfig { encoder, decoder, mask_ratio: ratio, norm_pix: self.norm_pix_loss.then_some(self.norm_pix_eps) })
+    }
+}
 
 pub struct MaeConfig {
     pub encoder: VitConfig,

@@ -81,7 +81,8 @@ pub fn restore(file: &TensorFile, params: &mut Params, optimizer: &mut dyn Optim
         file.tensors().iter().filter_map(|(name, tensor)| Some((name.strip_prefix("model.")?, tensor))).collect();
     params.load(model).with_context(|| source.clone())?;
     let updates = file.metadata().get("masque.updates").map_or("{}", String::as_str);
-    let updates: BTreeMap<String, u64> = serde_json::from_str(updates).with_context(|| format!("{source}: masque.updates cannot be read"))?;
+    let updates: BTreeMap<String, u64> =
+        serde_json::from_str(updates).with_context(|| format!("{source}: masque.updates cannot be read"))?;
     let states = optimizer.state().names();
     for (name, steps) in updates {
         let id = params.find(&name).with_context(|| source.clone())?;

@@ -136,9 +136,8 @@ mod tests {
     #[test]
     fn a_scalar_is_the_bytes_that_tensorboard_writes() {
         // Event(wall_time=1.5, step=300, summary=Summary(value=[Summary.Value(tag="lr", simple_value=0.5)])) through TensorBoard's own classes.
-        let data = [
-            0x09, 0, 0, 0, 0, 0, 0, 0xf8, 0x3f, 0x10, 0xac, 0x02, 0x2a, 0x0b, 0x0a, 0x09, 0x0a, 0x02, b'l', b'r', 0x15, 0, 0, 0, 0x3f,
-        ];
+        let data =
+            [0x09, 0, 0, 0, 0, 0, 0, 0xf8, 0x3f, 0x10, 0xac, 0x02, 0x2a, 0x0b, 0x0a, 0x09, 0x0a, 0x02, b'l', b'r', 0x15, 0, 0, 0, 0x3f];
         let framed = scalar(1.5, 300, "lr", 0.5);
         assert_eq!(framed[12..framed.len() - 4], data);
         assert_eq!(framed[..8], (data.len() as u64).to_le_bytes());

@@ -1,3 +1,15 @@
-//! Floor 7: training.
+//! Floor 7: training, and what a person sees of it.
 
+pub mod args;
+pub mod checkpoint;
+pub mod evaluate;
+pub mod events;
+pub mod feed;
+pub mod images;
+pub mod pretrain;
+pub mod progress;
+pub mod record;
+pub mod report;
+pub mod run;
+pub mod signals;
 pub mod step;

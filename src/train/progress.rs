@@ -179,10 +179,8 @@ impl Progress {
     /// What is known, the most wanted first.
     fn fields(&self, now: Instant) -> Vec<String> {
         let (plan, seen) = (&self.plan, &self.seen);
-        let mut fields = vec![
-            format!("{:3.0} %", 100.0 * self.fraction()),
-            format!("epoch {}/{}", decimals(seen.epoch, 2), trimmed(plan.epochs)),
-        ];
+        let mut fields =
+            vec![format!("{:3.0} %", 100.0 * self.fraction()), format!("epoch {}/{}", decimals(seen.epoch, 2), trimmed(plan.epochs))];
         if let Some(loss) = median(self.losses.make_contiguous_copy()) {
             let mean = if self.count > 0 { format!(" ({})", loss_text(self.sum / self.count as f64)) } else { String::new() };
             fields.push(format!("loss {}{mean}", loss_text(loss)));
@@ -309,7 +307,8 @@ pub(super) fn three_digits(value: f64) -> String {
 }
 
 pub(super) fn flops_text(per_second: f64) -> String {
-    let (unit, scale) = [("PFLOP/s", 1e15), ("TFLOP/s", 1e12)].into_iter().find(|&(_, scale)| per_second >= scale).unwrap_or(("GFLOP/s", 1e9));
+    let (unit, scale) =
+        [("PFLOP/s", 1e15), ("TFLOP/s", 1e12)].into_iter().find(|&(_, scale)| per_second >= scale).unwrap_or(("GFLOP/s", 1e9));
     format!("{} {unit}", three_digits(per_second / scale))
 }
 
@@ -335,7 +334,8 @@ mod tests {
 
     #[test]
     fn a_line_never_exceeds_its_width() {
-        let fields = ["  7 %", "epoch 3.25/40", "loss 0.4321 (0.5123)", "1:20 left", "912 images/s", "45.1 GFLOP/s", "lr 1.20e-4"].map(String::from);
+        let fields =
+            ["  7 %", "epoch 3.25/40", "loss 0.4321 (0.5123)", "1:20 left", "912 images/s", "45.1 GFLOP/s", "lr 1.20e-4"].map(String::from);
         for width in 0..200 {
             for blocks in [true, false] {
                 let line = fitted(&fields, 0.07, width, blocks);

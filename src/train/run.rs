@@ -141,7 +141,8 @@ impl Run<'_> {
     /// Puts the run where a checkpoint left it.
     pub fn restore(&mut self, file: &formats::TensorFile) -> Result<()> {
         let progress = checkpoint::header(file)?.progress;
-        self.place = serde_json::from_value(Value::Object(progress)).with_context(|| format!("{}: its place cannot be read", file.source()))?;
+        self.place =
+            serde_json::from_value(Value::Object(progress)).with_context(|| format!("{}: its place cannot be read", file.source()))?;
         let (method, optimizer) = self.step.method_and_optimizer();
         checkpoint::restore(file, method.params(), optimizer, self.ema.as_mut())
     }

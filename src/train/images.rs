@@ -1,0 +1,117 @@
+//! Which images a run reads: the flags, and the datasets they name.
+
+use crate::data::Dataset;
+use crate::data::synthetic::{Glyphs, GlyphsConfig};
+use crate::error::{Error, Result};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ImagesArgs {
+    /// A folder with train/ and val/ (a sub-folder a class), CIFAR's binary files, packed files; synthetic: the built-in images [default: synthetic]
+    #[arg(long, default_value = "synthetic", value_name = "PATH|synthetic")]
+    pub data_path: PathBuf,
+    /// Side of the square images that the model sees
+    #[arg(long, default_value_t = 224, value_name = "PIXELS")]
+    pub input_size: usize,
+    /// Use only the first so many training images [default: all]
+    #[arg(long, value_name = "N")]
+    pub train_images: Option<usize>,
+    /// Use only the first so many validation images [default: all]
+    #[arg(long, value_name = "N")]
+    pub val_images: Option<usize>,
+    /// An image that cannot be read ends the run, instead of being left out with a warning
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub strict_data: bool,
+    /// Means of the channels that are subtracted [default: ImageNet's; 0.5 for the built-in images]
+    #[arg(long, value_delimiter = ',', num_args = 3, value_name = "R,G,B")]
+    pub mean: Option<Vec<f32>>,
+    /// Deviations of the channels [default: ImageNet's; 0.25 for the built-in images]
+    #[arg(long, value_delimiter = ',', num_args = 3, value_name = "R,G,B")]
+    pub std: Option<Vec<f32>>,
+}
+
+const IMAGENET: [[f32; 3]; 2] = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]];
+
+/// Which part of a dataset.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Part {
+    Train,
+    Val,
+}
+
+impl ImagesArgs {
+    fn is_synthetic(&self) -> bool {
+        self.data_path.as_os_str() == "synthetic"
+    }
+
+    pub fn check(&self) -> Result<()> {
+        for (flag, count) in [("--train-images", self.train_images), ("--val-images", self.val_images)] {
+            if count == Some(0) {
+                return Err(Error::usage(format!("{flag} 0: at least one image is needed; leave the flag out for all of them")));
+            }
+        }
+        for (flag, given) in [("--mean", &self.mean), ("--std", &self.std)] {
+            let wrong = given.iter().flatten().find(|x| !x.is_finite() || (flag == "--std" && **x <= 0.0));
+            if let Some(wrong) = wrong {
+                return Err(Error::usage(format!("{flag} {wrong} cannot be normalised with")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Mean and deviation of the channels.
+    pub fn statistics(&self) -> [[f32; 3]; 2] {
+        let [mean, std] = if self.is_synthetic() { [[0.5; 3], [0.25; 3]] } else { IMAGENET };
+        let given = |values: &Option<Vec<f32>>| values.as_deref().and_then(|values| <[f32; 3]>::try_from(values).ok());
+        [given(&self.mean).unwrap_or(mean), given(&self.std).unwrap_or(std)]
+    }
+
+    pub fn open(&self, part: Part) -> Result<Arc<dyn Dataset>> {
+        let dataset: Arc<dyn Dataset> = if self.is_synthetic() {
+            Arc::new(Glyphs::new(GlyphsConfig { size: self.input_size, ..GlyphsConfig::of(part == Part::Train) })?)
+        } else {
+            return Err(Error::usage(format!("--data-path {}: only synthetic is read so far", self.data_path.display())));
+        };
+        let most = if part == Part::Train { self.train_images } else { self.val_images };
+        Ok(match most.filter(|most| *most < dataset.len()) {
+            Some(most) => Arc::new(First { dataset, most }),
+            None => dataset,
+        })
+    }
+}
+
+/// The first images of a set.
+struct First {
+    dataset: Arc<dyn Dataset>,
+    most: usize,
+}
+
+impl Dataset for First {
+    fn len(&self) -> usize {
+        self.most
+    }
+
+    fn classes(&self) -> &[String] {
+        self.dataset.classes()
+    }
+
+    fn label(&self, index: usize) -> u32 {
+        self.dataset.label(index)
+    }
+
+    fn name(&self, index: usize) -> String {
+        self.dataset.name(index)
+    }
+
+    fn picture(&self, index: usize) -> Result<crate::data::Picture> {
+        self.dataset.picture(index)
+    }
+
+    fn encoded(&self, index: usize) -> Result<Option<Vec<u8>>> {
+        self.dataset.encoded(index)
+    }
+}

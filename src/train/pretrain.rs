@@ -1,0 +1,106 @@
+//! `masque pretrain`: a method that learns from images alone.
+
+use super::args::{RunArgs, settings};
+use super::feed::Feed;
+use super::images::{ImagesArgs, Part};
+use super::run::{Ended, Run};
+use super::step::{Step, StepOptions};
+use crate::data::loader::{Loader, LoaderOptions, Order};
+use crate::data::transform::{Crop, Transform};
+use crate::error::{Error, Result};
+use crate::methods::mae::{Mae, MaeArgs};
+use crate::optim::adamw::AdamW;
+use crate::optim::ema::Ema;
+use crate::optim::groups;
+use crate::rng::Rng;
+use crate::tensor::Dtype;
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PretrainArgs {
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub method: MaeArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub run: RunArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub images: ImagesArgs,
+    /// Which part of a training image is seen
+    #[arg(long, value_enum, default_value_t = CropArg::Resized)]
+    pub crop: CropArg,
+    /// Least part of an image's area that a resized crop shows
+    #[arg(long, default_value_t = 0.2, value_name = "PART")]
+    pub crop_min: f64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CropArg {
+    /// A random part of random size, resized
+    Resized,
+    /// The whole image
+    Whole,
+}
+
+impl PretrainArgs {
+    fn transform(&self) -> Result<Transform> {
+        let crop = match self.crop {
+            CropArg::Resized => return Err(Error::usage("--crop resized is not there yet")),
+            CropArg::Whole => Crop::Whole,
+        };
+        Ok(Transform { side: self.images.input_size, crop, flip: true })
+    }
+}
+
+/// Betas of MAE's AdamW.
+const BETAS: (f64, f64) = (0.9, 0.95);
+
+pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
+    args.run.check()?;
+    args.images.check()?;
+    let config = args.method.config(args.images.input_size)?;
+    let device = args.run.open_device()?;
+    let start = args.run.start("pretrain-mae")?;
+    let train = args.images.open(Part::Train)?;
+    let validation = args.images.open(Part::Val)?;
+
+    let mut mae = Mae::new(config, Dtype::F32, &Rng::new(args.run.seed))?;
+    mae.params.move_to(&device, args.run.precision.dtype())?;
+    let optimizer = AdamW::new(groups::by_decay(&mae.params, args.run.weight_decay, &[]), BETAS, 1e-8)?;
+    let ema = args.run.model_ema_decay.map(|decay| Ema::new(&mut mae.params, decay)).transpose()?;
+    let options = StepOptions { clip: args.run.clip_grad, accumulate: args.run.accum_iter };
+
+    let [mean, std] = args.images.statistics();
+    let feed = Feed { device, mean, std, classes: None, smoothing: 0.0 };
+    let loading = LoaderOptions {
+        batch: args.run.batch_size,
+        order: Order::Shuffled,
+        workers: args.run.workers(),
+        seed: args.run.seed,
+        strict: args.images.strict_data,
+    };
+    let seen = Transform { side: args.images.input_size, crop: Crop::Whole, flip: false };
+    let settings = settings(args)?;
+    let mut run = Run {
+        step: Step::new(Box::new(mae), Box::new(optimizer), options),
+        loader: Loader::new(train, args.transform()?, loading),
+        feed,
+        schedule: args.run.schedule(),
+        ema,
+        validation: Some(Loader::new(validation, seen, LoaderOptions { order: Order::Sequential, ..loading })),
+        after: None,
+        record: start.record(&["pretrain", "mae"], &settings, say)?,
+        settings,
+        options: args.run.options(),
+        place: Default::default(),
+    };
+    if let Some((_, file)) = &start.from {
+        run.restore(file)?;
+    }
+    say(&format!("run folder: {}", start.folder.display()));
+    run.run()
+}

@@ -1,0 +1,7 @@
+//! The page of a run.
+use crate::error::Result;
+use std::path::Path;
+
+pub fn write(_folder: &Path) -> Result<()> {
+    Ok(())
+}
