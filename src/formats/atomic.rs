@@ -23,7 +23,7 @@ impl Drop for Temporary {
 }
 
 /// Writes a temporary file beside `path`, then renames it.
-pub(super) fn write(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+pub(crate) fn write(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let attempt = || format!("cannot write {}", path.display());
     let name = path.file_name().ok_or_else(|| Error::new("the path names no file")).with_context(attempt)?;

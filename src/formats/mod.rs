@@ -15,6 +15,7 @@ mod value;
 mod zip;
 mod zip_write;
 
+pub(crate) use atomic::write as write_atomically;
 pub use bytes::Bytes;
 pub use pth::{Checkpoint, OptimizerState, write_pth};
 pub use safetensors::{parse_safetensors, write_safetensors};

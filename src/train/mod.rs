@@ -1,3 +1,6 @@
-//! Floor 7: training.
+//! Floor 7: training, and what a person sees of it.
 
+pub mod events;
+pub mod progress;
+pub mod record;
 pub mod step;
