@@ -181,7 +181,7 @@ impl Progress {
         let (plan, seen) = (&self.plan, &self.seen);
         let mut fields =
             vec![format!("{:3.0} %", 100.0 * self.fraction()), format!("epoch {}/{}", decimals(seen.epoch, 2), trimmed(plan.epochs))];
-        if let Some(loss) = median(self.losses.make_contiguous_copy()) {
+        if let Some(loss) = median(self.losses.iter().copied().collect()) {
             let mean = if self.count > 0 { format!(" ({})", loss_text(self.sum / self.count as f64)) } else { String::new() };
             fields.push(format!("loss {}{mean}", loss_text(loss)));
         }
@@ -235,16 +235,6 @@ impl Drop for Progress {
         if self.drawn {
             self.print("\n");
         }
-    }
-}
-
-trait Copied {
-    fn make_contiguous_copy(&self) -> Vec<f64>;
-}
-
-impl Copied for VecDeque<f64> {
-    fn make_contiguous_copy(&self) -> Vec<f64> {
-        self.iter().copied().collect()
     }
 }
 
@@ -329,7 +319,9 @@ mod tests {
 
     fn progress() -> Progress {
         let plan = Plan { updates: 200, before: 0, epochs: 40.0, images_per_update: 64, flops_per_image: 5e8 };
-        Progress { terminal: false, blocks: true, ..Progress::new(plan) }
+        let mut progress = Progress::new(plan);
+        (progress.terminal, progress.blocks) = (false, true);
+        progress
     }
 
     #[test]
@@ -381,7 +373,8 @@ mod tests {
 
     #[test]
     fn the_speed_leaves_pauses_out_and_starts_at_the_checkpoint() {
-        let mut progress = Progress { plan: Plan { before: 100, ..progress().plan }, ..progress() };
+        let mut progress = progress();
+        progress.plan.before = 100;
         progress.past = VecDeque::from([(Duration::ZERO, 100)]);
         progress.pause();
         progress.busy = Duration::from_secs(2);

@@ -16,7 +16,7 @@
 //! train_loss where the command is `masque pretrain`, and loss elsewhere.
 
 use super::events::{Events, Scalar};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::{ensure, formats};
 use serde_json::Value;
 use std::fs::{self, File};
