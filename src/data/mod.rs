@@ -5,6 +5,7 @@
 //!
 //! | module | what it is |
 //! |---|---|
+//! | [`synthetic`] | the built-in pictures |
 //! | [`resize`] | crop, bicubic resize and flip, Pillow's bytes exactly |
 //! | [`transform`] | what happens to one picture |
 //! | [`loader`] | batches of an epoch, prefetched |
