@@ -1,20 +1,12 @@
 //! Batches of an epoch, each image decoded and transformed with numbers that depend on (seed, epoch, position) alone.
 
+pub use super::order::Order;
 use super::transform::Transform;
 use super::{Dataset, augment};
 use crate::error::Result;
 use crate::rng::Rng;
 use crate::tensor::{Device, Dtype, Tensor};
 use std::sync::Arc;
-
-/// In which order a set is passed through.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Order {
-    /// As it stands; the last batch may be smaller.
-    Sequential,
-    /// Shuffled anew each epoch; a last batch that is not full is left out.
-    Shuffled,
-}
 
 #[derive(Clone, Copy, Debug)]
 pub struct LoaderOptions {
@@ -83,17 +75,13 @@ impl Loader {
 
     /// Batches in an epoch.
     pub fn batches(&self) -> usize {
-        let (n, batch) = (self.dataset.len(), self.options.batch);
-        if self.options.order == Order::Sequential { n.div_ceil(batch) } else { n / batch }
+        self.options.order.batches(self.dataset.len(), 0, 1, self.options.batch)
     }
 
     /// The batches of an epoch, from number `first` on.
     pub fn epoch(&self, epoch: u64, first: usize) -> impl Iterator<Item = Result<Loaded>> + use<'_> {
         let rng = Rng::new(self.options.seed).at(epoch);
-        let mut order: Vec<usize> = (0..self.dataset.len()).collect();
-        if self.options.order == Order::Shuffled {
-            rng.stream("order", 0).shuffle(&mut order);
-        }
+        let order = self.options.order.indices(self.dataset.len(), self.options.seed, epoch, 0, 1);
         (first..self.batches()).map(move |batch| {
             let positions = batch * self.options.batch..((batch + 1) * self.options.batch).min(order.len());
             let indices = order[positions.clone()].to_vec();

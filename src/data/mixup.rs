@@ -8,6 +8,7 @@
 //! Images are [B, C, H, W], targets [B, classes]. Each pair needs both its images as they were, so pairs are updated together, in place;
 //! a batch of odd size is refused. Targets are smoothed even when lam is 1.
 
+use super::augment::Mix;
 use crate::ensure;
 use crate::error::Result;
 
@@ -70,8 +71,14 @@ pub fn cutmix(images: &mut [f32], shape: [usize; 4], cut: CutBox) -> Result<()> 
 
 /// The smoothed targets [B, classes] of a batch mixed with share `lam` (for CutMix the one that [`cutmix_box`] returned).
 pub fn mix_targets(labels: &[u32], classes: usize, lam: f64, smoothing: f64) -> Result<Vec<f32>> {
-    check_lam(lam)?;
+    mix_each_target(labels, classes, &vec![lam; labels.len()], smoothing)
+}
+
+/// The smoothed targets [B, classes] where each image has a share of its own.
+pub fn mix_each_target(labels: &[u32], classes: usize, lams: &[f64], smoothing: f64) -> Result<Vec<f32>> {
+    lams.iter().try_for_each(|&lam| check_lam(lam))?;
     check_even(labels.len())?;
+    ensure!(lams.len() == labels.len(), "mixup: {} shares were drawn for {} images", lams.len(), labels.len());
     ensure!((0.0..=1.0).contains(&smoothing), "label smoothing is {smoothing}; it is a fraction from 0 to 1");
     if let Some(label) = labels.iter().find(|&&label| label as usize >= classes) {
         crate::bail!("targets: label {label} does not exist among {classes} classes");
@@ -79,10 +86,11 @@ pub fn mix_targets(labels: &[u32], classes: usize, lam: f64, smoothing: f64) -> 
     let off = smoothing / classes as f64;
     let on = 1.0 - smoothing + off;
     let smooth = |label: u32, class: usize| if label as usize == class { on } else { off };
-    let mixed = |(&own, &other): (&u32, &u32)| {
-        (0..classes).map(move |class| (lam * smooth(own, class) + (1.0 - lam) * smooth(other, class)) as f32).collect::<Vec<_>>()
-    };
-    Ok(labels.iter().zip(labels.iter().rev()).flat_map(mixed).collect())
+    let mut targets = Vec::with_capacity(labels.len() * classes);
+    for ((&own, &other), &lam) in labels.iter().zip(labels.iter().rev()).zip(lams) {
+        targets.extend((0..classes).map(|class| (lam * smooth(own, class) + (1.0 - lam) * smooth(other, class)) as f32));
+    }
+    Ok(targets)
 }
 
 fn check_lam(lam: f64) -> Result<()> {
@@ -106,6 +114,42 @@ pub(super) fn check_cut([batch, _, h, w]: [usize; 4], cut: CutBox) -> Result<()>
 fn check_even(batch: usize) -> Result<()> {
     ensure!(batch.is_multiple_of(2), "mixup: a batch of {batch} cannot be paired with its reverse; use an even batch size");
     Ok(())
+}
+
+/// Mixes each image of `images`, shape `[B, C, H, W]`, in its own way with its partner as that was before.
+pub fn mix_each(images: &mut [f32], shape: [usize; 4], mixes: &[Mix]) -> Result<()> {
+    let [batch, _, h, w] = shape;
+    let wanted = shape.iter().try_fold(1usize, |product, &side| product.checked_mul(side));
+    ensure!(wanted == Some(images.len()), "mixup: {} values are not [B, C, H, W] = {shape:?}", images.len());
+    ensure!(mixes.len() == batch, "mixup: {} ways to mix were drawn for {batch} images", mixes.len());
+    for mix in mixes {
+        match *mix {
+            Mix::None => {}
+            Mix::Mixup(lam) => check_lam(lam)?,
+            Mix::Cutmix(cut) => check_cut(shape, cut)?,
+        }
+    }
+    let mix = |x: &mut [f32], y: &[f32], mix: Mix| match mix {
+        Mix::None => {}
+        Mix::Mixup(lam) if lam == 1.0 => {}
+        Mix::Mixup(lam) => {
+            let (own, other) = (lam as f32, (1.0 - lam) as f32);
+            x.iter_mut().zip(y).for_each(|(x, y)| *x = own * *x + other * *y);
+        }
+        Mix::Cutmix(CutBox { y0, y1, x0, x1 }) => {
+            for (x, y) in x.chunks_exact_mut(h * w).zip(y.chunks_exact(h * w)) {
+                (y0..y1).for_each(|row| x[row * w + x0..row * w + x1].copy_from_slice(&y[row * w + x0..row * w + x1]));
+            }
+        }
+    };
+    let (mut first, mut before) = (0, Vec::new());
+    for_each_pair(images, batch, |x, y| {
+        before.clear();
+        before.extend_from_slice(x);
+        mix(x, y, mixes[first]);
+        mix(y, &before, mixes[batch - 1 - first]);
+        first += 1;
+    })
 }
 
 /// Hands out each image of the first half with its partner, both writable.
@@ -171,6 +215,37 @@ mod tests {
         assert_eq!((targets[0], targets[1], targets[1999]), (0.9001, 0.0001, 0.9001));
         let targets = mix_targets(&[1, 0], 2, 0.25, 0.0).unwrap();
         assert_eq!(targets, [0.75, 0.25, 0.25, 0.75]);
+    }
+
+    #[test]
+    fn images_that_are_mixed_in_their_own_ways_see_their_partners_as_they_were() {
+        let original: Vec<f32> = (0..16).map(|i| i as f32).collect(); // [4, 1, 2, 2]
+        let mut images = original.clone();
+        let row = CutBox { y0: 0, y1: 1, x0: 0, x1: 2 };
+        mix_each(&mut images, [4, 1, 2, 2], &[Mix::Mixup(0.25), Mix::None, Mix::Cutmix(row), Mix::Mixup(0.5)]).unwrap();
+        assert_eq!(images[..4], [9.0, 10.0, 11.0, 12.0]);
+        assert_eq!(images[4..8], original[4..8]);
+        assert_eq!(images[8..12], [4.0, 5.0, 10.0, 11.0]);
+        assert_eq!(images[12..], [6.0, 7.0, 8.0, 9.0]);
+        let targets = mix_each_target(&[0, 1], 2, &[0.75, 1.0], 0.0).unwrap();
+        assert_eq!(targets, [0.75, 0.25, 0.0, 1.0]);
+    }
+
+    #[test]
+    fn one_way_for_all_is_the_way_of_the_batch() {
+        let original: Vec<f32> = (0..4 * 2 * 3 * 5).map(|i| (i * i % 17) as f32 * 0.37).collect();
+        let cut = CutBox { y0: 1, y1: 3, x0: 2, x1: 5 };
+        let (mut each, mut batch) = (original.clone(), original.clone());
+        mix_each(&mut each, [4, 2, 3, 5], &[Mix::Cutmix(cut); 4]).unwrap();
+        cutmix(&mut batch, [4, 2, 3, 5], cut).unwrap();
+        assert_eq!(each, batch);
+        let (mut each, mut batch) = (original.clone(), original);
+        mix_each(&mut each, [4, 2, 3, 5], &[Mix::Mixup(0.3); 4]).unwrap();
+        mixup(&mut batch, 4, 0.3).unwrap();
+        assert_eq!(each, batch);
+        assert!(mix_each(&mut each, [4, 2, 3, 5], &[Mix::None; 3]).is_err());
+        assert!(mix_each(&mut each, [4, 2, 3, 5], &[Mix::Mixup(2.0); 4]).is_err());
+        assert!(mix_each_target(&[0, 1], 2, &[0.5], 0.0).is_err());
     }
 
     #[test]

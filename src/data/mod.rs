@@ -7,16 +7,30 @@
 //! |---|---|
 //! | [`synthetic`] | the built-in pictures |
 //! | [`resize`] | crop, bicubic resize and flip, Pillow's bytes exactly |
-//! | [`transform`] | what happens to one picture |
+//! | [`crop`] | which part of a picture is seen |
+//! | [`colour`], [`filter`], [`affine`] | changes of colours, filters, affine maps, Pillow's bytes exactly |
+//! | [`rand_augment`], [`three_augment`] | which of them an image meets |
+//! | [`erase`] | boxes that are erased |
+//! | [`transform`] | what happens to one picture, by recipe |
+//! | [`order`] | the order of an epoch |
 //! | [`loader`] | batches of an epoch, prefetched |
-//! | [`mixup`] | a batch blended with itself |
+//! | [`mixing`], [`mixup`] | a batch blended with itself: the draws, the arithmetic |
 //! | [`augment`] | bytes to normalised images: erasing, mixing |
 
+pub mod affine;
 pub mod augment;
+pub mod colour;
+pub mod crop;
+pub mod erase;
+pub mod filter;
 pub mod loader;
+pub mod mixing;
 pub mod mixup;
+pub mod order;
+pub mod rand_augment;
 pub mod resize;
 pub mod synthetic;
+pub mod three_augment;
 pub mod transform;
 
 use crate::ensure;
