@@ -1,14 +1,16 @@
 //! Floor 8: what was typed, turned into objects. Below this file nobody sees a string flag.
 
+mod presets;
+
 use crate::device::{Named, parallel};
 use crate::error::{Error, Result};
 use crate::formats;
 use crate::measure::{info, kernels, ops, parity, step};
 use crate::tensor::Dtype;
-use crate::train::pretrain;
 use crate::train::run::Ended;
+use crate::train::{classify, pretrain};
 use clap::error::ErrorKind;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -28,6 +30,17 @@ enum Command {
     /// Learn from images alone
     #[command(subcommand)]
     Pretrain(Pretrain),
+    /// Train a classifier: from a pre-trained encoder, or from scratch
+    #[command(args_override_self = true)]
+    Finetune(Box<classify::FinetuneArgs>),
+    /// Judge an encoder's features: a linear head on frozen features, or nearest neighbours
+    #[command(args_override_self = true)]
+    Probe(Box<classify::ProbeArgs>),
+    /// List the recipes, or print one whole
+    Presets {
+        /// The recipe to print
+        name: Option<String>,
+    },
     /// Time single ops, kernels or a whole training step
     #[command(subcommand)]
     Measure(Measure),
@@ -47,7 +60,7 @@ enum Command {
 enum Pretrain {
     /// MAE: hide most patches of an image, reconstruct their pixels
     #[command(args_override_self = true)]
-    Mae(pretrain::PretrainArgs),
+    Mae(Box<pretrain::PretrainArgs>),
 }
 
 #[derive(Subcommand)]
@@ -122,17 +135,45 @@ struct Convert {
 
 /// Runs the program; the exit code is 0, 1 (it failed) or 2 (what was typed cannot be meant).
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) => return clap_exit(&error),
+    let arguments = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect();
+    let failed = |error: Error| {
+        eprintln!("masque: {}", error.chain());
+        ExitCode::from(error.exit_code())
     };
-    match run(cli) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("masque: {}", error.chain());
-            ExitCode::from(error.exit_code())
-        }
+    let arguments = match presets::expand(arguments) {
+        Ok(arguments) => arguments,
+        Err(error) => return failed(error),
+    };
+    match command().try_get_matches_from(arguments).and_then(|matches| Cli::from_arg_matches(&matches)) {
+        Ok(cli) => run(cli).unwrap_or_else(failed),
+        Err(error) => clap_exit(&error),
     }
+}
+
+/// The commands, each with the official defaults of its own.
+fn command() -> clap::Command {
+    let defaults = |command: clap::Command, defaults: &'static [(&'static str, &'static str)]| {
+        defaults.iter().fold(command, |command, (flag, value)| command.mut_arg(flag, |arg| arg.default_value(value)))
+    };
+    let named = |command: clap::Command| {
+        let help = "A published recipe, or one for the built-in images, in front of the other flags; masque presets lists them";
+        command.arg(clap::Arg::new("preset").long("preset").value_name("NAME").help(help))
+    };
+    Cli::command()
+        .mut_subcommand("pretrain", |c| c.mut_subcommand("mae", |c| named(defaults(c, &[("crop_min", "0.2"), ("eval_freq", "20")]))))
+        .mut_subcommand("finetune", |c| {
+            named(defaults(c, &[("epochs", "50"), ("warmup_epochs", "5"), ("min_lr", "1e-6"), ("save_freq", "1")]))
+        })
+        .mut_subcommand("probe", |c| {
+            let probe = [("epochs", "90"), ("warmup_epochs", "10"), ("batch_size", "512"), ("blr", "0.1"), ("weight_decay", "0")];
+            let model = [("save_freq", "1"), ("global_pool", "false"), ("head_std", "0.01"), ("crop", "once")];
+            named(
+                [probe.to_vec(), model.to_vec()]
+                    .concat()
+                    .into_iter()
+                    .fold(c, |c, (flag, value)| c.mut_arg(flag, |arg| arg.default_value(value))),
+            )
+        })
 }
 
 /// Help and version go to standard output with code 0, mistakes to standard error in one line with code 2.
@@ -162,6 +203,12 @@ fn run(cli: Cli) -> Result<ExitCode> {
 fn execute(command: Command) -> Result<ExitCode> {
     match command {
         Command::Pretrain(Pretrain::Mae(args)) => return Ok(ended(pretrain::mae(&args, &mut |line| say(line))?)),
+        Command::Finetune(args) => return Ok(ended(classify::finetune(&args, &mut |line| say(line))?)),
+        Command::Probe(args) => return Ok(ended(classify::probe(&args, &mut |line| say(line))?)),
+        Command::Presets { name: Some(name) } => say(&presets::find(&name)?.text()),
+        Command::Presets { name: None } => {
+            presets::all().iter().for_each(|preset| say(&format!("{:<24} {:<13} {}", preset.name, preset.command, preset.about)));
+        }
         Command::Measure(Measure::Ops(args)) => {
             ops::run(&args.only, args.rounds, |row| say(&if args.json { row.json().to_string() } else { row.text() }))?;
         }

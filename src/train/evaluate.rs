@@ -16,6 +16,16 @@ pub struct Evaluation {
     pub images: usize,
 }
 
+/// As the published programs print it.
+impl std::fmt::Display for Evaluation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.accuracy {
+            Some([first, five]) => write!(f, "* Acc@1 {first:.3} Acc@5 {five:.3} loss {:.3} ({} images)", self.loss, self.images),
+            None => write!(f, "loss {:.4} ({} images)", self.loss, self.images),
+        }
+    }
+}
+
 impl Evaluation {
     /// Whether this is better than what `best` says: more are right, or the loss is lower where nothing is classified.
     pub fn beats(&self, best: Option<f64>) -> bool {

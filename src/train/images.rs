@@ -1,9 +1,11 @@
 //! Which images a run reads: the flags, and the datasets they name.
 
 use crate::data::Dataset;
+use crate::data::crop::{ASPECTS, Crop};
 use crate::data::synthetic::{Glyphs, GlyphsConfig};
+use crate::data::transform::Transform;
 use crate::error::{Error, Result};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -32,6 +34,79 @@ pub struct ImagesArgs {
     /// Deviations of the channels [default: ImageNet's; 0.25 for the built-in images]
     #[arg(long, value_delimiter = ',', num_args = 3, value_name = "R,G,B")]
     pub std: Option<Vec<f32>>,
+}
+
+/// How an image is cut, in training and in evaluation.
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CropArgs {
+    /// Which part of a training image is seen
+    #[arg(long, value_enum, default_value_t = CropName::Resized)]
+    pub crop: CropName,
+    /// Least part of an image's area that a resized crop shows
+    #[arg(long, default_value_t = 0.08, value_name = "PART")]
+    pub crop_min: f64,
+    /// Most pixels that --crop shift moves an image
+    #[arg(long, default_value_t = 3, value_name = "PIXELS")]
+    pub shift: usize,
+    /// Mirror half of the training images
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub flip: bool,
+    /// Evaluation resizes the short side to input size / ratio and takes the centre [default: 0.875, above 224 pixels 1]
+    #[arg(long, value_name = "RATIO")]
+    pub eval_crop_ratio: Option<f64>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CropName {
+    /// A random part of random size and aspect, resized
+    Resized,
+    /// The same drawn only once, as linear probing does
+    Once,
+    /// The whole image, resized without regard to its aspect
+    Whole,
+    /// The whole image moved by a few pixels
+    Shift,
+    /// A random window of the image with a border of 4 pixels, as for CIFAR
+    Padded,
+    /// The short side resized, then a random window, as DeiT-III's --src
+    Simple,
+    /// The centre, as in evaluation
+    Centre,
+}
+
+impl CropArgs {
+    /// Crop and flip of training images, before their colours change.
+    pub fn training(&self, side: usize) -> Result<Transform> {
+        if !(self.crop_min > 0.0 && self.crop_min <= 1.0) {
+            return Err(Error::usage(format!("--crop-min {} is not a part above 0 and up to 1", self.crop_min)));
+        }
+        let scale = [self.crop_min, 1.0];
+        let crop = match self.crop {
+            CropName::Resized => Crop::Resized { scale, ratio: ASPECTS },
+            CropName::Once => Crop::Once { scale, ratio: ASPECTS },
+            CropName::Whole => Crop::Whole,
+            CropName::Shift => Crop::Shift { most: self.shift },
+            CropName::Padded => Crop::Padded { padding: 4 },
+            CropName::Simple => Crop::Simple,
+            CropName::Centre => self.evaluation(side)?.crop,
+        };
+        Ok(Transform { crop, flip: self.flip, ..Transform::probe(side) })
+    }
+
+    pub fn evaluation(&self, side: usize) -> Result<Transform> {
+        evaluation(side, self.eval_crop_ratio)
+    }
+}
+
+/// What is done to an image that a model is judged by.
+pub fn evaluation(side: usize, ratio: Option<f64>) -> Result<Transform> {
+    match ratio {
+        None => Ok(Transform::evaluate(side)),
+        Some(ratio) if ratio > 0.0 && ratio <= 1.0 => Ok(Transform::evaluate_at(side, ratio)),
+        Some(ratio) => Err(Error::usage(format!("--eval-crop-ratio {ratio} is not above 0 and up to 1"))),
+    }
 }
 
 const IMAGENET: [[f32; 3]; 2] = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]];

@@ -2,10 +2,12 @@
 
 pub mod args;
 pub mod checkpoint;
+pub mod classify;
 pub mod evaluate;
 pub mod events;
 pub mod feed;
 pub mod images;
+pub mod knn;
 pub mod pretrain;
 pub mod progress;
 pub mod record;

@@ -2,19 +2,18 @@
 
 use super::args::{RunArgs, settings};
 use super::feed::Feed;
-use super::images::{ImagesArgs, Part};
+use super::images::{CropArgs, ImagesArgs, Part};
 use super::run::{Ended, Run};
 use super::step::{Step, StepOptions};
 use crate::data::loader::{Loader, LoaderOptions, Order};
-use crate::data::transform::{Crop, Transform};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::methods::mae::{Mae, MaeArgs};
 use crate::optim::adamw::AdamW;
 use crate::optim::ema::Ema;
 use crate::optim::groups;
 use crate::rng::Rng;
 use crate::tensor::Dtype;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::{Deserialize, Serialize};
 
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
@@ -29,31 +28,9 @@ pub struct PretrainArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub images: ImagesArgs,
-    /// Which part of a training image is seen
-    #[arg(long, value_enum, default_value_t = CropArg::Resized)]
-    pub crop: CropArg,
-    /// Least part of an image's area that a resized crop shows
-    #[arg(long, default_value_t = 0.2, value_name = "PART")]
-    pub crop_min: f64,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum CropArg {
-    /// A random part of random size, resized
-    Resized,
-    /// The whole image
-    Whole,
-}
-
-impl PretrainArgs {
-    fn transform(&self) -> Result<Transform> {
-        let crop = match self.crop {
-            CropArg::Resized => return Err(Error::usage("--crop resized is not there yet")),
-            CropArg::Whole => Crop::Whole,
-        };
-        Ok(Transform { side: self.images.input_size, crop, flip: true })
-    }
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub crop: CropArgs,
 }
 
 /// Betas of MAE's AdamW.
@@ -75,7 +52,7 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let options = StepOptions { clip: args.run.clip_grad, accumulate: args.run.accum_iter };
 
     let [mean, std] = args.images.statistics();
-    let feed = Feed { device, mean, std, classes: None, smoothing: 0.0 };
+    let feed = Feed { device, mean, std, labels: None };
     let loading = LoaderOptions {
         batch: args.run.batch_size,
         order: Order::Shuffled,
@@ -83,15 +60,15 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         seed: args.run.seed,
         strict: args.images.strict_data,
     };
-    let seen = Transform { side: args.images.input_size, crop: Crop::Whole, flip: false };
+    let side = args.images.input_size;
     let settings = settings(args)?;
     let mut run = Run {
         step: Step::new(Box::new(mae), Box::new(optimizer), options),
-        loader: Loader::new(train, args.transform()?, loading),
+        loader: Loader::new(train, args.crop.training(side)?, loading),
         feed,
         schedule: args.run.schedule(),
         ema,
-        validation: Some(Loader::new(validation, seen, LoaderOptions { order: Order::Sequential, ..loading })),
+        validation: Some(Loader::new(validation, args.crop.evaluation(side)?, LoaderOptions { order: Order::Sequential, ..loading })),
         after: None,
         record: start.record(&["pretrain", "mae"], &settings, say)?,
         settings,

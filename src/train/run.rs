@@ -117,6 +117,13 @@ pub struct Ended {
     pub seconds: f64,
 }
 
+impl Ended {
+    /// Of a command that trains nothing.
+    pub fn nothing() -> Self {
+        Self { place: Place::default(), last: None, signal: None, seconds: 0.0 }
+    }
+}
+
 /// Going back more often than this is no use.
 const MOST_RETURNS: u64 = 5;
 

@@ -1,0 +1,432 @@
+//! `masque finetune` and `masque probe`: a classifier from a pre-trained encoder, or from scratch.
+
+use super::args::{RunArgs, settings};
+use super::evaluate::{Evaluation, evaluate};
+use super::feed::{Feed, Labels};
+use super::images::{CropArgs, ImagesArgs, Part};
+use super::knn;
+use super::run::{Ended, Run};
+use super::step::{Step, StepOptions};
+use crate::data::Dataset;
+use crate::data::erase::{Erasing, Filling};
+use crate::data::loader::{Loader, LoaderOptions, Order};
+use crate::data::mixing::{Mixing, Mode};
+use crate::data::rand_augment::RandAugment;
+use crate::data::transform::Transform;
+use crate::error::{Error, Result};
+use crate::methods::supervised::Supervised;
+use crate::nn::classifier::{ClassifierConfig, Pool};
+use crate::nn::presets::{self, Family};
+use crate::nn::weights::{self, Head, Policy, Which};
+use crate::optim::Optimizer;
+use crate::optim::adamw::AdamW;
+use crate::optim::ema::Ema;
+use crate::optim::groups::{self, Group, LayerDecay};
+use crate::optim::lars::Lars;
+use crate::param::Params;
+use crate::rng::Rng;
+use crate::tensor::{Dtype, Tensor};
+use clap::{ArgAction, Args};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// The model and what it starts from.
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ClassifierArgs {
+    /// Model by its published name or its size: vit_base_patch16, deit_small_patch16_224, base, glyph_s ...
+    #[arg(long, default_value = "vit_large_patch16", value_name = "NAME")]
+    pub model: String,
+    /// Side of a patch in pixels [default: the model's]
+    #[arg(long, value_name = "PIXELS")]
+    pub patch_size: Option<usize>,
+    /// Pre-trained encoder: a checkpoint of masque, a .pth or a .safetensors [default: from scratch]
+    #[arg(long, value_name = "PATH")]
+    pub finetune: Option<PathBuf>,
+    /// Take the running average of a masque checkpoint's weights
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
+    pub finetune_ema: bool,
+    /// Average the patches, then norm and head; without it the class token is read
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true", action = ArgAction::Set)]
+    pub global_pool: bool,
+    /// Read the class token: the same as --global-pool=false
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
+    pub cls_token: bool,
+    /// Classes of the head [default: the dataset's]
+    #[arg(long, value_name = "N")]
+    pub nb_classes: Option<usize>,
+    /// Deviation of the new head's weights on a pre-trained encoder
+    #[arg(long, default_value_t = 2e-5, value_name = "DEVIATION")]
+    pub head_std: f64,
+    /// Only evaluate --resume and stop
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
+    pub eval: bool,
+}
+
+impl ClassifierArgs {
+    /// The classifier for square images of this side.
+    pub fn config(&self, image: usize, classes: usize, drop_path: f64, probe: bool) -> Result<ClassifierConfig> {
+        let named = presets::named(&self.model)?;
+        if named.family == Some(Family::Mae) {
+            return Err(Error::usage(format!(
+                "--model {} is a model that is pre-trained; its classifier is {}",
+                self.model,
+                self.model.trim_start_matches("mae_")
+            )));
+        }
+        let mut vit = named.classifier(image, drop_path)?;
+        vit.patch = self.patch_size.unwrap_or(vit.patch);
+        vit.check().map_err(|error| Error::usage(format!("--input-size and --patch-size: {}", error.chain())))?;
+        if !(0.0..1.0).contains(&drop_path) {
+            return Err(Error::usage(format!("--drop-path {drop_path} is not in [0, 1)")));
+        }
+        let pool = if self.global_pool && !self.cls_token { Pool::Mean } else { Pool::ClassToken };
+        Ok(ClassifierConfig { vit, classes, pool, probe })
+    }
+
+    /// How many classes the head has; the labels of both sets must fit.
+    fn classes(&self, train: &dyn Dataset, val: &dyn Dataset) -> Result<usize> {
+        let (found, in_val) = (train.classes().len(), val.classes().len());
+        let classes = self.nb_classes.unwrap_or(found);
+        if classes < found || classes == 0 {
+            return Err(Error::usage(format!(
+                "--nb-classes {classes}: the training images have {found} classes; leave the flag out or give at least as many"
+            )));
+        }
+        if train.classes() != val.classes() {
+            let differ = train.classes().iter().zip(val.classes()).find(|(a, b)| a != b);
+            let which = differ.map_or(String::new(), |(a, b)| format!(": {a} in one is {b} in the other"));
+            return Err(Error::new(format!("training and validation images do not have the same classes ({found} and {in_val}){which}")));
+        }
+        Ok(classes)
+    }
+
+    /// The encoder's weights from --finetune, and a new head.
+    fn load(&self, model: &mut Supervised, rng: &Rng, say: &mut dyn FnMut(&str)) -> Result<()> {
+        let Some(path) = &self.finetune else { return Ok(()) };
+        if !(self.head_std.is_finite() && self.head_std >= 0.0) {
+            return Err(Error::usage(format!("--head-std {} is not a number from 0 on", self.head_std)));
+        }
+        let file = weights::open(path, if self.finetune_ema { Which::Averages } else { Which::Trained })?;
+        let report = weights::load(&mut model.params, &model.model.vit.config, &file, Policy::Encoder(Head::Fresh))?;
+        say(&report.text());
+        for name in ["head.weight", "head.1.weight"] {
+            let Ok(id) = model.params.find(name) else { continue };
+            let shape = model.params.value(id).shape().to_vec();
+            let drawn = rng.normal("fresh head", shape.iter().product());
+            let drawn: Vec<f32> = drawn.into_iter().map(|z| (z as f64 * self.head_std) as f32).collect();
+            model.params.set_value(id, &Tensor::from_slice(&shape, &drawn)?)?;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FinetuneArgs {
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub classifier: ClassifierArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub run: RunArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub images: ImagesArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub crop: CropArgs,
+    /// Most stochastic depth, reached in the last block
+    #[arg(long, default_value_t = 0.1, value_name = "RATE")]
+    pub drop_path: f64,
+    /// A block learns this much as fast as the one above it
+    #[arg(long, default_value_t = 0.75, value_name = "FACTOR")]
+    pub layer_decay: f64,
+    /// Betas of AdamW
+    #[arg(long, value_delimiter = ',', num_args = 2, default_values_t = [0.9, 0.999], value_name = "B1,B2")]
+    pub betas: Vec<f64>,
+    /// The head learns this many times as fast
+    #[arg(long, default_value_t = 1.0, value_name = "FACTOR")]
+    pub head_lr_scale: f64,
+    /// RandAugment's policy; none for no policy
+    #[arg(long, default_value = "rand-m9-mstd0.5-inc1", value_name = "POLICY")]
+    pub aa: String,
+    /// Jitter of brightness, contrast and saturation where there is no policy [default: none]
+    #[arg(long, value_name = "STRENGTH")]
+    pub color_jitter: Option<f64>,
+    /// DeiT-III's ThreeAugment in the place of policy and erasing, with --color-jitter
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
+    pub three_augment: bool,
+    /// See each image three times an epoch, and a third of the images (DeiT's repeated augmentation)
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
+    pub repeated_aug: bool,
+    /// Label smoothing
+    #[arg(long, default_value_t = 0.1, value_name = "PART")]
+    pub smoothing: f64,
+    /// Probability of random erasing
+    #[arg(long, default_value_t = 0.25, value_name = "PROBABILITY")]
+    pub reprob: f64,
+    /// What erased boxes hold: pixel, rand or const
+    #[arg(long, default_value = "pixel", value_name = "MODE")]
+    pub remode: String,
+    /// Most boxes that are erased
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub recount: usize,
+    /// Mixup's alpha; 0: off
+    #[arg(long, default_value_t = 0.0, value_name = "ALPHA")]
+    pub mixup: f64,
+    /// CutMix's alpha; 0: off
+    #[arg(long, default_value_t = 0.0, value_name = "ALPHA")]
+    pub cutmix: f64,
+    /// Sides of CutMix's box as parts of the image's, in the place of --cutmix
+    #[arg(long, value_delimiter = ',', num_args = 2, value_name = "LEAST,MOST")]
+    pub cutmix_minmax: Option<Vec<f64>>,
+    /// Probability of mixing a batch
+    #[arg(long, default_value_t = 1.0, value_name = "PROBABILITY")]
+    pub mixup_prob: f64,
+    /// Probability of CutMix where both are asked for
+    #[arg(long, default_value_t = 0.5, value_name = "PROBABILITY")]
+    pub mixup_switch_prob: f64,
+    /// What is mixed alike: batch, pair or elem
+    #[arg(long, default_value = "batch", value_name = "MODE")]
+    pub mixup_mode: String,
+}
+
+impl FinetuneArgs {
+    fn mixing(&self) -> Result<Mixing> {
+        let minmax = match self.cutmix_minmax.as_deref() {
+            Some(&[least, most]) => Some([least, most]),
+            _ => None,
+        };
+        Ok(Mixing {
+            mixup: self.mixup,
+            cutmix: self.cutmix,
+            minmax,
+            probability: self.mixup_prob,
+            switch: self.mixup_switch_prob,
+            mode: self.mixup_mode.parse::<Mode>()?,
+            smoothing: self.smoothing,
+        })
+    }
+
+    fn transform(&self) -> Result<Transform> {
+        let side = self.images.input_size;
+        let policy = match self.aa.as_str() {
+            "" | "none" => None,
+            policy => Some(policy.parse::<RandAugment>()?),
+        };
+        let erasing = Erasing::new(self.reprob, self.remode.parse::<Filling>()?, self.recount)?;
+        let erasing = Some(erasing).filter(|erasing| erasing.probability > 0.0);
+        let cut = self.crop.training(side)?;
+        let recipe = if self.three_augment {
+            if policy.is_some() || erasing.is_some() {
+                return Err(Error::usage("--three-augment takes the place of policy and erasing; give --aa none and --reprob 0 with it"));
+            }
+            Transform::three(side, false, self.color_jitter)?
+        } else {
+            Transform::finetune(side, policy, self.color_jitter, erasing)?
+        };
+        Ok(Transform { crop: cut.crop, flip: cut.flip, ..recipe })
+    }
+
+    fn optimizer(&self, params: &Params, depth: usize) -> Result<Box<dyn Optimizer>> {
+        for (flag, value) in [("--layer-decay", self.layer_decay), ("--head-lr-scale", self.head_lr_scale)] {
+            if !(value.is_finite() && value > 0.0) {
+                return Err(Error::usage(format!("{flag} {value} is not a number above 0")));
+            }
+        }
+        let last = depth + 1;
+        let rule = LayerDecay {
+            weight_decay: self.run.weight_decay,
+            decay: self.layer_decay,
+            last,
+            no_decay: &["cls_token", "pos_embed", "dist_token"],
+        };
+        let groups = rule.groups(params, |name| groups::vit_layer(name, last))?;
+        let betas = match self.betas[..] {
+            [first, second] if (0.0..1.0).contains(&first) && (0.0..1.0).contains(&second) => (first, second),
+            _ => return Err(Error::usage(format!("--betas {:?} are not two numbers in [0, 1)", self.betas))),
+        };
+        Ok(Box::new(AdamW::new(faster_head(groups, params, self.head_lr_scale), betas, 1e-8)?))
+    }
+}
+
+/// The same groups with the head's parameters in groups of their own that learn so many times as fast.
+fn faster_head(groups: Vec<Group>, params: &Params, factor: f64) -> Vec<Group> {
+    if factor == 1.0 {
+        return groups;
+    }
+    let apart = |group: Group| {
+        let (head, rest): (Vec<_>, Vec<_>) = group.params.iter().partition(|&&id| params.name(id).starts_with("head"));
+        let fast = Group { name: format!("{}_head", group.name), lr_scale: group.lr_scale * factor, params: head, ..group.clone() };
+        [Group { params: rest, ..group }, fast].into_iter().filter(|group| !group.params.is_empty())
+    };
+    groups.into_iter().flat_map(apart).collect()
+}
+
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ProbeArgs {
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub classifier: ClassifierArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub run: RunArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub images: ImagesArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub crop: CropArgs,
+    /// No training: each image is classified by its so many nearest training images [default: train a linear head; 20 where no number is given]
+    #[arg(long, num_args = 0..=1, default_missing_value = "20", value_name = "NEIGHBOURS")]
+    pub knn: Option<usize>,
+    /// Temperature of the neighbours' votes
+    #[arg(long, default_value_t = 0.07, value_name = "T")]
+    pub knn_temperature: f64,
+}
+
+/// What is the same for both: the sets, how they are read, how batches are made.
+struct Sets {
+    train: Arc<dyn Dataset>,
+    val: Arc<dyn Dataset>,
+    classes: usize,
+    loading: LoaderOptions,
+}
+
+impl Sets {
+    fn open(classifier: &ClassifierArgs, run: &RunArgs, images: &ImagesArgs, repeated: bool) -> Result<Self> {
+        run.check()?;
+        images.check()?;
+        let (train, val) = (images.open(Part::Train)?, images.open(Part::Val)?);
+        let classes = classifier.classes(&*train, &*val)?;
+        let order = if repeated { Order::Repeated { times: 3 } } else { Order::Shuffled };
+        let loading = LoaderOptions { batch: run.batch_size, order, workers: run.workers(), seed: run.seed, strict: images.strict_data };
+        Ok(Self { train, val, classes, loading })
+    }
+
+    fn in_order(&self, train: bool, transform: Transform) -> Loader {
+        let set = if train { &self.train } else { &self.val };
+        Loader::new(set.clone(), transform, LoaderOptions { order: Order::Sequential, ..self.loading })
+    }
+}
+
+pub fn finetune(args: &FinetuneArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
+    let mixing = args.mixing()?;
+    if !args.classifier.eval {
+        mixing.check(args.run.batch_size)?;
+    }
+    let sets = Sets::open(&args.classifier, &args.run, &args.images, args.repeated_aug)?;
+    let config = args.classifier.config(args.images.input_size, sets.classes, args.drop_path, false)?;
+    let depth = config.vit.depth;
+    let labels = Labels { classes: sets.classes, mixing };
+    let settings = settings(args)?;
+    let job =
+        Job { word: "finetune", classifier: &args.classifier, run: &args.run, images: &args.images, crop: &args.crop, sets, settings };
+    job.train(config, args.transform()?, labels, |params| args.optimizer(params, depth), say)
+}
+
+pub fn probe(args: &ProbeArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
+    let sets = Sets::open(&args.classifier, &args.run, &args.images, false)?;
+    let config = args.classifier.config(args.images.input_size, sets.classes, 0.0, args.knn.is_none())?;
+    let settings = settings(args)?;
+    let job = Job { word: "probe", classifier: &args.classifier, run: &args.run, images: &args.images, crop: &args.crop, sets, settings };
+    if let Some(neighbours) = args.knn {
+        return job.neighbours(config, knn::Knn { neighbours, temperature: args.knn_temperature }, say);
+    }
+    let labels = Labels { classes: job.sets.classes, mixing: Mixing { smoothing: 0.0, ..Mixing::default() } };
+    let transform = args.crop.training(args.images.input_size)?;
+    let decay = args.run.weight_decay;
+    job.train(config, transform, labels, |params| Ok(Box::new(Lars::new(groups::all(params, decay), 0.9, 0.001)?)), say)
+}
+
+struct Job<'a> {
+    word: &'static str,
+    classifier: &'a ClassifierArgs,
+    run: &'a RunArgs,
+    images: &'a ImagesArgs,
+    crop: &'a CropArgs,
+    sets: Sets,
+    settings: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Job<'_> {
+    /// The model with its starting weights, on its device.
+    fn model(&self, config: ClassifierConfig, say: &mut dyn FnMut(&str)) -> Result<Supervised> {
+        let device = self.run.open_device()?;
+        let rng = Rng::new(self.run.seed);
+        let mut model = Supervised::new(config, Dtype::F32, &rng)?;
+        self.classifier.load(&mut model, &rng, say)?;
+        model.params.move_to(&device, self.run.precision.dtype())?;
+        Ok(model)
+    }
+
+    fn feed(&self, labels: Option<Labels>) -> Result<Feed> {
+        let [mean, std] = self.images.statistics();
+        Ok(Feed { device: self.run.open_device()?, mean, std, labels })
+    }
+
+    fn train(
+        self,
+        config: ClassifierConfig,
+        transform: Transform,
+        labels: Labels,
+        optimizer: impl FnOnce(&Params) -> Result<Box<dyn Optimizer>>,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Ended> {
+        let start = self.run.start(self.word)?;
+        if self.classifier.eval && start.from.is_none() {
+            return Err(Error::usage("--eval evaluates what --resume names; give a checkpoint by --resume PATH, or use masque evaluate"));
+        }
+        let mut model = self.model(config, say)?;
+        let feed = Feed { device: model.params.device().clone(), ..self.feed(Some(labels))? };
+        let validation = self.sets.in_order(false, self.crop.evaluation(self.images.input_size)?);
+        if let (true, Some((path, file))) = (self.classifier.eval, &start.from) {
+            weights::load(&mut model.params, &model.model.vit.config, file, Policy::Strict)?;
+            say(&format!("{}: {}", path.display(), evaluate(&model, &validation, &feed)?));
+            return Ok(Ended::nothing());
+        }
+        let optimizer = optimizer(&model.params)?;
+        let ema = self.run.model_ema_decay.map(|decay| Ema::new(&mut model.params, decay)).transpose()?;
+        let mut run = Run {
+            step: Step::new(Box::new(model), optimizer, StepOptions { clip: self.run.clip_grad, accumulate: self.run.accum_iter }),
+            loader: Loader::new(self.sets.train.clone(), transform, self.sets.loading),
+            feed,
+            schedule: self.run.schedule(),
+            ema,
+            validation: Some(validation),
+            after: None,
+            record: start.record(&[self.word], &self.settings, say)?,
+            settings: self.settings,
+            options: self.run.options(),
+            place: Default::default(),
+        };
+        if let Some((_, file)) = &start.from {
+            run.restore(file)?;
+        }
+        say(&format!("run folder: {}", start.folder.display()));
+        run.run()
+    }
+
+    fn neighbours(self, config: ClassifierConfig, knn: knn::Knn, say: &mut dyn FnMut(&str)) -> Result<Ended> {
+        let model = self.model(config, say)?;
+        let feed = Feed { device: model.params.device().clone(), ..self.feed(None)? };
+        let transform = self.crop.evaluation(self.images.input_size)?;
+        let known = knn::features(&model, &self.sets.in_order(true, transform.clone()), &feed)?;
+        let asked = knn::features(&model, &self.sets.in_order(false, transform), &feed)?;
+        let accuracy = knn.classify(&known, &asked, self.sets.classes)?;
+        say(&format!(
+            "{} nearest of {} training images, temperature {}: acc@1 {:.2} % acc@5 {:.2} % on {} images",
+            knn.neighbours,
+            known.labels.len(),
+            knn.temperature,
+            accuracy[0],
+            accuracy[1],
+            asked.labels.len()
+        ));
+        let last = Evaluation { loss: f64::NAN, accuracy: Some(accuracy), images: asked.labels.len() };
+        Ok(Ended { last: Some(last), ..Ended::nothing() })
+    }
+}
