@@ -5,7 +5,11 @@
 //!
 //! | module | what it is |
 //! |---|---|
+//! | [`open`] | a set by its path: what lies there tells what it is |
+//! | [`folder`] | a folder a class |
+//! | [`cifar`] | CIFAR-10 and CIFAR-100 |
 //! | [`synthetic`] | the built-in pictures |
+//! | [`decode`] | encoded images to bytes |
 //! | [`resize`] | crop, bicubic resize and flip, Pillow's bytes exactly |
 //! | [`crop`] | which part of a picture is seen |
 //! | [`colour`], [`filter`], [`affine`] | changes of colours, filters, affine maps, Pillow's bytes exactly |
@@ -19,13 +23,17 @@
 
 pub mod affine;
 pub mod augment;
+pub mod cifar;
 pub mod colour;
 pub mod crop;
+pub mod decode;
 pub mod erase;
 pub mod filter;
+pub mod folder;
 pub mod loader;
 pub mod mixing;
 pub mod mixup;
+pub mod open;
 pub mod order;
 pub mod rand_augment;
 pub mod resize;
@@ -77,6 +85,11 @@ pub trait Dataset: Send + Sync {
 
     /// The image, decoded; the error names it.
     fn picture(&self, index: usize) -> Result<Picture>;
+
+    /// What a person should know of the set before it is used, a sentence each.
+    fn notes(&self) -> &[String] {
+        &[]
+    }
 
     /// The image as its file holds it (a JPEG), where it has a file of its own.
     fn encoded(&self, _index: usize) -> Result<Option<Vec<u8>>> {
