@@ -5,6 +5,7 @@
 //!
 //! | module | what it is |
 //! |---|---|
+//! | `resample` | the two passes of a resize |
 //! | [`resize`] | crop, bicubic resize and flip, Pillow's bytes exactly |
 //! | [`crop`] | which part of a picture is seen |
 //! | [`colour`], [`filter`], [`affine`] | changes of colours, filters, affine maps, Pillow's bytes exactly |
@@ -27,6 +28,7 @@ pub mod mixing;
 pub mod mixup;
 pub mod order;
 pub mod rand_augment;
+mod resample;
 pub mod resize;
 pub mod three_augment;
 pub mod transform;
