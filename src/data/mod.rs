@@ -14,10 +14,12 @@
 //! | [`transform`] | what happens to one picture, by recipe |
 //! | [`order`] | the order of an epoch |
 //! | [`loader`] | batches of an epoch, prefetched |
+//! | `assemble`, `workers` | rows of a batch, and the threads that make them |
 //! | [`mixing`], [`mixup`] | a batch blended with itself: the draws, the arithmetic |
 //! | [`augment`] | bytes to normalised images: erasing, mixing |
 
 pub mod affine;
+mod assemble;
 pub mod augment;
 pub mod colour;
 pub mod crop;
@@ -32,6 +34,7 @@ mod resample;
 pub mod resize;
 pub mod three_augment;
 pub mod transform;
+mod workers;
 
 use crate::ensure;
 use crate::error::Result;

@@ -292,3 +292,51 @@ fn sum_columns_of<const C: usize>(lines: &[[u8; ROWS]], start: usize, axis: &Axi
         *out = sums.map(|sums| sums.map(to_byte));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::resize::{Crop, MAX_CHANNELS, crop, resize, resize_crop};
+    use super::*;
+    use crate::rng::Rng;
+
+    /// One axis of [outer, n, inner] by the definition, in 64 bits.
+    fn pass(bytes: &[u8], n: usize, m: usize, inner: usize) -> Vec<u8> {
+        let axis = Axis::new(n, m, 0..m).unwrap();
+        let mut out = Vec::new();
+        for image in bytes.chunks_exact(n * inner) {
+            for (first, weights) in axis.windows() {
+                for at in 0..inner {
+                    let taken =
+                        weights.iter().enumerate().map(|(j, &weight)| i64::from(weight) * i64::from(image[(first + j) * inner + at]));
+                    out.push(((taken.sum::<i64>() + (1 << 21)) >> 22).clamp(0, 255) as u8);
+                }
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn both_passes_are_the_sums_of_the_definition_at_any_size_and_number_of_channels() {
+        let mut draws = Rng::new(0).stream("sizes", 0);
+        for number in 0..120 {
+            let channels = 1 + number % MAX_CHANNELS;
+            let size = [1 + draws.below(50), 1 + draws.below(70)];
+            let to = [1 + draws.below(40), 1 + draws.below(60)];
+            let bytes: Vec<u8> = (0..size[0] * size[1] * channels).map(|_| draws.below(256) as u8).collect();
+            let wide = if size[1] == to[1] { bytes.clone() } else { pass(&bytes, size[1], to[1], channels) };
+            let wanted = if size[0] == to[0] { wide } else { pass(&wide, size[0], to[0], to[1] * channels) };
+            assert!(resize(&bytes, size, channels, to).unwrap() == wanted, "{size:?} to {to:?}, {channels} channels");
+            let (top, left) = (draws.below(to[0]), draws.below(to[1]));
+            let part = Crop { top, left, height: 1 + draws.below(to[0] - top), width: 1 + draws.below(to[1] - left) };
+            let cut = crop(&wanted, to, channels, part).unwrap();
+            assert!(resize_crop(&bytes, size, channels, to, part).unwrap() == cut, "{part:?} of {size:?} to {to:?}, {channels} channels");
+        }
+    }
+
+    #[test]
+    fn a_square_is_transposed() {
+        let square: [[u8; ROWS]; ROWS] = std::array::from_fn(|i| std::array::from_fn(|j| (i * ROWS + j) as u8));
+        let turned = transposed(square);
+        assert!((0..ROWS).all(|i| (0..ROWS).all(|j| turned[i][j] == square[j][i])));
+    }
+}
