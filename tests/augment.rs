@@ -86,9 +86,9 @@ fn crops_have_pillows_bytes_at_given_boxes_and_corners() {
                 let [top, left, height, width, side, flip] = numbers[..].iter().map(|&x| x as usize).collect::<Vec<_>>()[..] else {
                     panic!()
                 };
-                *pixels = resize::crop_resize(pixels, size, Crop { top, left, height, width }, [side, side]).unwrap();
+                *pixels = resize::crop_resize(pixels, size, 3, Crop { top, left, height, width }, [side, side]).unwrap();
                 if flip == 1 {
-                    resize::hflip(pixels, [side, side]).unwrap();
+                    resize::hflip(pixels, [side, side], 3).unwrap();
                 }
                 return;
             }

@@ -112,10 +112,10 @@ fn evaluation_transform_gives_pillows_bytes() {
     let (short, side) = (int(&fixture.options["resize"]), int(&fixture.options["crop"]));
     for (i, spec) in fixture.specs() {
         let size = [int(&spec["h"]), int(&spec["w"])];
-        let cropped = resize::eval_transform(&fixture.u8(&format!("in/{i}/image_u8_hwc")), size, short, side).unwrap();
+        let cropped = resize::eval_transform(&fixture.u8(&format!("in/{i}/image_u8_hwc")), size, 3, short, side).unwrap();
         assert!(cropped == fixture.u8(&format!("out/{i}/cropped_u8_hwc")), "image {i}");
         if i == 0 {
-            let planes = resize::normalise(&cropped, [side, side], resize::IMAGENET_MEAN, resize::IMAGENET_STD).unwrap();
+            let planes = resize::normalise(&cropped, [side, side], &resize::IMAGENET_MEAN, &resize::IMAGENET_STD).unwrap();
             let rows = planes.chunks_exact(side).step_by(4);
             let found: Vec<f32> = rows.flat_map(|row| row.iter().step_by(4).copied()).collect();
             assert!(found == fixture.f32("out/0/normalized"));
@@ -130,9 +130,9 @@ fn cropped_and_resized_images_have_pillows_bytes() {
         let (size, side) = ([int(&spec["h"]), int(&spec["w"])], int(&spec["out"]));
         let crop =
             resize::Crop { top: int(&spec["top"]), left: int(&spec["left"]), height: int(&spec["height"]), width: int(&spec["width"]) };
-        let mut found = resize::crop_resize(&fixture.u8(&format!("in/{i}/image_u8_hwc")), size, crop, [side, side]).unwrap();
+        let mut found = resize::crop_resize(&fixture.u8(&format!("in/{i}/image_u8_hwc")), size, 3, crop, [side, side]).unwrap();
         if spec["hflip"].as_bool().unwrap() {
-            resize::hflip(&mut found, [side, side]).unwrap();
+            resize::hflip(&mut found, [side, side], 3).unwrap();
         }
         assert!(found == fixture.u8(&format!("out/{i}/crop_u8_hwc")), "image {i}");
     }

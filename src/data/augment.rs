@@ -90,7 +90,7 @@ fn on_cpu(bytes: &[u8], shape: [usize; 4], mean: [f32; 3], std: [f32; 3], augmen
     let [_, _, h, w] = shape;
     let mut images = Vec::with_capacity(bytes.len());
     for image in bytes.chunks_exact(h * w * 3) {
-        images.extend(resize::normalise(image, [h, w], mean, std)?);
+        images.extend(resize::normalise(image, [h, w], &mean, &std)?);
     }
     if let Some(Erase { boxes, fill }) = augment.erase {
         let boxes = boxes.data::<u32>();

@@ -55,15 +55,15 @@ impl Crop {
             Crop::Whole => whole(picture, side),
             Crop::Centre { ratio } => {
                 let short = resize::eval_short_side(side, ratio);
-                resize::eval_transform(&picture.pixels, size, short, side)
+                resize::eval_transform(&picture.pixels, size, channels, short, side)
             }
             Crop::Resized { scale, ratio } => {
                 let seen = resized(size, scale, ratio, draws);
-                resize::crop_resize(&picture.pixels, size, seen, to)
+                resize::crop_resize(&picture.pixels, size, channels, seen, to)
             }
             Crop::Once { scale, ratio } => {
                 let seen = once(size, scale, ratio, draws);
-                resize::crop_resize(&picture.pixels, size, seen, to)
+                resize::crop_resize(&picture.pixels, size, channels, seen, to)
             }
             Crop::Padded { padding } => {
                 let corner = corner(size, side, padding, draws)?;
@@ -77,7 +77,7 @@ impl Crop {
                 );
                 let fitted = resize::short_side_size(size, side)?;
                 let corner = corner(fitted, side, PADDING, draws)?;
-                let pixels = if fitted == size { picture.pixels } else { resize::resize(&picture.pixels, size, fitted)? };
+                let pixels = if fitted == size { picture.pixels } else { resize::resize(&picture.pixels, size, channels, fitted)? };
                 Ok(window(&pixels, fitted, channels, corner, side, Border::Reflect))
             }
             Crop::Shift { most } => {
@@ -91,7 +91,7 @@ impl Crop {
 
 fn whole(picture: Picture, side: usize) -> Result<Vec<u8>> {
     let to = [side, side];
-    if picture.size == to { Ok(picture.pixels) } else { resize::resize(&picture.pixels, picture.size, to) }
+    if picture.size == to { Ok(picture.pixels) } else { resize::resize(&picture.pixels, picture.size, picture.channels, to) }
 }
 
 /// Height and width, unrounded, of a box of random area and aspect.

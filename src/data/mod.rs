@@ -10,6 +10,7 @@
 //! | [`cifar`] | CIFAR-10 and CIFAR-100 |
 //! | [`synthetic`] | the built-in pictures |
 //! | [`decode`] | encoded images to bytes |
+//! | `resample` | the two passes of a resize |
 //! | [`resize`] | crop, bicubic resize and flip, Pillow's bytes exactly |
 //! | [`crop`] | which part of a picture is seen |
 //! | [`colour`], [`filter`], [`affine`] | changes of colours, filters, affine maps, Pillow's bytes exactly |
@@ -18,10 +19,12 @@
 //! | [`transform`] | what happens to one picture, by recipe |
 //! | [`order`] | the order of an epoch |
 //! | [`loader`] | batches of an epoch, prefetched |
+//! | `assemble`, `workers` | rows of a batch, and the threads that make them |
 //! | [`mixing`], [`mixup`] | a batch blended with itself: the draws, the arithmetic |
 //! | [`augment`] | bytes to normalised images: erasing, mixing |
 
 pub mod affine;
+mod assemble;
 pub mod augment;
 pub mod cifar;
 pub mod colour;
@@ -36,10 +39,12 @@ pub mod mixup;
 pub mod open;
 pub mod order;
 pub mod rand_augment;
+mod resample;
 pub mod resize;
 pub mod synthetic;
 pub mod three_augment;
 pub mod transform;
+mod workers;
 
 use crate::ensure;
 use crate::error::Result;

@@ -1,15 +1,9 @@
 //! Images from bytes to normalised pixels: crop, bicubic resize, flip, normalise; the resize gives Pillow's bytes exactly.
 //!
-//! Images are RGB bytes [H, W, 3], sizes are `[height, width]`. Resizing is two passes, horizontal then vertical, each rounding to bytes.
-//! For one axis from n to m samples, s = n/m, f = max(s, 1):
-//!
-//!   centre   c = (i + 1/2) s
-//!   window   max(trunc(c - 2f + 1/2), 0) .. min(trunc(c + 2f + 1/2), n)
-//!   weight   k((j - c + 1/2) / f), k the Keys cubic with a = -1/2, divided by the window's sum, rounded to 22 fractional bits
-//!   byte     clamp((2^21 + sum weight * byte) >> 22, 0, 255)
-//!
-//! A pass that changes nothing is skipped. The filter sees only the crop.
+//! Images are bytes [H, W, C], C = 1 .. 16, sizes are `[height, width]`. Resizing is two passes of [`resample`](super::resample), horizontal then
+//! vertical, each rounding to bytes. A pass that changes nothing is skipped. The filter sees only the crop, and only what is wanted is computed.
 
+use super::resample::{Axis, Padded};
 use crate::ensure;
 use crate::error::{Error, Result};
 
@@ -17,9 +11,8 @@ use crate::error::{Error, Result};
 pub const IMAGENET_MEAN: [f32; 3] = [0.485, 0.456, 0.406];
 pub const IMAGENET_STD: [f32; 3] = [0.229, 0.224, 0.225];
 
-const CHANNELS: usize = 3;
-const BITS: u32 = 22;
-const HALF: i32 = 1 << (BITS - 1);
+/// Channels that an image can have.
+pub const MAX_CHANNELS: usize = 16;
 const MAX_SIDE: usize = 65535;
 const MAX_BYTES: usize = 1 << 30;
 
@@ -33,26 +26,37 @@ pub struct Crop {
 }
 
 /// Resizes an image.
-pub fn resize(pixels: &[u8], size: [usize; 2], to: [usize; 2]) -> Result<Vec<u8>> {
-    View::whole(pixels, size)?.resize(to)
+pub fn resize(pixels: &[u8], size: [usize; 2], channels: usize, to: [usize; 2]) -> Result<Vec<u8>> {
+    View::whole(pixels, size, channels)?.resize(to, Crop::whole(to))
 }
 
 /// Cuts a rectangle out of an image.
-pub fn crop(pixels: &[u8], size: [usize; 2], crop: Crop) -> Result<Vec<u8>> {
-    Ok(View::whole(pixels, size)?.crop(crop)?.copy())
+pub fn crop(pixels: &[u8], size: [usize; 2], channels: usize, crop: Crop) -> Result<Vec<u8>> {
+    Ok(View::whole(pixels, size, channels)?.crop(crop)?.copy())
 }
 
 /// Cuts a rectangle out of an image and resizes it.
-pub fn crop_resize(pixels: &[u8], size: [usize; 2], crop: Crop, to: [usize; 2]) -> Result<Vec<u8>> {
-    View::whole(pixels, size)?.crop(crop)?.resize(to)
+pub fn crop_resize(pixels: &[u8], size: [usize; 2], channels: usize, crop: Crop, to: [usize; 2]) -> Result<Vec<u8>> {
+    View::whole(pixels, size, channels)?.crop(crop)?.resize(to, Crop::whole(to))
+}
+
+/// Resizes an image and cuts a rectangle out of the result; what is outside it is not computed.
+pub fn resize_crop(pixels: &[u8], size: [usize; 2], channels: usize, to: [usize; 2], crop: Crop) -> Result<Vec<u8>> {
+    View::whole(pixels, size, channels)?.resize(to, crop)
 }
 
 /// Mirrors an image left to right, in place.
-pub fn hflip(pixels: &mut [u8], size: [usize; 2]) -> Result<()> {
-    View::whole(pixels, size)?;
-    for row in pixels.chunks_exact_mut(size[1] * CHANNELS) {
-        row.reverse();
-        row.chunks_exact_mut(CHANNELS).for_each(<[u8]>::reverse);
+pub fn hflip(pixels: &mut [u8], size: [usize; 2], channels: usize) -> Result<()> {
+    View::whole(pixels, size, channels)?;
+    for row in pixels.chunks_exact_mut(size[1] * channels) {
+        match channels {
+            1 => row.reverse(),
+            3 => row.as_chunks_mut::<3>().0.reverse(),
+            _ => {
+                row.reverse();
+                row.chunks_exact_mut(channels).for_each(<[u8]>::reverse);
+            }
+        }
     }
     Ok(())
 }
@@ -73,19 +77,18 @@ pub fn centre(size: [usize; 2], to: [usize; 2]) -> Result<Crop> {
 
 /// The size of an image whose short side becomes `short`; the long side is rounded down.
 pub fn short_side_size(size: [usize; 2], short: usize) -> Result<[usize; 2]> {
-    byte_len(size)?;
+    byte_len(size, 1)?;
     let [height, width] = size;
     let long = |long: usize, by: usize| short.checked_mul(long).map_or(usize::MAX, |product| product / by);
     let to = if width <= height { [long(height, width), short] } else { [short, long(width, height)] };
-    byte_len(to)?;
+    byte_len(to, 1)?;
     Ok(to)
 }
 
 /// What evaluation sees of an image: the short side resized to `short`, then the `side` x `side` in the middle.
-pub fn eval_transform(pixels: &[u8], size: [usize; 2], short: usize, side: usize) -> Result<Vec<u8>> {
+pub fn eval_transform(pixels: &[u8], size: [usize; 2], channels: usize, short: usize, side: usize) -> Result<Vec<u8>> {
     let to = short_side_size(size, short)?;
-    let middle = centre(to, [side, side])?;
-    crop(&resize(pixels, size, to)?, to, middle)
+    resize_crop(pixels, size, channels, to, centre(to, [side, side])?)
 }
 
 /// The short side that evaluation at `input` pixels resizes to when the centre crop takes `crop_ratio` of it: 256 for 224 at 0.875.
@@ -98,20 +101,43 @@ pub fn mae_crop_ratio(input: usize) -> f64 {
     if input <= 224 { 0.875 } else { 1.0 }
 }
 
-/// Bytes [H, W, 3] to (byte/255 - mean) / std, [3, H, W], in f32.
-pub fn normalise(pixels: &[u8], size: [usize; 2], mean: [f32; 3], std: [f32; 3]) -> Result<Vec<f32>> {
-    View::whole(pixels, size)?;
+/// Bytes [H, W, C] to (byte/255 - mean) / std, [C, H, W], in f32; C numbers each of mean and std.
+pub fn normalise(pixels: &[u8], size: [usize; 2], mean: &[f32], std: &[f32]) -> Result<Vec<f32>> {
+    let channels = mean.len();
+    ensure!(std.len() == channels, "normalise: {channels} means but {} deviations", std.len());
+    View::whole(pixels, size, channels)?;
     let mut planes = Vec::with_capacity(pixels.len());
-    for channel in 0..CHANNELS {
-        let level: [f32; 256] = std::array::from_fn(|byte| (byte as f32 / 255.0 - mean[channel]) / std[channel]);
-        planes.extend(pixels.chunks_exact(CHANNELS).map(|pixel| level[pixel[channel] as usize]));
+    for (channel, (mean, std)) in mean.iter().zip(std).enumerate() {
+        let level: [f32; 256] = std::array::from_fn(|byte| (byte as f32 / 255.0 - mean) / std);
+        planes.extend(pixels.chunks_exact(channels).map(|pixel| level[pixel[channel] as usize]));
     }
     Ok(planes)
+}
+
+impl Crop {
+    /// All of an image.
+    pub fn whole([height, width]: [usize; 2]) -> Self {
+        Self { top: 0, left: 0, height, width }
+    }
+
+    /// The same, if it lies within an image.
+    fn within(self, size: [usize; 2]) -> Result<Self> {
+        let Self { top, left, height, width } = self;
+        let inside = |from: usize, len: usize, size: usize| len > 0 && from.checked_add(len).is_some_and(|end| end <= size);
+        ensure!(
+            inside(top, height, size[0]) && inside(left, width, size[1]),
+            "crop: {height} x {width} at row {top}, column {left} is not inside an image of {} x {}",
+            size[0],
+            size[1]
+        );
+        Ok(self)
+    }
 }
 
 /// A rectangle of somebody else's pixels.
 struct View<'a> {
     pixels: &'a [u8],
+    channels: usize,
     /// Bytes from one row to the next.
     stride: usize,
     height: usize,
@@ -119,138 +145,56 @@ struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    fn whole(pixels: &'a [u8], [height, width]: [usize; 2]) -> Result<Self> {
-        let bytes = byte_len([height, width])?;
-        ensure!(bytes == pixels.len(), "image: {} bytes are not {height} x {width} RGB pixels", pixels.len());
-        Ok(Self { pixels, stride: width * CHANNELS, height, width })
+    fn whole(pixels: &'a [u8], [height, width]: [usize; 2], channels: usize) -> Result<Self> {
+        let bytes = byte_len([height, width], channels)?;
+        ensure!(bytes == pixels.len(), "image: {} bytes are not {height} x {width} pixels with {channels} channels", pixels.len());
+        Ok(Self { pixels, channels, stride: width * channels, height, width })
     }
 
-    fn crop(&self, Crop { top, left, height, width }: Crop) -> Result<Self> {
-        let inside = |from: usize, len: usize, size: usize| len > 0 && from.checked_add(len).is_some_and(|end| end <= size);
-        ensure!(
-            inside(top, height, self.height) && inside(left, width, self.width),
-            "crop: {height} x {width} at row {top}, column {left} is not inside an image of {} x {}",
-            self.height,
-            self.width
-        );
-        Ok(Self { pixels: &self.pixels[top * self.stride + left * CHANNELS..], stride: self.stride, height, width })
+    fn crop(&self, crop: Crop) -> Result<Self> {
+        let Crop { top, left, height, width } = crop.within([self.height, self.width])?;
+        Ok(Self { pixels: &self.pixels[top * self.stride + left * self.channels..], height, width, ..*self })
     }
 
     fn row(&self, y: usize) -> &'a [u8] {
-        &self.pixels[y * self.stride..][..self.width * CHANNELS]
+        &self.pixels[y * self.stride..][..self.width * self.channels]
     }
 
     fn copy(&self) -> Vec<u8> {
         (0..self.height).flat_map(|y| self.row(y)).copied().collect()
     }
 
-    fn resize(self, [height, width]: [usize; 2]) -> Result<Vec<u8>> {
-        byte_len([height, width])?;
-        let wide;
-        let view: View = if width == self.width {
-            self
-        } else {
-            byte_len([self.height, width])?;
-            wide = self.horizontal(width)?;
-            View { pixels: &wide, stride: width * CHANNELS, height: self.height, width }
+    /// The rectangle `crop` of this resized to `to`.
+    fn resize(self, to: [usize; 2], crop: Crop) -> Result<Vec<u8>> {
+        byte_len(to, self.channels)?;
+        let Crop { top, left, height, width } = crop.within(to)?;
+        let columns = (to[1] != self.width).then(|| Axis::new(self.width, to[1], left..left + width)).transpose()?;
+        let rows = (to[0] != self.height).then(|| Axis::new(self.height, to[0], top..top + height)).transpose()?;
+        // The rows that the second pass looks at.
+        let sources = rows.as_ref().map_or(top..top + height, Axis::sources);
+        byte_len([sources.len(), width], self.channels)?;
+        let lines = sources.clone().map(|y| self.row(y));
+        let between = match columns {
+            Some(axis) => Padded::horizontal(lines, self.channels, &axis),
+            None => {
+                let bytes = left * self.channels..(left + width) * self.channels;
+                Padded::copied(lines.map(|line| &line[bytes.clone()]), bytes.len())
+            }
         };
-        if height == view.height { Ok(view.copy()) } else { view.vertical(height) }
-    }
-
-    fn horizontal(&self, width: usize) -> Result<Vec<u8>> {
-        let axis = Axis::new(self.width, width)?;
-        let mut out = Vec::with_capacity(self.height * width * CHANNELS);
-        for y in 0..self.height {
-            let row = self.row(y);
-            for (first, weights) in axis.windows() {
-                let mut sums = [HALF; CHANNELS];
-                for (pixel, weight) in row[first * CHANNELS..].chunks_exact(CHANNELS).zip(weights) {
-                    for (sum, &byte) in sums.iter_mut().zip(pixel) {
-                        *sum += weight * i32::from(byte);
-                    }
-                }
-                out.extend(sums.map(to_byte));
-            }
+        let mut out = vec![0; height * width * self.channels];
+        match rows {
+            Some(axis) => between.vertical(sources.start, &axis, &mut out),
+            None => between.copy_to(&mut out),
         }
         Ok(out)
     }
-
-    fn vertical(&self, height: usize) -> Result<Vec<u8>> {
-        let axis = Axis::new(self.height, height)?;
-        let mut out = Vec::with_capacity(height * self.width * CHANNELS);
-        let mut sums = vec![HALF; self.width * CHANNELS];
-        for (first, weights) in axis.windows() {
-            sums.fill(HALF);
-            for (y, weight) in (first..).zip(weights) {
-                for (sum, &byte) in sums.iter_mut().zip(self.row(y)) {
-                    *sum += weight * i32::from(byte);
-                }
-            }
-            out.extend(sums.iter().map(|&sum| to_byte(sum)));
-        }
-        Ok(out)
-    }
-}
-
-/// The windows and integer weights that take one axis from n to m samples.
-struct Axis {
-    /// First source sample of each output, and where its weights end.
-    outputs: Vec<(usize, usize)>,
-    weights: Vec<i32>,
-}
-
-impl Axis {
-    fn new(n: usize, m: usize) -> Result<Self> {
-        let scale = n as f64 / m as f64;
-        let filter = scale.max(1.0);
-        let support = 2.0 * filter;
-        let mut axis = Self { outputs: Vec::with_capacity(m), weights: Vec::new() };
-        let mut window = Vec::new();
-        for i in 0..m {
-            let centre = (i as f64 + 0.5) * scale;
-            let first = (centre - support + 0.5).max(0.0) as usize;
-            let end = ((centre + support + 0.5) as usize).min(n);
-            window.clear();
-            window.extend((first..end).map(|j| cubic((j as f64 - centre + 0.5) * (1.0 / filter))));
-            let total: f64 = window.iter().sum();
-            let start = axis.weights.len();
-            // `round` sends halves away from zero.
-            axis.weights.extend(window.iter().map(|weight| (weight / total * f64::from(1 << BITS)).round() as i32));
-            axis.outputs.push((first, axis.weights.len()));
-            // No partial sum over bytes can leave 32 bits.
-            let largest = axis.weights[start..].iter().map(|&weight| i64::from(weight).abs()).sum::<i64>() * 255 + i64::from(HALF);
-            ensure!(largest <= i64::from(i32::MAX), "resize: the weights from {n} to {m} samples do not fit into 32-bit sums");
-        }
-        Ok(axis)
-    }
-
-    fn windows(&self) -> impl Iterator<Item = (usize, &[i32])> {
-        let mut start = 0;
-        self.outputs.iter().map(move |&(first, end)| (first, &self.weights[std::mem::replace(&mut start, end)..end]))
-    }
-}
-
-/// The Keys cubic with a = -1/2.
-fn cubic(x: f64) -> f64 {
-    const A: f64 = -0.5;
-    let x = x.abs();
-    if x < 1.0 {
-        ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0
-    } else if x < 2.0 {
-        (((x - 5.0) * x + 8.0) * x - 4.0) * A
-    } else {
-        0.0
-    }
-}
-
-fn to_byte(sum: i32) -> u8 {
-    (sum >> BITS).clamp(0, 255) as u8
 }
 
 /// The bytes of an image, for sizes that an image can have.
-fn byte_len([height, width]: [usize; 2]) -> Result<usize> {
+fn byte_len([height, width]: [usize; 2], channels: usize) -> Result<usize> {
     ensure!(height > 0 && width > 0, "image: {height} x {width} has no pixels");
-    let bytes = height.checked_mul(width).and_then(|area| area.checked_mul(CHANNELS)).filter(|&bytes| bytes <= MAX_BYTES);
+    ensure!((1..=MAX_CHANNELS).contains(&channels), "image: {channels} channels are not from 1 to {MAX_CHANNELS}");
+    let bytes = height.checked_mul(width).and_then(|area| area.checked_mul(channels)).filter(|&bytes| bytes <= MAX_BYTES);
     bytes
         .filter(|_| height <= MAX_SIDE && width <= MAX_SIDE)
         .ok_or_else(|| Error::new(format!("image: {height} x {width} is too large; sides go up to {MAX_SIDE} and an image up to 1 GiB")))
@@ -267,16 +211,16 @@ mod tests {
 
     #[test]
     fn weights_of_a_short_axis_are_the_published_ones() {
-        let axis = Axis::new(5, 3).unwrap();
+        let axis = Axis::new(5, 3, 0..3).unwrap();
         let (first, weights) = axis.windows().next().unwrap();
         assert_eq!((first, weights), (0, &[2452055, 1871305, 0, -129056][..]));
-        assert_eq!(resize(&grey(&[10, 20, 40, 80, 160]), [1, 5], [1, 3]).unwrap(), grey(&[12, 42, 129]));
-        assert_eq!(resize(&grey(&[10, 20, 40, 80, 160]), [5, 1], [3, 1]).unwrap(), grey(&[12, 42, 129]));
+        assert_eq!(resize(&grey(&[10, 20, 40, 80, 160]), [1, 5], 3, [1, 3]).unwrap(), grey(&[12, 42, 129]));
+        assert_eq!(resize(&grey(&[10, 20, 40, 80, 160]), [5, 1], 3, [3, 1]).unwrap(), grey(&[12, 42, 129]));
     }
 
     #[test]
     fn two_passes_round_to_bytes_in_between() {
-        let enlarged = resize(&grey(&[0, 255, 10, 200, 30, 90]), [2, 3], [3, 5]).unwrap();
+        let enlarged = resize(&grey(&[0, 255, 10, 200, 30, 90]), [2, 3], 3, [3, 5]).unwrap();
         assert_eq!(enlarged, grey(&[0, 98, 255, 110, 0, 107, 119, 143, 84, 48, 227, 140, 15, 58, 101]));
     }
 
@@ -284,12 +228,12 @@ mod tests {
     fn weights_of_every_pair_of_sides_fit_32_bit_sums() {
         for n in 1..=96 {
             for m in 1..=96 {
-                Axis::new(n, m).unwrap();
+                Axis::new(n, m, 0..m).unwrap();
             }
         }
         for n in [1, 2, 3, 4, 7, 500, 4032, 65535] {
             for m in [1, 2, 3, 224, 256, 65535] {
-                Axis::new(n, m).unwrap();
+                Axis::new(n, m, 0..m).unwrap();
             }
         }
     }
@@ -298,7 +242,7 @@ mod tests {
     fn constant_images_stay_constant_at_any_size() {
         for value in [0, 1, 127, 254, 255] {
             for (size, to) in [([7, 5], [3, 11]), ([1, 1], [4, 4]), ([40, 30], [1, 1]), ([64, 64], [63, 65])] {
-                let resized = resize(&vec![value; size[0] * size[1] * 3], size, to).unwrap();
+                let resized = resize(&vec![value; size[0] * size[1] * 3], size, 3, to).unwrap();
                 assert_eq!(resized, vec![value; to[0] * to[1] * 3], "{value}: {size:?} to {to:?}");
             }
         }
@@ -310,9 +254,9 @@ mod tests {
         let plane = |c: usize| (0..h * w).map(|i| (i * (7 + 4 * c) % 256) as u8).collect::<Vec<_>>();
         let planes = [plane(0), plane(1), plane(2)];
         let image: Vec<u8> = (0..h * w).flat_map(|i| planes.iter().map(move |plane| plane[i])).collect();
-        let resized = resize(&image, [h, w], [20, 9]).unwrap();
+        let resized = resize(&image, [h, w], 3, [20, 9]).unwrap();
         for (c, plane) in planes.iter().enumerate() {
-            let alone = resize(&grey(plane), [h, w], [20, 9]).unwrap();
+            let alone = resize(&grey(plane), [h, w], 3, [20, 9]).unwrap();
             assert!(resized.chunks_exact(3).zip(alone.chunks_exact(3)).all(|(mixed, alone)| mixed[c] == alone[c]));
         }
     }
@@ -321,16 +265,16 @@ mod tests {
     fn crop_is_taken_before_the_filter() {
         let image: Vec<u8> = (0..9 * 11 * 3).map(|i| (i * 37 % 251) as u8).collect();
         let rectangle = Crop { top: 2, left: 3, height: 5, width: 7 };
-        let cut = crop(&image, [9, 11], rectangle).unwrap();
+        let cut = crop(&image, [9, 11], 3, rectangle).unwrap();
         assert_eq!(cut[..21], image[(2 * 11 + 3) * 3..][..21]);
-        assert_eq!(crop_resize(&image, [9, 11], rectangle, [4, 8]).unwrap(), resize(&cut, [5, 7], [4, 8]).unwrap());
-        assert_eq!(crop_resize(&image, [9, 11], rectangle, [5, 7]).unwrap(), cut);
+        assert_eq!(crop_resize(&image, [9, 11], 3, rectangle, [4, 8]).unwrap(), resize(&cut, [5, 7], 3, [4, 8]).unwrap());
+        assert_eq!(crop_resize(&image, [9, 11], 3, rectangle, [5, 7]).unwrap(), cut);
     }
 
     #[test]
     fn flip_mirrors_pixels_and_not_channels() {
         let mut image = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 18, 19];
-        hflip(&mut image, [2, 3]).unwrap();
+        hflip(&mut image, [2, 3], 3).unwrap();
         assert_eq!(image, [7, 8, 9, 4, 5, 6, 1, 2, 3, 17, 18, 19, 14, 15, 16, 11, 12, 13]);
     }
 
@@ -355,7 +299,7 @@ mod tests {
 
     #[test]
     fn normalisation_is_f32_and_planar() {
-        let planes = normalise(&[0, 128, 255, 10, 20, 30], [1, 2], IMAGENET_MEAN, IMAGENET_STD).unwrap();
+        let planes = normalise(&[0, 128, 255, 10, 20, 30], [1, 2], &IMAGENET_MEAN, &IMAGENET_STD).unwrap();
         let level = |byte: f32, c: usize| (byte / 255.0 - IMAGENET_MEAN[c]) / IMAGENET_STD[c];
         assert_eq!(planes, [level(0.0, 0), level(10.0, 0), level(128.0, 1), level(20.0, 1), level(255.0, 2), level(30.0, 2)]);
     }
@@ -363,18 +307,18 @@ mod tests {
     #[test]
     fn sizes_that_no_image_has_are_errors() {
         let one = [1, 2, 3];
-        assert!(resize(&one, [1, 1], [0, 4]).is_err());
-        assert!(resize(&[], [0, 4], [4, 4]).is_err());
-        assert!(resize(&one, [1, 2], [4, 4]).is_err());
-        assert!(resize(&one, [1, 1], [usize::MAX, 2]).is_err());
-        assert!(resize(&one, [1, 1], [60000, 60000]).is_err());
-        assert!(resize(&one, [usize::MAX, usize::MAX], [1, 1]).is_err());
+        assert!(resize(&one, [1, 1], 3, [0, 4]).is_err());
+        assert!(resize(&[], [0, 4], 3, [4, 4]).is_err());
+        assert!(resize(&one, [1, 2], 3, [4, 4]).is_err());
+        assert!(resize(&one, [1, 1], 3, [usize::MAX, 2]).is_err());
+        assert!(resize(&one, [1, 1], 3, [60000, 60000]).is_err());
+        assert!(resize(&one, [usize::MAX, usize::MAX], 3, [1, 1]).is_err());
         assert!(short_side_size([1, 60000], 256).is_err());
         assert!(short_side_size([2, 3], usize::MAX).is_err());
         assert!(short_side_size([2, 3], 0).is_err());
-        assert!(crop(&one, [1, 1], Crop { top: 0, left: usize::MAX, height: 1, width: 2 }).is_err());
-        assert!(crop(&one, [1, 1], Crop { top: 0, left: 0, height: 0, width: 1 }).is_err());
-        assert!(hflip(&mut [0; 4], [1, 1]).is_err());
-        assert!(normalise(&one, [1, 2], IMAGENET_MEAN, IMAGENET_STD).is_err());
+        assert!(crop(&one, [1, 1], 3, Crop { top: 0, left: usize::MAX, height: 1, width: 2 }).is_err());
+        assert!(crop(&one, [1, 1], 3, Crop { top: 0, left: 0, height: 0, width: 1 }).is_err());
+        assert!(hflip(&mut [0; 4], [1, 1], 3).is_err());
+        assert!(normalise(&one, [1, 2], &IMAGENET_MEAN, &IMAGENET_STD).is_err());
     }
 }

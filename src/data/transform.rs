@@ -113,11 +113,12 @@ impl Transform {
     }
 
     pub fn apply(&self, picture: Picture, draws: &mut Stream) -> Result<Sample> {
-        ensure!(picture.channels == 3, "images have 3 channels, not {}", picture.channels);
+        let channels = picture.channels;
+        ensure!(channels == 3 || self.colours == Colours::Kept, "colours are changed of images with 3 channels, not {channels}");
         let to = [self.side, self.side];
         let mut pixels = self.crop.cut(picture, self.side, draws)?;
         if self.flip && draws.chance(0.5) {
-            resize::hflip(&mut pixels, to)?;
+            resize::hflip(&mut pixels, to, channels)?;
         }
         match self.colours {
             Colours::Kept => {}
@@ -208,7 +209,7 @@ mod tests {
         let transform = Transform { crop: Crop::Whole, ..Transform::shifted(16, 0) };
         let pixels: Vec<u8> = (0..16 * 16 * 3).map(|i| (i % 256) as u8).collect();
         let mut mirrored = pixels.clone();
-        resize::hflip(&mut mirrored, [16, 16]).unwrap();
+        resize::hflip(&mut mirrored, [16, 16], 3).unwrap();
         let count = (0..1000).filter(|&number| {
             let picture = Picture::new([16, 16], 3, pixels.clone()).unwrap();
             let sample = transform.apply(picture, &mut Rng::new(1).stream("sample", number)).unwrap();

@@ -2,6 +2,7 @@
 
 pub mod info;
 pub mod kernels;
+pub mod loading;
 pub mod ops;
 pub mod parity;
 pub mod step;

@@ -392,7 +392,7 @@ impl Job<'_> {
         let ema = self.run.model_ema_decay.map(|decay| Ema::new(&mut model.params, decay)).transpose()?;
         let mut run = Run {
             step: Step::new(Box::new(model), optimizer, StepOptions { clip: self.run.clip_grad, accumulate: self.run.accum_iter }),
-            loader: Loader::new(self.sets.train.clone(), transform, self.sets.loading),
+            loader: Arc::new(Loader::new(self.sets.train.clone(), transform, self.sets.loading)),
             feed,
             schedule: self.run.schedule(),
             ema,

@@ -15,6 +15,7 @@ use crate::rng::Rng;
 use crate::tensor::Dtype;
 use clap::Args;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -64,7 +65,7 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let settings = settings(args)?;
     let mut run = Run {
         step: Step::new(Box::new(mae), Box::new(optimizer), options),
-        loader: Loader::new(train, args.crop.training(side)?, loading),
+        loader: Arc::new(Loader::new(train, args.crop.training(side)?, loading)),
         feed,
         schedule: args.run.schedule(),
         ema,

@@ -26,6 +26,7 @@ use crate::rng::Rng;
 use crate::{bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Where a run stands.
@@ -96,7 +97,7 @@ pub type After<'a> = Box<dyn FnMut(&dyn Method, &mut Record, &Place) -> Result<(
 
 pub struct Run<'a> {
     pub step: Step,
-    pub loader: Loader,
+    pub loader: Arc<Loader>,
     pub feed: Feed,
     pub schedule: Schedule,
     pub ema: Option<Ema>,

@@ -101,9 +101,9 @@ fn eval_transform(case: &Case, i: usize, spec: &Fields, record: &mut Record) -> 
     let (pixels, [height, width]) = image(case, i)?;
     let to = resize::short_side_size([height, width], short)?;
     ensure!(to[0] * to[1] <= MOST_PIXELS, "an image of {} x {} is larger than a case may have", to[0], to[1]);
-    let cropped = resize::eval_transform(&pixels, [height, width], short, side)?;
+    let cropped = resize::eval_transform(&pixels, [height, width], 3, short, side)?;
     record.numbers(format!("out/{i}/cropped_u8_hwc"), &[side, side, 3], bytes(&cropped));
-    let planes = resize::normalise(&cropped, [side, side], IMAGENET_MEAN, IMAGENET_STD)?;
+    let planes = resize::normalise(&cropped, [side, side], &IMAGENET_MEAN, &IMAGENET_STD)?;
     let every_fourth = |row: usize| (0..side).step_by(4).map(move |x| (row, x));
     let places = (0..3 * side).filter(|row| (row % side).is_multiple_of(4)).flat_map(every_fourth);
     let few = side.div_ceil(4);
@@ -118,9 +118,9 @@ fn crop(case: &Case, i: usize, spec: &Fields, record: &mut Record) -> Result<()>
     let name = format!("out/{i}/crop_u8_hwc");
     wanted(case, &name, &[h, w, 3])?;
     let rectangle = Crop { top: spec.size("top")?, left: spec.size("left")?, height: spec.size("height")?, width: spec.size("width")? };
-    let mut cut = resize::crop_resize(&pixels, size, rectangle, [h, w])?;
+    let mut cut = resize::crop_resize(&pixels, size, 3, rectangle, [h, w])?;
     if spec.flag_or("hflip", false)? {
-        resize::hflip(&mut cut, [h, w])?;
+        resize::hflip(&mut cut, [h, w], 3)?;
     }
     record.numbers(name, &[h, w, 3], bytes(&cut));
     Ok(())
