@@ -115,14 +115,24 @@ impl Mae {
 
     /// The random mask of a batch of this size.
     pub fn mask(&self, batch: usize, rng: &Rng) -> Result<Mask> {
+        self.mask_at(self.mask_ratio, batch, rng)
+    }
+
+    /// The same with another part of the patches hidden.
+    pub fn mask_at(&self, ratio: f64, batch: usize, rng: &Rng) -> Result<Mask> {
         let patches = self.encoder.config.patches();
         let noise = Tensor::drawn(self.params.device(), rng, "mask", &[batch, patches])?;
-        masking::random(&noise, masking::len_keep(patches, self.mask_ratio)?)
+        masking::random(&noise, masking::len_keep(patches, ratio)?)
     }
 
     /// What the decoder is compared with: the pixels of all patches, [B, L, P].
     pub fn target(&self, images: &Tensor) -> Result<Tensor> {
         pixels::targets(&images.on(self.params.device())?.cast(self.params.dtype())?, self.encoder.config.patch, self.norm_pix)
+    }
+
+    /// What is added to a patch's variance where targets are normalised patch by patch; None where they are not.
+    pub fn norm_pix(&self) -> Option<f64> {
+        self.norm_pix
     }
 
     /// Mean squared error over the hidden patches.

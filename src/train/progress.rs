@@ -14,8 +14,6 @@ const REDRAW: Duration = Duration::from_millis(100);
 /// Before the first plain line, and between two of them.
 const FIRST: Duration = Duration::from_secs(2);
 const BETWEEN: Duration = Duration::from_secs(10);
-/// Between two plain lines at the ends of epochs.
-const EPOCHS: Duration = Duration::from_secs(1);
 /// How much of the past tells the speed, and how finely it is kept.
 const PAST: Duration = Duration::from_secs(30);
 const GRAIN: Duration = Duration::from_millis(250);
@@ -90,7 +88,6 @@ impl Progress {
     /// After an update.
     pub fn step(&mut self, seen: Seen) {
         let now = Instant::now();
-        let ended = seen.epoch.floor() > self.seen.epoch.floor() || seen.update >= self.plan.updates;
         self.seen = seen;
         if let Some(loss) = seen.loss {
             if self.losses.len() == WINDOW {
@@ -107,7 +104,7 @@ impl Progress {
             if self.shown.is_none() || since >= REDRAW || seen.update >= self.plan.updates {
                 self.draw(now);
             }
-        } else if since >= BETWEEN || (self.shown.is_none() && since >= FIRST) || (ended && since >= EPOCHS) {
+        } else if since >= BETWEEN || (self.shown.is_none() && since >= FIRST) {
             let line = self.fields(now).join("  ");
             self.print(&format!("{line}\n"));
             self.shown = Some(now);
@@ -186,7 +183,9 @@ impl Progress {
             fields.push(format!("loss {}{mean}", loss_text(loss)));
         }
         let rate = self.images_per_s();
-        if let Some(left) = self.time_left(rate, now) {
+        if seen.update >= plan.updates {
+            fields.push(format!("{} in all", clock((now - self.started).as_secs_f64())));
+        } else if let Some(left) = self.time_left(rate, now) {
             fields.push(format!("{} left", clock(left)));
         }
         if let Some(rate) = rate {
@@ -198,7 +197,7 @@ impl Progress {
         if seen.skipped > 0 {
             fields.push(format!("{} skipped", seen.skipped));
         }
-        fields.push(format!("lr {:.2e}", seen.lr));
+        fields.push(format!("lr {}", if seen.lr == 0.0 { "0".to_string() } else { format!("{:.2e}", seen.lr) }));
         fields.push(format!("update {}/{}", seen.update, plan.updates));
         fields
     }
@@ -241,10 +240,11 @@ impl Drop for Progress {
 /// The bar and as many fields as fit, at most `width` columns; the bar takes what the fields leave, from 10 to 40 columns.
 fn fitted(fields: &[String], fraction: f64, width: usize, blocks: bool) -> String {
     const LEAST: usize = 10;
+    let for_text = if width >= 48 { width - LEAST - 1 } else { width };
     let mut text = String::new();
     for field in fields {
         let longer = text.chars().count() + field.chars().count() + 2 * usize::from(!text.is_empty());
-        if longer > width {
+        if longer > for_text {
             break;
         }
         if !text.is_empty() {
@@ -253,7 +253,7 @@ fn fitted(fields: &[String], fraction: f64, width: usize, blocks: bool) -> Strin
         text.push_str(field);
     }
     let room = width.saturating_sub(text.chars().count() + 1);
-    if room < LEAST { text } else { format!("{} {text}", bar(fraction, room.min(40), blocks)) }
+    if room < LEAST || text.is_empty() { text } else { format!("{} {text}", bar(fraction, room.min(40), blocks)) }
 }
 
 fn bar(fraction: f64, width: usize, blocks: bool) -> String {
@@ -332,7 +332,10 @@ mod tests {
             for blocks in [true, false] {
                 let line = fitted(&fields, 0.07, width, blocks);
                 assert!(line.chars().count() <= width, "{width}: {line:?}");
-                assert!(width < 60 || line.contains("loss 0.4321 (0.5123)"), "{width}: {line:?}");
+                assert!(
+                    width < 60 || (line.contains("loss 0.4321 (0.5123)") && line.contains(if blocks { '░' } else { '.' })),
+                    "{width}: {line:?}"
+                );
                 assert!(!line.contains('\n'));
             }
         }
