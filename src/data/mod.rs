@@ -5,6 +5,9 @@
 //!
 //! | module | what it is |
 //! |---|---|
+//! | [`decode`] | a file's bytes to a picture |
+//! | [`open`] | which set lies at a path |
+//! | [`packed`] | a set in one file, checksummed and mapped |
 //! | [`resize`] | crop, bicubic resize and flip, Pillow's bytes exactly |
 //! | [`transform`] | what happens to one picture |
 //! | [`loader`] | batches of an epoch, prefetched |
@@ -12,8 +15,11 @@
 //! | [`augment`] | bytes to normalised images: erasing, mixing |
 
 pub mod augment;
+pub mod decode;
 pub mod loader;
 pub mod mixup;
+pub mod open;
+pub mod packed;
 pub mod resize;
 pub mod transform;
 

@@ -6,6 +6,7 @@
 
 mod atomic;
 mod bytes;
+mod checksum;
 mod pickle;
 mod pickle_write;
 mod pth;
@@ -16,6 +17,7 @@ mod zip;
 mod zip_write;
 
 pub use bytes::Bytes;
+pub use checksum::{crc32c, extend_crc32c};
 pub use pth::{Checkpoint, OptimizerState, write_pth};
 pub use safetensors::{parse_safetensors, write_safetensors};
 pub use tensor::{FileDtype, FileTensor};
