@@ -1,5 +1,6 @@
 //! Floor 8: what was typed, turned into objects. Below this file nobody sees a string flag.
 
+mod data;
 mod presets;
 
 use crate::device::{Named, parallel};
@@ -44,6 +45,9 @@ enum Command {
     /// Time single ops, kernels or a whole training step
     #[command(subcommand)]
     Measure(Measure),
+    /// Pack a set of images into one file, check it, unpack it, or look at a set
+    #[command(subcommand)]
+    Data(data::Data),
     /// Check this program's numbers against PyTorch's: operations, models, optimiser steps, checkpoint files
     Parity(ParityArgs),
     /// Convert a checkpoint's weights between PyTorch's .pth and .safetensors
@@ -217,6 +221,7 @@ fn execute(command: Command) -> Result<ExitCode> {
             let report = step::run(&args)?;
             say(&if json { report.json().to_string() } else { report.text() });
         }
+        Command::Data(command) => return data::run(command),
         Command::Parity(args) => return check(args),
         Command::Convert(args) => convert(&args)?,
         Command::Info { kernels } => info::run(kernels, &mut |line| say(line))?,

@@ -11,6 +11,7 @@
 //! | [`synthetic`] | the built-in pictures |
 //! | [`decode`] | encoded images to bytes |
 //! | `resample` | the two passes of a resize |
+//! | [`packed`] | a set in one file, checksummed and mapped |
 //! | [`resize`] | crop, bicubic resize and flip, Pillow's bytes exactly |
 //! | [`crop`] | which part of a picture is seen |
 //! | [`colour`], [`filter`], [`affine`] | changes of colours, filters, affine maps, Pillow's bytes exactly |
@@ -26,6 +27,7 @@
 pub mod affine;
 mod assemble;
 pub mod augment;
+pub mod cache;
 pub mod cifar;
 pub mod colour;
 pub mod crop;
@@ -38,6 +40,7 @@ pub mod mixing;
 pub mod mixup;
 pub mod open;
 pub mod order;
+pub mod packed;
 pub mod rand_augment;
 mod resample;
 pub mod resize;

@@ -10,6 +10,7 @@
 use super::Dataset;
 use super::cifar::{Cifar, Version};
 use super::folder::ImageFolder;
+use super::packed::Packed;
 use crate::error::{Context, Result};
 use crate::{bail, ensure};
 use std::fs;
@@ -108,7 +109,7 @@ fn open_file(path: &Path, split: Split) -> Result<Arc<dyn Dataset>> {
 }
 
 fn open_packed(path: &Path) -> Result<Arc<dyn Dataset>> {
-    bail!("{} is a packed file, which this build does not read", path.display())
+    Ok(Arc::new(Packed::open(path)?))
 }
 
 /// Fails unless a label means the same class in both sets.

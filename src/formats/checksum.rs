@@ -19,13 +19,13 @@ const fn tables() -> [[u32; 256]; 8] {
             bit += 1;
         }
         tables[0][byte] = rest;
-        let mut zeros = 1;
-        while zeros < 8 {
-            rest = rest >> 8 ^ tables[0][(rest & 255) as usize];
-            tables[zeros][byte] = rest;
-            zeros += 1;
-        }
         byte += 1;
+    }
+    let mut at = 256;
+    while at < 8 * 256 {
+        let rest = tables[at / 256 - 1][at % 256];
+        tables[at / 256][at % 256] = rest >> 8 ^ tables[0][(rest & 255) as usize];
+        at += 1;
     }
     tables
 }

@@ -36,6 +36,12 @@ pub fn open(path: impl AsRef<Path>) -> Result<TensorFile> {
     parse(Bytes::map(path)?, &path.display().to_string())
 }
 
+/// Whether a file looks like a `.pth`, of which [`Checkpoint`] reads more than the weights.
+pub fn is_pth(path: impl AsRef<Path>) -> Result<bool> {
+    let bytes = Bytes::map(path.as_ref())?;
+    Ok(bytes.starts_with(zip::MAGIC) || bytes.first() == Some(&pickle::FIRST_BYTE) && bytes.get(8) != Some(&b'{'))
+}
+
 /// [`open`] for bytes already at hand; `source` names them in errors.
 pub fn parse(bytes: Bytes, source: &str) -> Result<TensorFile> {
     if bytes.get(8) == Some(&b'{') && !bytes.starts_with(zip::MAGIC) {

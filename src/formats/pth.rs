@@ -70,6 +70,13 @@ impl Checkpoint {
         self.tensors_of(nested.unwrap_or(&self.root)).with_context(|| format!("{} holds no state dict", self.source))
     }
 
+    /// The moving averages of the model's tensors, where the trainer kept them (under `model_ema`).
+    pub fn averages(&self) -> Result<Option<Vec<(String, FileTensor)>>> {
+        let Some(averages @ Value::Dict(_)) = self.root.get("model_ema") else { return Ok(None) };
+        let tensors = self.tensors_of(averages).with_context(|| format!("{}: model_ema is no state dict", self.source))?;
+        Ok(Some(tensors.into_iter().map(|(key, stored)| (key, stored.tensor.clone())).collect()))
+    }
+
     fn tensors_of(&self, dict: &Value) -> Result<Vec<(String, Arc<StoredTensor>)>> {
         let Value::Dict(pairs) = dict else { bail!("it holds {} where a dict of tensors is expected", dict.kind()) };
         let mut tensors = Vec::new();

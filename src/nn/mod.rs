@@ -7,13 +7,16 @@ pub mod attention;
 pub mod block;
 pub mod cait;
 pub mod classifier;
+pub mod contents;
 pub mod decoder;
 pub mod flops;
 pub mod linear;
+pub mod names;
 pub mod norm;
 pub mod position;
 pub mod presets;
 pub mod vit;
+pub mod weights;
 
 use crate::param::{Init, ParamId, Params};
 use crate::rng::Rng;

@@ -65,6 +65,14 @@ pub fn interpolate(table: &[f32], dim: usize, extra: usize, old: [usize; 2], new
     Ok(moved)
 }
 
+/// How many rows in front and which square grid a table of this many rows is for: there is at most one answer.
+pub fn square(rows: usize) -> Option<(usize, usize)> {
+    (0..=2).find_map(|extra| {
+        let side = rows.checked_sub(extra)?.isqrt();
+        (side > 0 && side * side + extra == rows).then_some((extra, side))
+    })
+}
+
 fn table_len(grid: [usize; 2], dim: usize, extra: usize) -> Result<usize> {
     let rows = grid[0].checked_mul(grid[1]).filter(|&patches| patches > 0).and_then(|patches| patches.checked_add(extra));
     let values = rows.and_then(|rows| rows.checked_mul(dim)).filter(|&values| values > 0 && values <= 1 << 30);
@@ -185,6 +193,14 @@ mod tests {
                 assert!((wide[j * 7 + i] - wide[i]).abs() < 1e-6);
             }
         }
+    }
+
+    #[test]
+    fn rows_say_which_square_they_are_for() {
+        for (rows, extra, side) in [(196, 0, 14), (197, 1, 14), (198, 2, 14), (577, 1, 24), (4, 0, 2), (5, 1, 2), (37, 1, 6), (3, 2, 1)] {
+            assert_eq!(square(rows), Some((extra, side)), "{rows}");
+        }
+        assert!([0, 7, 8, 13, 199, usize::MAX].into_iter().all(|rows| square(rows).is_none()));
     }
 
     #[test]

@@ -303,7 +303,14 @@ impl Sets {
         let (train, val) = (images.open(Part::Train)?, images.open(Part::Val)?);
         let classes = classifier.classes(&*train, &*val)?;
         let order = if repeated { Order::Repeated { times: 3 } } else { Order::Shuffled };
-        let loading = LoaderOptions { batch: run.batch_size, order, workers: run.workers(), seed: run.seed, strict: images.strict_data };
+        let loading = LoaderOptions {
+            batch: run.batch_size,
+            order,
+            workers: run.workers(),
+            seed: run.seed,
+            strict: images.strict_data,
+            ..LoaderOptions::default()
+        };
         Ok(Self { train, val, classes, loading })
     }
 

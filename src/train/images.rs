@@ -1,7 +1,9 @@
 //! Which images a run reads: the flags, and the datasets they name.
 
 use crate::data::Dataset;
+use crate::data::cache::Cached;
 use crate::data::crop::{ASPECTS, Crop};
+use crate::data::open::{Split, open};
 use crate::data::synthetic::{Glyphs, GlyphsConfig};
 use crate::data::transform::Transform;
 use crate::error::{Error, Result};
@@ -111,6 +113,9 @@ pub fn evaluation(side: usize, ratio: Option<f64>) -> Result<Transform> {
 
 const IMAGENET: [[f32; 3]; 2] = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]];
 
+/// Most bytes of built-in images that are kept once they are drawn.
+const CACHE: usize = 2 << 30;
+
 /// Which part of a dataset.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Part {
@@ -147,9 +152,10 @@ impl ImagesArgs {
 
     pub fn open(&self, part: Part) -> Result<Arc<dyn Dataset>> {
         let dataset: Arc<dyn Dataset> = if self.is_synthetic() {
-            Arc::new(Glyphs::new(GlyphsConfig { size: self.input_size, ..GlyphsConfig::of(part == Part::Train) })?)
+            let glyphs = GlyphsConfig { size: self.input_size, ..GlyphsConfig::of(part == Part::Train) };
+            Arc::new(Cached::new(Arc::new(Glyphs::new(glyphs)?), CACHE))
         } else {
-            return Err(Error::usage(format!("--data-path {}: only synthetic is read so far", self.data_path.display())));
+            open(&self.data_path, if part == Part::Train { Split::Train } else { Split::Val })?
         };
         let most = if part == Part::Train { self.train_images } else { self.val_images };
         Ok(match most.filter(|most| *most < dataset.len()) {

@@ -60,6 +60,7 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         workers: args.run.workers(),
         seed: args.run.seed,
         strict: args.images.strict_data,
+        ..LoaderOptions::default()
     };
     let side = args.images.input_size;
     let settings = settings(args)?;

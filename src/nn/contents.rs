@@ -1,0 +1,108 @@
+//! What model a file's tensors belong to, read off their names and shapes.
+//!
+//! Heads are not among the shapes: they come from the published size of the same width and depth.
+
+use super::decoder::DecoderConfig;
+use super::names;
+use super::position;
+use super::presets;
+use super::vit::{DropPath, Position, VitConfig};
+use crate::error::{Error, Result};
+use crate::formats::TensorFile;
+use crate::{bail, ensure};
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Contents {
+    pub width: usize,
+    pub depth: usize,
+    /// Width inside the MLPs.
+    pub hidden: usize,
+    pub patch: usize,
+    pub channels: usize,
+    /// Side of the grid of patches; None where the table is of no square.
+    pub grid: Option<usize>,
+    /// Tokens in front that have a row in the position table.
+    pub extra: usize,
+    pub layer_scale: bool,
+    pub distilled: bool,
+    /// Width and blocks of a decoder.
+    pub decoder: Option<(usize, usize)>,
+    pub classes: Option<usize>,
+    /// Whether a classifier pools the patches.
+    pub pooled: bool,
+    /// Whether the head is a linear probe's.
+    pub probe: bool,
+}
+
+impl Contents {
+    /// Reads them off official names; see [`names::to_official`].
+    pub fn of(file: &TensorFile) -> Result<Self> {
+        let known = names::recognise(file.names());
+        ensure!(known.is_some(), "{} holds no vision transformer: no tensor projects patches", file.source());
+        let &[width, channels, patch, _] = file.get("patch_embed.proj.weight")?.shape() else {
+            bail!("{}: patch_embed.proj.weight is no projection of patches", file.source());
+        };
+        let blocks = |start: &str| {
+            let numbers = file.names().filter_map(|name| name.strip_prefix(start)?.split('.').next()?.parse::<usize>().ok());
+            numbers.max().map_or(0, |last| last.saturating_add(1))
+        };
+        let first = |name: &str| file.get(name).ok().and_then(|tensor| tensor.shape().first().copied());
+        let rows = file.get("pos_embed").ok().and_then(|table| table.shape().get(1).copied());
+        let table = rows.and_then(position::square);
+        let distilled = file.contains("dist_token");
+        Ok(Self {
+            width,
+            depth: blocks("blocks."),
+            hidden: first("blocks.0.mlp.fc1.weight").unwrap_or(0),
+            patch,
+            channels,
+            grid: table.map(|(_, side)| side),
+            extra: table.map_or(1 + usize::from(distilled), |(extra, _)| extra),
+            layer_scale: file.contains("blocks.0.gamma_1"),
+            distilled,
+            decoder: first("decoder_embed.weight").map(|width| (width, blocks("decoder_blocks."))),
+            classes: first("head.weight").or_else(|| first("head.1.weight")),
+            pooled: file.contains("fc_norm.weight"),
+            probe: file.contains("head.1.weight"),
+        })
+    }
+
+    /// The published size of this width and depth.
+    pub fn size(&self) -> Option<&'static str> {
+        presets::NAMES.into_iter().find(|size| presets::mae(size, 224).is_ok_and(|vit| (vit.width, vit.depth) == (self.width, self.depth)))
+    }
+
+    /// The encoder, for the images that the position table is made for.
+    pub fn vit(&self) -> Result<VitConfig> {
+        let unknown =
+            || Error::new(format!("no published model is {} wide and {} blocks deep, so its heads are unknown", self.width, self.depth));
+        let preset = presets::mae(self.size().ok_or_else(unknown)?, self.patch)?;
+        let grid = self.grid.ok_or_else(|| Error::new("the position table is of no square grid, so the size of the images is unknown"))?;
+        let side = grid.checked_mul(self.patch).ok_or_else(|| Error::new("the position table is too large"))?;
+        let position = match (self.extra, self.decoder) {
+            (0, _) => Position::LearnedPatches,
+            (_, Some(_)) => Position::SinCos,
+            _ => Position::Learned,
+        };
+        Ok(VitConfig {
+            image: [side, side],
+            patch: self.patch,
+            channels: self.channels,
+            mlp_ratio: self.hidden as f64 / self.width as f64,
+            position,
+            distillation_token: self.distilled,
+            layer_scale: self.layer_scale.then_some(1e-4),
+            drop_path: DropPath::Constant(0.0),
+            ..preset
+        })
+    }
+
+    /// The decoder, if there is one; its heads are 32 wide, or those of the size's own decoder.
+    pub fn decoder(&self) -> Result<Option<DecoderConfig>> {
+        let Some((width, depth)) = self.decoder else { return Ok(None) };
+        let own = self.size().map(presets::decoder_of).filter(|own| own.width == width);
+        let heads = own.map_or(width / 32, |own| own.heads);
+        ensure!(heads > 0 && width.is_multiple_of(heads), "no published decoder is {width} wide, so its heads are unknown");
+        Ok(Some(DecoderConfig { width, depth, heads }))
+    }
+}
