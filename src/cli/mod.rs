@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::formats;
 use crate::measure::{info, kernels, ops, parity, step};
 use crate::tensor::Dtype;
+use crate::train::evaluate::EvaluateArgs;
 use crate::train::run::Ended;
 use crate::train::{classify, pretrain};
 use clap::error::ErrorKind;
@@ -37,6 +38,8 @@ enum Command {
     /// Judge an encoder's features: a linear head on frozen features, or nearest neighbours
     #[command(args_override_self = true)]
     Probe(Box<classify::ProbeArgs>),
+    /// Loss and accuracy of a checkpoint on validation images
+    Evaluate(EvaluateArgs),
     /// List the recipes, or print one whole
     Presets {
         /// The recipe to print
@@ -209,6 +212,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         Command::Pretrain(Pretrain::Mae(args)) => return Ok(ended(pretrain::mae(&args, &mut |line| say(line))?)),
         Command::Finetune(args) => return Ok(ended(classify::finetune(&args, &mut |line| say(line))?)),
         Command::Probe(args) => return Ok(ended(classify::probe(&args, &mut |line| say(line))?)),
+        Command::Evaluate(args) => args.run(&mut |line| say(line)).map(|_| ())?,
         Command::Presets { name: Some(name) } => say(&presets::find(&name)?.text()),
         Command::Presets { name: None } => {
             presets::all().iter().for_each(|preset| say(&format!("{:<24} {:<13} {}", preset.name, preset.command, preset.about)));

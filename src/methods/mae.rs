@@ -125,6 +125,11 @@ impl Mae {
         masking::random(&noise, masking::len_keep(patches, ratio)?)
     }
 
+    /// Part of the patches that is hidden in training.
+    pub fn mask_ratio(&self) -> f64 {
+        self.mask_ratio
+    }
+
     /// What the decoder is compared with: the pixels of all patches, [B, L, P].
     pub fn target(&self, images: &Tensor) -> Result<Tensor> {
         pixels::targets(&images.on(self.params.device())?.cast(self.params.dtype())?, self.encoder.config.patch, self.norm_pix)

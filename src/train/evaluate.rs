@@ -1,11 +1,104 @@
 //! How good a model is on a set of images.
 
 use super::feed::Feed;
-use crate::data::loader::Loader;
+use super::images::{ImagesArgs, Part, evaluation};
+use super::model::{Model, ModelArgs};
+use crate::data::loader::{Loader, LoaderOptions};
 use crate::ensure;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::methods::Method;
 use crate::rng::Rng;
+use clap::Args;
+use serde_json::Value;
+use std::path::PathBuf;
+
+/// `masque evaluate`; what is not given is what the checkpoint's own run had.
+#[derive(Args, Clone, Debug)]
+pub struct EvaluateArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// A folder with val/, CIFAR's binary files, packed files; synthetic: the built-in images [default: those of the checkpoint's run]
+    #[arg(long, value_name = "PATH|synthetic")]
+    pub data_path: Option<PathBuf>,
+    /// Images of a batch
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub batch_size: usize,
+    /// Use only the first so many images [default: all]
+    #[arg(long, value_name = "N")]
+    pub val_images: Option<usize>,
+    /// Resize the short side to the model's size / ratio and take the centre [default: the run's; else 0.875, above 224 pixels 1]
+    #[arg(long, value_name = "RATIO")]
+    pub eval_crop_ratio: Option<f64>,
+    /// Means of the channels [default: the run's, or ImageNet's]
+    #[arg(long, value_delimiter = ',', num_args = 3, value_name = "R,G,B")]
+    pub mean: Option<Vec<f32>>,
+    /// Deviations of the channels
+    #[arg(long, value_delimiter = ',', num_args = 3, value_name = "R,G,B")]
+    pub std: Option<Vec<f32>>,
+    /// An image that cannot be read is an error, instead of being left out with a warning
+    #[arg(long)]
+    pub strict_data: bool,
+    /// Threads that read images [default: one a core]
+    #[arg(long, value_name = "N")]
+    pub num_workers: Option<usize>,
+}
+
+impl EvaluateArgs {
+    pub fn run(&self, say: &mut dyn FnMut(&str)) -> Result<Evaluation> {
+        if self.batch_size == 0 {
+            return Err(Error::usage("--batch-size 0: at least one image is needed"));
+        }
+        let opened = self.model.open()?;
+        say(&opened.report);
+        let own = |key: &str| opened.settings.get(key).filter(|value| !value.is_null());
+        let numbers = |key: &str| Some(own(key)?.as_array()?.iter().filter_map(Value::as_f64).map(|x| x as f32).collect());
+        let data_path = self.data_path.clone().or_else(|| own("data-path")?.as_str().map(PathBuf::from));
+        let images = ImagesArgs {
+            data_path: data_path.ok_or_else(|| {
+                Error::usage(format!("{} does not say what images it is for; give them by --data-path", self.model.checkpoint.display()))
+            })?,
+            input_size: opened.side(),
+            train_images: None,
+            val_images: self.val_images,
+            strict_data: self.strict_data,
+            mean: self.mean.clone().or_else(|| numbers("mean")),
+            std: self.std.clone().or_else(|| numbers("std")),
+        };
+        images.check()?;
+        let dataset = images.open(Part::Val)?;
+        let (method, classes): (&dyn Method, _) = match &opened.model {
+            Model::Mae(mae) => (&**mae, None),
+            Model::Classifier(classifier) => (&**classifier, Some(classifier.classes)),
+            Model::Encoder(_) => {
+                return Err(Error::usage(format!(
+                    "{} is an encoder without a head; masque probe --finetune judges its features",
+                    self.model.checkpoint.display()
+                )));
+            }
+        };
+        if let Some(classes) = classes.filter(|&classes| classes < dataset.classes().len()) {
+            return Err(Error::new(format!(
+                "{} answers with {classes} classes but {} has {}",
+                self.model.checkpoint.display(),
+                images.data_path.display(),
+                dataset.classes().len()
+            )));
+        }
+        let ratio = self.eval_crop_ratio.or_else(|| own("eval-crop-ratio")?.as_f64());
+        let workers = self.num_workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+        let options = LoaderOptions { batch: self.batch_size, workers, strict: self.strict_data, ..LoaderOptions::default() };
+        let loader = Loader::new(dataset, evaluation(opened.side(), ratio)?, options);
+        let [mean, std] = images.statistics();
+        let feed = Feed { device: opened.params().device().clone(), mean, std, labels: None };
+        let found = evaluate(method, &loader, &feed)?;
+        let skipped = loader.skipped();
+        if skipped.count > 0 {
+            say(&format!("{} images could not be read and are left out, the first: {}", skipped.count, skipped.names.join("; ")));
+        }
+        say(&found.to_string());
+        Ok(found)
+    }
+}
 
 /// Over a whole set. As in the published programs the loss is the mean over batches, each counting the same; accuracies are over images.
 #[derive(Clone, Copy, PartialEq, Debug)]

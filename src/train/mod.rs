@@ -8,6 +8,7 @@ pub mod events;
 pub mod feed;
 pub mod images;
 pub mod knn;
+pub mod model;
 pub mod picture;
 pub mod pretrain;
 pub mod progress;

@@ -3,8 +3,10 @@
 use super::args::{RunArgs, settings};
 use super::feed::Feed;
 use super::images::{CropArgs, ImagesArgs, Part};
-use super::run::{Ended, Run};
+use super::picture;
+use super::run::{After, Ended, Run};
 use super::step::{Step, StepOptions};
+use super::visualize::{self, Normalised};
 use crate::data::loader::{Loader, LoaderOptions, Order};
 use crate::error::Result;
 use crate::methods::mae::{Mae, MaeArgs};
@@ -15,6 +17,7 @@ use crate::rng::Rng;
 use crate::tensor::Dtype;
 use clap::Args;
 use serde::{Deserialize, Serialize};
+use std::any::Any;
 use std::sync::Arc;
 
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
@@ -32,6 +35,23 @@ pub struct PretrainArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub crop: CropArgs,
+}
+
+/// Images that the pictures of a run show.
+const SHOWN: usize = 6;
+
+/// Draws the panels of a few unseen images after each evaluation.
+fn pictures<'a>(shown: Loader, feed: Feed) -> After<'a> {
+    Box::new(move |method, record, place| {
+        let Some(mae) = (method as &dyn Any).downcast_ref::<Mae>() else { return Ok(()) };
+        let Some(loaded) = shown.epoch(0, 0).next() else { return Ok(()) };
+        let images = feed.evaluation(loaded?)?.images;
+        let normalised = Normalised { mean: &feed.mean, std: &feed.std };
+        let rows = visualize::panel_rows(mae, &images, normalised, &[mae.mask_ratio()], &[], &Rng::new(2))?;
+        let percent = 100.0 * mae.mask_ratio();
+        let caption = format!("Unseen images with {percent:.0} % of the patches hidden, after epoch {}", place.epoch);
+        record.picture(place.update, "reconstruction", &caption, &picture::sheet(&rows)?.png()?)
+    })
 }
 
 /// Betas of MAE's AdamW.
@@ -63,6 +83,8 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         ..LoaderOptions::default()
     };
     let side = args.images.input_size;
+    let few = LoaderOptions { batch: SHOWN, order: Order::Sequential, workers: 0, ..loading };
+    let after = pictures(Loader::new(validation.clone(), args.crop.evaluation(side)?, few), feed.clone());
     let settings = settings(args)?;
     let mut run = Run {
         step: Step::new(Box::new(mae), Box::new(optimizer), options),
@@ -71,7 +93,7 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         schedule: args.run.schedule(),
         ema,
         validation: Some(Loader::new(validation, args.crop.evaluation(side)?, LoaderOptions { order: Order::Sequential, ..loading })),
-        after: None,
+        after: Some(after),
         record: start.record(&["pretrain", "mae"], &settings, say)?,
         settings,
         options: args.run.options(),

@@ -1,0 +1,135 @@
+//! A model out of a checkpoint, whoever wrote it: what it is stands in its settings, or is read off its tensors.
+
+use super::checkpoint;
+use crate::device::{Named, Precision};
+use crate::error::{Context, Error, Result};
+use crate::methods::mae::{Mae, MaeArgs, MaeConfig};
+use crate::methods::supervised::Supervised;
+use crate::nn::Start;
+use crate::nn::classifier::{ClassifierConfig, Pool};
+use crate::nn::contents::Contents;
+use crate::nn::names;
+use crate::nn::presets;
+use crate::nn::vit::{DropPath, Tokens, Vit, VitConfig};
+use crate::nn::weights::{self, Policy, Which};
+use crate::param::{Params, ParamsBuilder};
+use crate::rng::Rng;
+use crate::tensor::Dtype;
+use clap::Args;
+use serde_json::{Map, Value};
+use std::path::PathBuf;
+
+/// Which model, and where it computes.
+#[derive(Args, Clone, Debug)]
+pub struct ModelArgs {
+    /// Checkpoint of masque, .pth or .safetensors
+    pub checkpoint: PathBuf,
+    /// Take the running average of the weights
+    #[arg(long)]
+    pub ema: bool,
+    /// Name of the model, where the file does not say it and its sizes are no published ones
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
+    /// Where to compute
+    #[arg(long, default_value = "cpu", value_name = "cpu|emulated|gpu")]
+    pub device: Named,
+    /// f32; on a GPU also bf16 and tf32
+    #[arg(long, default_value = "f32", value_name = "f32|bf16|tf32")]
+    pub precision: Precision,
+}
+
+pub enum Model {
+    Mae(Box<Mae>),
+    Classifier(Box<Supervised>),
+    /// An encoder without head or decoder.
+    Encoder(Box<(Params, Vit)>),
+}
+
+pub struct Opened {
+    pub model: Model,
+    /// The settings of the run that made it; empty where the file is not masque's.
+    pub settings: Map<String, Value>,
+    /// What was loaded, for a person.
+    pub report: String,
+}
+
+impl Opened {
+    pub fn vit(&self) -> &Vit {
+        match &self.model {
+            Model::Mae(mae) => &mae.encoder,
+            Model::Classifier(classifier) => &classifier.model.vit,
+            Model::Encoder(encoder) => &encoder.1,
+        }
+    }
+
+    pub fn params(&self) -> &Params {
+        match &self.model {
+            Model::Mae(mae) => &mae.params,
+            Model::Classifier(classifier) => &classifier.params,
+            Model::Encoder(encoder) => &encoder.0,
+        }
+    }
+
+    /// Side of its images.
+    pub fn side(&self) -> usize {
+        self.vit().config.image[0]
+    }
+}
+
+impl ModelArgs {
+    pub fn open(&self) -> Result<Opened> {
+        let device = self.device.open()?;
+        device.compute_in(self.precision)?;
+        let shown = || self.checkpoint.display().to_string();
+        let stored = weights::open(&self.checkpoint, if self.ema { Which::Averages } else { Which::Trained })?;
+        let settings = match checkpoint::is_checkpoint(&stored) {
+            true => checkpoint::header(&stored)?.settings,
+            false => Map::new(),
+        };
+        let file = names::to_official(&stored)?.file;
+        let contents = Contents::of(&file)?;
+        let vit = self.vit(&contents, &settings).with_context(|| format!("{}: give its name by --model", shown()))?;
+        let mut model = if contents.decoder.is_some() {
+            Model::Mae(Box::new(Mae::new(self.mae(&contents, &settings, vit)?, Dtype::F32, &Rng::new(0))?))
+        } else if let Some(classes) = contents.classes {
+            let pool = if contents.pooled { Pool::Mean } else { Pool::ClassToken };
+            let config = ClassifierConfig { vit, classes, pool, probe: contents.probe };
+            Model::Classifier(Box::new(Supervised::new(config, Dtype::F32, &Rng::new(0))?))
+        } else {
+            let mut b = ParamsBuilder::default();
+            let tokens = Tokens::new(&mut b, &vit)?;
+            let encoder = Vit::new(&mut b, vit, tokens, file.contains("norm.weight"), Start::Normal)?;
+            Model::Encoder(Box::new((b.build(Dtype::F32, &Rng::new(0))?, encoder)))
+        };
+        let (params, config) = match &mut model {
+            Model::Mae(mae) => (&mut mae.params, &mae.encoder.config),
+            Model::Classifier(classifier) => (&mut classifier.params, &classifier.model.vit.config),
+            Model::Encoder(encoder) => (&mut encoder.0, &encoder.1.config),
+        };
+        let report = weights::load(params, config, &stored, Policy::Strict)?.text();
+        params.move_to(&device, self.precision.dtype())?;
+        Ok(Opened { model, settings, report })
+    }
+
+    /// The encoder: shapes are the file's, heads are the name's where one is known.
+    fn vit(&self, contents: &Contents, settings: &Map<String, Value>) -> Result<VitConfig> {
+        let name = self.model.as_deref().or_else(|| settings.get("model").and_then(Value::as_str));
+        let Some(name) = name else { return contents.vit() };
+        let grid = contents.grid.ok_or_else(|| Error::new("its position table is of no square grid"))?;
+        let side = grid.checked_mul(contents.patch).ok_or_else(|| Error::new("its position table is too large"))?;
+        let named = presets::named(name)?;
+        let fixed = contents.decoder.is_some();
+        let config = if fixed { named.encoder(side)? } else { named.classifier(side, 0.0)? };
+        Ok(VitConfig { patch: contents.patch, channels: contents.channels, drop_path: DropPath::Constant(0.0), ..config })
+    }
+
+    fn mae(&self, contents: &Contents, settings: &Map<String, Value>, vit: VitConfig) -> Result<MaeConfig> {
+        if settings.contains_key("mask-ratio") {
+            let args: MaeArgs = serde_json::from_value(Value::Object(settings.clone())).context("the settings of the checkpoint")?;
+            return args.config(vit.image[0]);
+        }
+        let decoder = contents.decoder()?.ok_or_else(|| Error::new("there is no decoder"))?;
+        // A published file does not say what its pixels were: the ones made for pictures are raw, as this takes them to be.
+        Ok(MaeConfig { encoder: vit, decoder, mask_ratio: 0.75, norm_pix: None })
+    }
+}
