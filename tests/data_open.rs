@@ -2,6 +2,7 @@
 
 use masque::data::Dataset;
 use masque::data::open::{Split, open, same_classes};
+use masque::data::packed::{Options, Storage, pack};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -163,4 +164,38 @@ fn classes_that_differ_between_the_splits_are_named() {
     folder.image("val/e/1.png");
     let error = check().unwrap_err();
     assert!(error.contains(r#"class 3, "e", is missing in training"#), "{error}");
+}
+
+#[test]
+fn packed_files_are_found_by_the_name_of_their_split() {
+    let folder = Scratch::new("packed");
+    for path in ["source/train/a/1.png", "source/train/b/1.png", "source/val/a/1.png"] {
+        folder.image(path);
+    }
+    let write = |split: Split, name: &str| {
+        let set = open(&folder.0.join("source"), split).unwrap();
+        let options = Options { storage: Storage::Original, strict: true, force: true, root: &folder.0 };
+        pack(&*set, &folder.0.join(name), &options, &mut |_| {}).unwrap();
+    };
+    let len = |name: &str, split| open(&folder.0.join(name), split).map(|set| set.len()).map_err(|error| error.chain());
+    write(Split::Train, "train.masque");
+    write(Split::Train, "mine.masque");
+    assert!(len("", Split::Val).unwrap_err().contains("train.masque but no val/ and no val.masque"), "{:?}", len("", Split::Val));
+    assert!(len("train.masque", Split::Val).unwrap_err().contains("there is no val.masque beside it"));
+    write(Split::Val, "val.masque");
+    for (name, split, images) in [
+        ("", Split::Train, 2),
+        ("", Split::Val, 1),
+        ("train.masque", Split::Train, 2),
+        ("train.masque", Split::Val, 1),
+        ("val.masque", Split::Train, 2),
+        ("val.masque", Split::Val, 1),
+        ("mine.masque", Split::Train, 2),
+    ] {
+        assert_eq!(len(name, split), Ok(images), "{name:?} {split:?}");
+    }
+    // Images for training are never taken for others.
+    assert!(len("mine.masque", Split::Val).unwrap_err().contains("is called val.masque"));
+    fs::create_dir_all(folder.0.join("train")).unwrap();
+    assert!(len("", Split::Train).unwrap_err().contains("holds train.masque and train/ both"));
 }

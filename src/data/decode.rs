@@ -31,7 +31,7 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 
 /// Above this many pixels Pillow takes an image for an attack.
 const MOST_PIXELS: u64 = 178_956_970;
-/// An image of so few pixels may be of any length: a blank one packs into next to nothing.
+/// So many pixels may come from a file of any length.
 const FREE_PIXELS: u64 = 1 << 22;
 /// What a decoder may take for itself besides rows of pixels.
 const SCRATCH: u64 = 256 << 20;
@@ -79,13 +79,23 @@ impl Format {
         }
     }
 
-    /// More pixels than a byte of the file can stand for, by the densest coding that the format has.
-    fn pixels_a_byte(self) -> u64 {
+    /// No file of this length holds more pixels, by the densest coding that the format has.
+    fn most_pixels(self, bytes: &[u8]) -> u64 {
+        let length = bytes.len() as u64;
+        let word = |at: usize| bytes.get(at..at + 2).map_or(0, |word| u16::from_le_bytes([word[0], word[1]]) as u64);
         match self {
-            // A bit for each block of 64 pixels, and half as much for what shares it.
-            Self::Jpeg => 1024,
-            // Deflate packs 1032 to 1, and a byte may hold eight pixels.
-            Self::Png | Self::Webp | Self::Bmp => 10_000,
+            // A bit for each block of 64 pixels, and as much again for what shares it.
+            Self::Jpeg => length * 1024,
+            // Deflate packs 1032 to 1.
+            Self::Png => {
+                let channels = [1, 1, 3, 1, 2, 1, 4][(bytes.get(25).copied().unwrap_or(0) as usize).min(6)];
+                length * 8 * 1032 / (channels * bytes.get(24).copied().unwrap_or(1).max(1) as u64)
+            }
+            // The oldest header is shorter and knows no packing; packing 0, 3 and 6 is none.
+            Self::Bmp if word(14) < 40 => length * 8 / word(24).max(1),
+            Self::Bmp if matches!(word(30), 0 | 3 | 6) => length * 8 / word(28).max(1),
+            // What is blank packs into next to nothing.
+            Self::Bmp | Self::Webp => (length * 10_000).max(FREE_PIXELS),
         }
     }
 }
@@ -148,7 +158,7 @@ fn check_size(format: Format, bytes: &[u8], [height, width]: [u32; 2]) -> Result
     ensure!(pixels > 0, "its header names {width} x {height} pixels, which is no image");
     ensure!(pixels <= MOST_PIXELS, "its header names {width} x {height} pixels but at most {MOST_PIXELS} are read");
     ensure!(
-        pixels <= FREE_PIXELS || pixels <= bytes.len() as u64 * format.pixels_a_byte(),
+        pixels <= format.most_pixels(bytes),
         "its header names {width} x {height} pixels, more than its {} bytes can hold",
         bytes.len()
     );
