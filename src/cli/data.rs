@@ -75,15 +75,15 @@ pub(super) enum Part {
     Val,
 }
 
-/// A packed file is one part of a set, so there is none to choose.
-fn split(path: &Path, part: Option<Part>) -> Result<Split> {
-    match part {
-        Some(_) if Packed::is_at(path) => {
-            Err(Error::usage(format!("--split: {} is a packed file, which has no parts; leave the flag out", path.display())))
-        }
-        Some(Part::Val) => Ok(Split::Val),
-        Some(Part::Train) | None => Ok(Split::Train),
+/// Opens the set at `path`; a packed file is one part of a set, so there is none to choose.
+fn opened(path: &Path, part: Option<Part>) -> Result<Arc<dyn Dataset>> {
+    if !Packed::is_at(path) {
+        return open(path, if matches!(part, Some(Part::Val)) { Split::Val } else { Split::Train });
     }
+    if part.is_some() {
+        return Err(Error::usage(format!("--split: {} is a packed file, which has no parts; leave the flag out", path.display())));
+    }
+    Ok(Arc::new(Packed::open(path)?))
 }
 
 pub(super) fn run(command: Data) -> Result<ExitCode> {
@@ -96,7 +96,7 @@ pub(super) fn run(command: Data) -> Result<ExitCode> {
             export(&packed, &folder, &mut |done| pace.tell(done, packed.len()))?;
             say(&format!("{}: {} images of {} classes", folder.display(), packed.len(), packed.classes().len()));
         }
-        Data::Show { path, split, classes } => shows(&path, self::split(&path, split)?, classes)?,
+        Data::Show { path, split, classes } => shows(&path, split, classes)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -110,7 +110,7 @@ fn packs(args: &Pack) -> Result<()> {
     if args.output.exists() && !args.force {
         return Err(Error::new(format!("{} is there already; --force replaces it", args.output.display())));
     }
-    let dataset = open(&args.data_path, split(&args.data_path, args.split)?)?;
+    let dataset = opened(&args.data_path, args.split)?;
     let options = Options { storage, strict: args.strict_data, force: args.force, root: &args.data_path };
     let mut pace = Pace::new("done");
     let packing = pack(&*dataset, &args.output, &options, &mut |event| match event {
@@ -144,20 +144,19 @@ fn checks(file: &Path, decode: bool) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-fn shows(path: &Path, split: Split, every_class: bool) -> Result<()> {
+fn shows(path: &Path, part: Option<Part>, every_class: bool) -> Result<()> {
     const SHOWN: usize = 20;
     const LOOKED_AT: usize = 500;
-    let (dataset, sizes): (Arc<dyn Dataset>, Vec<[usize; 2]>) = if Packed::is_at(path) {
+    let dataset = opened(path, part)?;
+    let sizes: Vec<[usize; 2]> = if Packed::is_at(path) {
         let packed = Packed::open(path)?;
         say(&format!("{}: {}, {}, {} skipped", path.display(), packed.storage(), bytes(packed.file_len() as u64), packed.skipped()));
-        let sizes = (0..packed.len()).map(|index| packed.size(index)).collect::<Result<_>>()?;
-        (Arc::new(packed), sizes)
+        (0..packed.len()).map(|index| packed.size(index)).collect::<Result<_>>()?
     } else {
-        let dataset = open(path, split)?;
+        say(&format!("{}", path.display()));
         let looked_at = dataset.len().min(LOOKED_AT);
         let indices = (0..looked_at).into_par_iter().map(|i| i * dataset.len() / looked_at);
-        let sizes = indices.filter_map(|index| dataset.picture(index).ok().map(|picture| picture.size)).collect();
-        (dataset, sizes)
+        indices.filter_map(|index| dataset.picture(index).ok().map(|picture| picture.size)).collect()
     };
     let mut counts = vec![0usize; dataset.classes().len()];
     for index in 0..dataset.len() {
