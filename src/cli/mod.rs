@@ -6,7 +6,7 @@ mod presets;
 use crate::device::{Named, parallel};
 use crate::error::{Error, Result};
 use crate::formats;
-use crate::measure::{info, kernels, ops, parity, step};
+use crate::measure::{info, kernels, loading, ops, parity, step};
 use crate::tensor::Dtype;
 use crate::train::evaluate::EvaluateArgs;
 use crate::train::run::Ended;
@@ -45,7 +45,7 @@ enum Command {
         /// The recipe to print
         name: Option<String>,
     },
-    /// Time single ops, kernels or a whole training step
+    /// Time single ops, kernels, a whole training step or the loading of images
     #[command(subcommand)]
     Measure(Measure),
     /// Pack a set of images into one file, check it, unpack it, or look at a set
@@ -76,6 +76,14 @@ enum Measure {
     Ops(OpsArgs),
     /// Every op and every version of its kernels at the shapes of a ViT with masked tokens, beside what the machine copies and multiplies
     Kernels(kernels::KernelsArgs),
+    /// Images a core decodes, cuts, augments and normalises, from JPEG files
+    Loading {
+        #[command(flatten)]
+        loading: loading::LoadingArgs,
+        /// One JSON object a line instead of text
+        #[arg(long)]
+        json: bool,
+    },
     /// One MAE training step: forward, backward, AdamW
     Step {
         #[command(flatten)]
@@ -221,6 +229,9 @@ fn execute(command: Command) -> Result<ExitCode> {
             ops::run(&args.only, args.rounds, |row| say(&if args.json { row.json().to_string() } else { row.text() }))?;
         }
         Command::Measure(Measure::Kernels(args)) => kernels::run(&args, &mut |line| say(line))?,
+        Command::Measure(Measure::Loading { loading: args, json }) => {
+            loading::run(&args, |row| say(&if json { row.json().to_string() } else { row.text() }))?;
+        }
         Command::Measure(Measure::Step { step: args, json }) => {
             let report = step::run(&args)?;
             say(&if json { report.json().to_string() } else { report.text() });

@@ -206,7 +206,7 @@ impl Source {
             Source::There(workers) => workers.next(),
             Source::Here(recipe, next) => {
                 let number = *next;
-                *next += 1;
+                *next = next.saturating_add(1);
                 let places = recipe.places(number);
                 let assembly = Assembly::new(places.len());
                 for (row, place) in places.clone().enumerate() {
