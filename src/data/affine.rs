@@ -1,7 +1,7 @@
 //! RGB bytes [H, W, 3] seen through an affine map, Pillow's bytes exactly.
 //!
 //!   the output pixel at (x, y) shows the input at  x' = m0 (x + 1/2) + m1 (y + 1/2) + m2,  y' = m3 (x + 1/2) + m4 (y + 1/2) + m5
-//!   between samples v1 v2 v3 v4, d past v2:  v2 + d (v3 - v1 + d (2 (v1 - v2) + v3 - v4 + d (v2 - v1 + v3 - v4)))
+//!   between samples v1 v2 v3 v4, d past v2:  v2 + d (v3 - v1 + d (2 (v1 - v2) + v3 - v4 + d (v2 - v1 + v4 - v3)))
 //!
 //! This is the cubic with a = -1, first along the four rows around the point, then down; rows and columns outside are the edge's. A point outside
 //! the image shows the fill. Numbers are f64, cut off to bytes. A map that moves along one axis leaves d = 0 on the other, where the cubic is v2:
@@ -76,7 +76,7 @@ fn around(first: isize, len: usize) -> [usize; 4] {
 fn between_bytes(taps: [&[u8; 3]; 4], d: f64) -> [f64; 3] {
     std::array::from_fn(|c| {
         let [v1, v2, v3, v4] = taps.map(|tap| i32::from(tap[c]));
-        let (p2, p3, p4) = (v3 - v1, 2 * (v1 - v2) + v3 - v4, v2 - v1 + v3 - v4);
+        let (p2, p3, p4) = (v3 - v1, 2 * (v1 - v2) + v3 - v4, v2 - v1 + v4 - v3);
         f64::from(v2) + d * (f64::from(p2) + d * (f64::from(p3) + d * f64::from(p4)))
     })
 }
