@@ -1,7 +1,7 @@
 //! RGB bytes [H, W, 3] seen through an affine map, Pillow's bytes exactly.
 //!
 //!   the output pixel at (x, y) shows the input at  x' = m0 (x + 1/2) + m1 (y + 1/2) + m2,  y' = m3 (x + 1/2) + m4 (y + 1/2) + m5
-//!   between samples v1 v2 v3 v4, d past v2:  v2 + d (v3 - v1 + d (2 (v1 - v2) + v3 - v4 + d (v2 - v1 + v3 - v4)))
+//!   between samples v1 v2 v3 v4, d past v2:  v2 + d (v3 - v1 + d (2 (v1 - v2) + v3 - v4 + d (v2 - v1 + v4 - v3)))
 //!
 //! This is the cubic with a = -1, first along the four rows around the point, then down; rows and columns outside are the edge's. A point outside
 //! the image shows the fill. Numbers are f64, cut off to bytes. A map that moves along one axis leaves d = 0 on the other, where the cubic is v2:
@@ -48,11 +48,11 @@ pub fn transform(pixels: &[u8], size: [usize; 2], map: &Map, fill: [u8; 3]) -> V
     if map[1] == 0.0 && map[3] == 0.0 && *map == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0] {
         out.copy_from_slice(pixels);
     } else if map[3] == 0.0 && map[4] == 1.0 && map[5] == 0.0 {
-        sideways(pixels, size, map, fill, &mut out);
+        sideways(&widened(pixels), size, map, fill, &mut out);
     } else if map[1] == 0.0 && map[0] == 1.0 && map[2] == 0.0 {
-        upright(pixels, size, map, fill, &mut out);
+        upright(&widened(pixels), size, map, fill, &mut out);
     } else {
-        anywhere(pixels, size, map, fill, &mut out);
+        anywhere(&widened(pixels), size, map, fill, &mut out);
     }
     out
 }
@@ -68,30 +68,57 @@ fn split(at: f64) -> (isize, f64) {
 /// The four samples around, clamped to the image.
 #[inline(always)]
 fn around(first: isize, len: usize) -> [usize; 4] {
-    std::array::from_fn(|i| (first - 1 + i as isize).clamp(0, len as isize - 1) as usize)
+    let last = len as isize - 1;
+    [
+        (first - 1).clamp(0, last) as usize,
+        first.clamp(0, last) as usize,
+        (first + 1).clamp(0, last) as usize,
+        (first + 2).clamp(0, last) as usize,
+    ]
 }
 
-/// Between four bytes, of three channels.
+/// A pixel with a fourth channel of nothing, which fills a vector register.
+type Lanes<T> = [T; 4];
+
+/// The image with room for vectors: whole numbers, exact in f32 as are their sums.
+fn widened(pixels: &[u8]) -> Vec<Lanes<f32>> {
+    pixels.as_chunks::<CHANNELS>().0.iter().map(|&[r, g, b]| [r, g, b, 0].map(f32::from)).collect()
+}
+
+/// Between the pixels at four places.
 #[inline(always)]
-fn between_bytes(taps: [&[u8; 3]; 4], d: f64) -> [f64; 3] {
-    std::array::from_fn(|c| {
-        let [v1, v2, v3, v4] = taps.map(|tap| i32::from(tap[c]));
-        let (p2, p3, p4) = (v3 - v1, 2 * (v1 - v2) + v3 - v4, v2 - v1 + v3 - v4);
-        f64::from(v2) + d * (f64::from(p2) + d * (f64::from(p3) + d * f64::from(p4)))
-    })
+fn between_pixels(image: &[Lanes<f32>], at: [usize; 4], d: f64) -> Lanes<f64> {
+    let (v1, v2, v3, v4) = (&image[at[0]], &image[at[1]], &image[at[2]], &image[at[3]]);
+    let mut out = [0f64; 4];
+    for c in 0..4 {
+        let p2 = f64::from(v3[c] - v1[c]);
+        let p3 = f64::from(2.0 * (v1[c] - v2[c]) + v3[c] - v4[c]);
+        let p4 = f64::from(v2[c] - v1[c] + v4[c] - v3[c]);
+        out[c] = f64::from(v2[c]) + d * (p2 + d * (p3 + d * p4));
+    }
+    out
+}
+
+/// Between four sums.
+#[inline(always)]
+fn between([v1, v2, v3, v4]: [Lanes<f64>; 4], d: f64) -> Lanes<f64> {
+    let mut out = [0f64; 4];
+    for c in 0..4 {
+        let p2 = -v1[c] + v3[c];
+        let p3 = 2.0 * (v1[c] - v2[c]) + v3[c] - v4[c];
+        let p4 = -v1[c] + v2[c] - v3[c] + v4[c];
+        out[c] = v2[c] + d * (p2 + d * (p3 + d * p4));
+    }
+    out
 }
 
 #[inline(always)]
-fn between([v1, v2, v3, v4]: [f64; 4], d: f64) -> f64 {
-    let p2 = -v1 + v3;
-    let p3 = 2.0 * (v1 - v2) + v3 - v4;
-    let p4 = -v1 + v2 - v3 + v4;
-    v2 + d * (p2 + d * (p3 + d * p4))
-}
-
-#[inline(always)]
-fn to_bytes(pixel: [f64; 3]) -> [u8; 3] {
-    pixel.map(|v| v.clamp(0.0, 255.0) as i32 as u8)
+fn to_bytes(pixel: Lanes<f64>) -> [u8; CHANNELS] {
+    let mut out = [0i32; 4];
+    for c in 0..4 {
+        out[c] = pixel[c].clamp(0.0, 255.0) as i32;
+    }
+    [out[0] as u8, out[1] as u8, out[2] as u8]
 }
 
 #[inline(always)]
@@ -101,41 +128,39 @@ fn inside(at: f64, len: usize) -> bool {
 
 vectorised! {
     /// y' = y: each row by itself.
-    fn sideways(pixels: &[u8], size: [usize; 2], map: &Map, fill: [u8; 3], out: &mut [u8]) {
+    fn sideways(image: &[Lanes<f32>], size: [usize; 2], map: &Map, fill: [u8; 3], out: &mut [u8]) {
         let [_, w] = size;
-        let rows = pixels.chunks_exact(w * CHANNELS).zip(out.chunks_exact_mut(w * CHANNELS));
+        let rows = image.chunks_exact(w).zip(out.chunks_exact_mut(w * CHANNELS));
         for (y, (row, out)) in rows.enumerate() {
-            let row = row.as_chunks::<CHANNELS>().0;
             for (x, out) in out.as_chunks_mut::<CHANNELS>().0.iter_mut().enumerate() {
                 let at = map[0] * (x as f64 + 0.5) + map[1] * (y as f64 + 0.5) + map[2];
                 *out = fill;
                 if inside(at, w) {
                     let (first, d) = split(at);
-                    *out = to_bytes(between_bytes(around(first, w).map(|x| &row[x]), d));
+                    *out = to_bytes(between_pixels(row, around(first, w), d));
                 }
             }
         }
     }
 
     /// x' = x: each column by itself.
-    fn upright(pixels: &[u8], size: [usize; 2], map: &Map, fill: [u8; 3], out: &mut [u8]) {
+    fn upright(image: &[Lanes<f32>], size: [usize; 2], map: &Map, fill: [u8; 3], out: &mut [u8]) {
         let [h, w] = size;
-        let image = pixels.as_chunks::<CHANNELS>().0;
         for (y, out) in out.chunks_exact_mut(w * CHANNELS).enumerate() {
             for (x, out) in out.as_chunks_mut::<CHANNELS>().0.iter_mut().enumerate() {
                 let at = map[3] * (x as f64 + 0.5) + map[4] * (y as f64 + 0.5) + map[5];
                 *out = fill;
                 if inside(at, h) {
                     let (first, d) = split(at);
-                    *out = to_bytes(between_bytes(around(first, h).map(|y| &image[y * w + x]), d));
+                    let [y0, y1, y2, y3] = around(first, h);
+                    *out = to_bytes(between_pixels(image, [y0 * w + x, y1 * w + x, y2 * w + x, y3 * w + x], d));
                 }
             }
         }
     }
 
-    fn anywhere(pixels: &[u8], size: [usize; 2], map: &Map, fill: [u8; 3], out: &mut [u8]) {
+    fn anywhere(image: &[Lanes<f32>], size: [usize; 2], map: &Map, fill: [u8; 3], out: &mut [u8]) {
         let [h, w] = size;
-        let image = pixels.as_chunks::<CHANNELS>().0;
         for (y, out) in out.chunks_exact_mut(w * CHANNELS).enumerate() {
             for (x, out) in out.as_chunks_mut::<CHANNELS>().0.iter_mut().enumerate() {
                 let (px, py) = (x as f64 + 0.5, y as f64 + 0.5);
@@ -143,9 +168,12 @@ vectorised! {
                 *out = fill;
                 if inside(at[0], h) && inside(at[1], w) {
                     let ((row, dy), (column, dx)) = (split(at[0]), split(at[1]));
-                    let columns = around(column, w);
-                    let lines = around(row, h).map(|y| between_bytes(columns.map(|x| &image[y * w + x]), dx));
-                    *out = to_bytes(std::array::from_fn(|c| between(lines.map(|line| line[c]), dy)));
+                    let (rows, columns) = (around(row, h), around(column, w));
+                    let mut lines = [[0.0; 4]; 4];
+                    for (line, y) in lines.iter_mut().zip(rows) {
+                        *line = between_pixels(&image[y * w..(y + 1) * w], columns, dx);
+                    }
+                    *out = to_bytes(between(lines, dy));
                 }
             }
         }
@@ -174,7 +202,7 @@ mod tests {
         let image: Vec<u8> = (0..h * w * 3).map(|i| (i * i * 31 % 253) as u8).collect();
         for map in [shear_x(0.3), shear_y(-0.27), translate_x(3.3), translate_y(-2.6), translate_x(40.0), [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]] {
             let mut out = vec![0; image.len()];
-            anywhere(&image, [h, w], &map, FILL, &mut out);
+            anywhere(&widened(&image), [h, w], &map, FILL, &mut out);
             assert_eq!(transform(&image, [h, w], &map, FILL), out, "{map:?}");
         }
     }
