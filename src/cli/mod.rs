@@ -1,11 +1,11 @@
 //! Floor 8: what was typed, turned into objects. Below this file nobody sees a string flag.
 
+mod convert;
 mod data;
 mod presets;
 
 use crate::device::{Named, parallel};
 use crate::error::{Error, Result};
-use crate::formats;
 use crate::measure::{info, kernels, loading, ops, parity, step};
 use crate::tensor::Dtype;
 use crate::train::evaluate::EvaluateArgs;
@@ -53,8 +53,8 @@ enum Command {
     Data(data::Data),
     /// Check this program's numbers against PyTorch's: operations, models, optimiser steps, checkpoint files
     Parity(ParityArgs),
-    /// Convert a checkpoint's weights between PyTorch's .pth and .safetensors
-    Convert(Convert),
+    /// Convert a checkpoint's weights between PyTorch's .pth, .safetensors and masque's own, and between the names that programs give them
+    Convert(convert::Convert),
     /// What this program and this machine offer: devices, CUDA's libraries, kernels, models
     Info {
         /// Each kernel, and where there is a GPU its registers, memory and occupancy
@@ -138,14 +138,6 @@ enum LimitsArg {
     Suggested,
     /// 5 times, or 3e-6 and 1e-5
     Strict,
-}
-
-#[derive(Args)]
-struct Convert {
-    /// The checkpoint to read: .pth (either container) or .safetensors
-    from: PathBuf,
-    /// The file to write; its ending, .pth or .safetensors, says what it becomes
-    to: PathBuf,
 }
 
 /// Runs the program; the exit code is 0, 1 (it failed) or 2 (what was typed cannot be meant).
@@ -238,7 +230,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Data(command) => return data::run(command),
         Command::Parity(args) => return check(args),
-        Command::Convert(args) => convert(&args)?,
+        Command::Convert(args) => convert::run(&args, say)?,
         Command::Info { kernels } => info::run(kernels, &mut |line| say(line))?,
     }
     Ok(ExitCode::SUCCESS)
@@ -277,22 +269,4 @@ fn check(args: ParityArgs) -> Result<ExitCode> {
     };
     let summary = parity::run(&options, &mut |line| say(line))?;
     Ok(if summary.failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
-}
-
-fn convert(args: &Convert) -> Result<()> {
-    let ending = args.to.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
-    if !matches!(ending, "pth" | "safetensors") {
-        return Err(Error::usage(format!("{}: the ending says what to write; use .pth or .safetensors", args.to.display())));
-    }
-    let file = formats::open(&args.from)?;
-    let tensors = file.tensors();
-    if ending == "pth" {
-        let pairs = tensors.iter().map(|(name, tensor)| (name.as_str().into(), tensor.clone().into()));
-        let model = formats::Value::Dict(pairs.collect());
-        formats::write_pth(&args.to, &formats::Value::Dict(vec![("model".into(), model)]))?;
-    } else {
-        formats::write_safetensors(&args.to, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), &Default::default())?;
-    }
-    say(&format!("{} -> {}: {} tensors", args.from.display(), args.to.display(), tensors.len()));
-    Ok(())
 }
