@@ -2,7 +2,7 @@
 //! threads and blocks; on a CUDA device too where there is one.
 #![cfg(feature = "emulated")]
 
-use masque::data::augment::{Augment, Erase, Fill, Mix, prepare};
+use masque::data::augment::{Augment, Erase, Fill, Mix, levels, prepare};
 use masque::data::mixup::{CutBox, cutmix_box};
 use masque::data::resize::{IMAGENET_MEAN, IMAGENET_STD};
 use masque::device::emulated::{Copies, Order};
@@ -70,35 +70,60 @@ fn a_gpu_says_which_histograms_it_has_not() {
     assert!(hog::target(&images, &Options::dmjd()).unwrap_err().chain().contains("f32 or u8"));
 }
 
-fn boxes(batch: usize, [h, w]: [usize; 2]) -> Tensor {
+/// So many boxes an image: none, some inside and some at an edge, one over the other.
+fn boxes(batch: usize, each: usize, [h, w]: [usize; 2]) -> Tensor {
     let one = |i: usize| match i % 3 {
         0 => [0, 0, 0, 0],
         1 => [h / 3, w / 4, h / 2, w / 2],
         _ => [h - 2, 0, 2, w],
     };
-    let all: Vec<u32> = (0..batch).flat_map(one).map(|x| x as u32).collect();
-    Tensor::from_slice(&[batch, 4], &all).unwrap()
+    let all: Vec<u32> = (0..batch * each).flat_map(|i| one(i / each + 2 * (i % each))).map(|x| x as u32).collect();
+    Tensor::from_slice(&[batch, each, 4], &all).unwrap()
+}
+
+/// ImageNet's mean and deviation for three channels, others for others.
+fn levels_of(channels: usize) -> Tensor {
+    let other = |first: f32| (0..channels).map(|c| first + 0.07 * c as f32).collect::<Vec<f32>>();
+    if channels == 3 {
+        return levels(&IMAGENET_MEAN, &IMAGENET_STD, &Device::Cpu).unwrap();
+    }
+    levels(&other(0.1), &other(0.2), &Device::Cpu).unwrap()
+}
+
+fn augmented_like_the_cpus(batch: usize, channels: usize, each: usize, [h, w]: [usize; 2], mix: Mix) {
+    let (bytes, boxes, levels) = (bytes("batch", &[batch, h, w, channels]), boxes(batch, each, [h, w]), levels_of(channels));
+    let (by_channel, by_pixel) = (normal("channels", &[batch, each, channels]), normal("pixels", &[batch, channels, h, w]));
+    for (dtype, fill) in [(Dtype::F32, 0), (Dtype::F32, 1), (Dtype::F32, 2), (Dtype::F32, 3), (Dtype::Bf16, 3)] {
+        let what = format!("{batch} images of {h} x {w} x {channels}, {mix:?}, {each} boxes, fill {fill}, {dtype}");
+        the_same_everywhere(&what, |device| {
+            let [boxes, by_channel, by_pixel] = [&boxes, &by_channel, &by_pixel].map(|x| x.on(device).unwrap());
+            let fills = [Fill::Zero, Fill::Channels(&by_channel), Fill::Pixels(&by_pixel)];
+            let erase = (fill > 0).then(|| Erase { boxes: &boxes, fill: fills[fill - 1] });
+            let mut out = Tensor::empty_on(device, &[batch, channels, h, w], dtype).unwrap();
+            prepare(&bytes.on(device).unwrap(), &levels.on(device).unwrap(), &Augment { erase, mix }, &mut out).unwrap();
+            vec![out]
+        });
+    }
 }
 
 #[test]
 fn augmented_batches_are_the_cpus() {
     // Pixels in fours and not, more pixels than a block has, an odd batch.
     for (batch, h, w) in [(4, 10, 14), (2, 7, 9), (6, 36, 40), (3, 6, 6)] {
-        let (bytes, boxes) = (bytes("batch", &[batch, h, w, 3]), boxes(batch, [h, w]));
-        let (channels, pixels) = (normal("channels", &[batch, 3]), normal("pixels", &[batch, 3, h, w]));
         let (cut, _) = cutmix_box(h, w, 0.6, h / 2, w - 2).unwrap();
         let mixes = [Mix::None, Mix::Mixup(0.37), Mix::Mixup(1.0), Mix::Cutmix(cut), Mix::Cutmix(CutBox { y0: 1, y1: 1, x0: 0, x1: w })];
         for mix in mixes.into_iter().filter(|mix| batch % 2 == 0 || *mix == Mix::None) {
-            for (dtype, fill) in [(Dtype::F32, 0), (Dtype::F32, 1), (Dtype::F32, 2), (Dtype::F32, 3), (Dtype::Bf16, 3)] {
-                the_same_everywhere(&format!("{batch} images of {h} x {w}, {mix:?}, fill {fill}, {dtype}"), |device| {
-                    let [boxes, channels, pixels] = [&boxes, &channels, &pixels].map(|x| x.on(device).unwrap());
-                    let fills = [Fill::Zero, Fill::Channels(&channels), Fill::Pixels(&pixels)];
-                    let erase = (fill > 0).then(|| Erase { boxes: &boxes, fill: fills[fill - 1] });
-                    let mut out = Tensor::empty_on(device, &[batch, 3, h, w], dtype).unwrap();
-                    prepare(&bytes.on(device).unwrap(), IMAGENET_MEAN, IMAGENET_STD, &Augment { erase, mix }, &mut out).unwrap();
-                    vec![out]
-                });
-            }
+            augmented_like_the_cpus(batch, 3, 1, [h, w], mix);
+        }
+    }
+}
+
+#[test]
+fn any_number_of_channels_and_boxes_gives_the_cpus_batches() {
+    let cut = CutBox { y0: 2, y1: 5, x0: 1, x1: 6 };
+    for (channels, each) in [(1, 1), (1, 3), (3, 3), (4, 2), (7, 1), (16, 3)] {
+        for (size, mix) in [([6, 8], Mix::Mixup(0.37)), ([7, 9], Mix::Cutmix(cut)), ([34, 36], Mix::None)] {
+            augmented_like_the_cpus(4, channels, each, size, mix);
         }
     }
 }
@@ -107,16 +132,21 @@ fn augmented_batches_are_the_cpus() {
 fn batches_that_do_not_fit_are_errors_on_a_gpu() {
     let device = Device::Gpu(Gpu::emulated().unwrap());
     let batch = Tensor::zeros_on(&device, &[3, 4, 4, 3], Dtype::U8).unwrap();
-    let run = |augment: &Augment, device: &Device, dtype| {
+    let beside = levels_of(3).on(&device).unwrap();
+    let run_with = |levels: &Tensor, augment: &Augment, device: &Device, dtype| {
         let mut out = Tensor::empty_on(device, &[3, 3, 4, 4], dtype).unwrap();
-        prepare(&batch, IMAGENET_MEAN, IMAGENET_STD, augment, &mut out).map_err(|error| error.chain())
+        prepare(&batch, levels, augment, &mut out).map_err(|error| error.chain())
     };
+    let run = |augment: &Augment, device: &Device, dtype| run_with(&beside, augment, device, dtype);
     assert_eq!(run(&Augment::default(), &device, Dtype::F32), Ok(()));
     let odd = run(&Augment { mix: Mix::Mixup(0.5), ..Augment::default() }, &device, Dtype::F32).unwrap_err();
     assert!(odd.contains("a batch of 3 cannot be paired"), "{odd}");
     assert!(run(&Augment { mix: Mix::Mixup(f64::NAN), ..Augment::default() }, &device, Dtype::F32).is_err());
     assert!(run(&Augment::default(), &Device::Cpu, Dtype::F32).is_err());
     assert!(run(&Augment::default(), &device, Dtype::U32).is_err());
-    let boxes = Tensor::zeros(&[3, 4], Dtype::U32).unwrap();
+    for levels in [levels_of(3), levels_of(4).on(&device).unwrap()] {
+        assert!(run_with(&levels, &Augment::default(), &device, Dtype::F32).unwrap_err().contains("f32 [2, C] is needed beside it"));
+    }
+    let boxes = Tensor::zeros(&[3, 1, 4], Dtype::U32).unwrap();
     assert!(run(&Augment { erase: Some(Erase { boxes: &boxes, fill: Fill::Zero }), mix: Mix::None }, &device, Dtype::F32).is_err());
 }

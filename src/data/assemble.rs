@@ -86,8 +86,8 @@ impl Recipe {
         let channels = sample.pixels.len() / self.transform.side.pow(2).max(1);
         let numbers = match self.transform.erasing.map(|erasing| erasing.mode) {
             None | Some(Filling::Const) => 0,
-            // One colour an image.
-            Some(Filling::Rand) => channels,
+            // One colour a box.
+            Some(Filling::Rand) => sample.erased.len() * channels,
             Some(Filling::Pixel) => sample.erased.iter().map(|&[_, _, height, width]| height as usize * width as usize * channels).sum(),
         };
         Ok((sample, normals(draws, numbers)))
@@ -112,7 +112,7 @@ pub(super) struct Assembly(Mutex<Rows>);
 struct Rows {
     /// u8 [B, S, S, C], there from the first row on: only then C is known.
     bytes: Option<Tensor>,
-    /// [B, C] or [B, C, S, S], likewise.
+    /// [B, R, C] or [B, C, S, S], likewise.
     fill: Option<Tensor>,
     rows: Vec<Option<Row>>,
     unread: Vec<Vec<Unread>>,
@@ -204,14 +204,20 @@ impl Rows {
             bytes.last()
         );
         bytes.data_mut::<u8>()[row * pixels.len()..][..pixels.len()].copy_from_slice(&pixels);
-        let mode = recipe.transform.erasing.map(|erasing| erasing.mode);
+        let (mode, most) =
+            (recipe.transform.erasing.map(|erasing| erasing.mode), recipe.transform.erasing.map_or(0, |erasing| erasing.count));
+        if erased.len() > most {
+            bail!("{}: {} boxes are to be erased, more than were asked for", recipe.dataset.name(index), erased.len());
+        }
         match mode {
             Some(Filling::Rand) => {
                 let colours = match &mut self.fill {
                     Some(colours) => colours,
-                    none => none.insert(Tensor::empty(&[batch, channels], Dtype::F32)?),
+                    none => none.insert(Tensor::empty(&[batch, most, channels], Dtype::F32)?),
                 };
-                colours.data_mut::<f32>()[row * channels..][..channels].copy_from_slice(&fill);
+                let own = &mut colours.data_mut::<f32>()[row * most * channels..][..most * channels];
+                own.fill(0.0);
+                own[..fill.len()].copy_from_slice(&fill);
             }
             Some(Filling::Pixel) => {
                 let noise = match &mut self.fill {
@@ -222,9 +228,6 @@ impl Rows {
                 write_boxes(&mut noise.data_mut::<f32>()[row * image..][..image], side, &erased, &fill);
             }
             Some(Filling::Const) | None => {}
-        }
-        if erased.len() > recipe.transform.erasing.map_or(0, |erasing| erasing.count) {
-            bail!("{}: {} boxes are to be erased, more than were asked for", recipe.dataset.name(index), erased.len());
         }
         self.rows[row] = Some(Row { index, erased });
         Ok(())

@@ -16,7 +16,7 @@ use std::str::FromStr;
 pub enum Filling {
     /// A number of N(0, 1) for each pixel and channel.
     Pixel,
-    /// A number of N(0, 1) for each channel.
+    /// A number of N(0, 1) for each box and channel.
     Rand,
     /// Zero, the mean colour.
     Const,

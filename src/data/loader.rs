@@ -53,7 +53,7 @@ pub struct Erased {
 /// What stands in erased boxes, f32.
 pub enum Filled {
     Zero,
-    /// [B, C]
+    /// [B, R, C]
     Channels(Tensor),
     /// [B, C, S, S]; arbitrary outside the boxes.
     Pixels(Tensor),
@@ -72,7 +72,7 @@ pub struct Loaded {
 
 impl Loaded {
     /// Normalised images [B, C, S, S] on a device, with the boxes of the transform erased unless `augment` has others.
-    pub fn images(&self, device: &Device, mean: [f32; 3], std: [f32; 3], augment: &augment::Augment) -> Result<Tensor> {
+    pub fn images(&self, device: &Device, mean: &[f32], std: &[f32], augment: &augment::Augment) -> Result<Tensor> {
         let bytes = self.bytes.on(device)?;
         let &[b, h, w, c] = bytes.shape() else { bail!("a batch is {bytes:?} but [B, H, W, C] is needed") };
         let mut images = Tensor::empty_on(device, &[b, c, h, w], Dtype::F32)?;
@@ -85,12 +85,12 @@ impl Loaded {
             boxes,
             fill: match &fill {
                 None => augment::Fill::Zero,
-                Some(fill) if fill.shape().len() == 2 => augment::Fill::Channels(fill),
+                Some(fill) if fill.shape().len() == 3 => augment::Fill::Channels(fill),
                 Some(fill) => augment::Fill::Pixels(fill),
             },
         });
         let augment = augment::Augment { erase: augment.erase.or(own), ..*augment };
-        augment::prepare(&bytes, mean, std, &augment, &mut images)?;
+        augment::prepare(&bytes, &augment::levels(mean, std, device)?, &augment, &mut images)?;
         Ok(images)
     }
 }

@@ -11,6 +11,7 @@
 use super::augment::Mix;
 use crate::ensure;
 use crate::error::Result;
+use rayon::prelude::*;
 
 /// The rows `y0..y1` and columns `x0..x1` that CutMix exchanges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,13 +43,13 @@ pub fn mixup(images: &mut [f32], batch: usize, lam: f64) -> Result<()> {
     check_mixup(batch, lam)?;
     let (own, other) = (lam as f32, (1.0 - lam) as f32);
     if lam < 1.0 {
-        for_each_pair(images, batch, |x, y| {
+        for_each_pair(images, batch, |_, x, y| {
             for (x, y) in x.iter_mut().zip(y) {
                 (*x, *y) = (own * *x + other * *y, own * *y + other * *x);
             }
         })?;
     } else {
-        for_each_pair(images, batch, |_, _| {})?;
+        for_each_pair(images, batch, |_, _, _| {})?;
     }
     Ok(())
 }
@@ -60,7 +61,7 @@ pub fn cutmix(images: &mut [f32], shape: [usize; 4], cut: CutBox) -> Result<()> 
     ensure!(wanted == Some(images.len()), "cutmix: {} values are not [B, C, H, W] = {shape:?}", images.len());
     check_cut(shape, cut)?;
     let CutBox { y0, y1, x0, x1 } = cut;
-    for_each_pair(images, batch, |a, b| {
+    for_each_pair(images, batch, |_, a, b| {
         for (a, b) in a.chunks_exact_mut(h * w).zip(b.chunks_exact_mut(h * w)) {
             for y in y0..y1 {
                 a[y * w + x0..y * w + x1].swap_with_slice(&mut b[y * w + x0..y * w + x1]);
@@ -142,18 +143,15 @@ pub fn mix_each(images: &mut [f32], shape: [usize; 4], mixes: &[Mix]) -> Result<
             }
         }
     };
-    let (mut first, mut before) = (0, Vec::new());
-    for_each_pair(images, batch, |x, y| {
-        before.clear();
-        before.extend_from_slice(x);
+    for_each_pair(images, batch, |first, x, y| {
+        let before = x.to_vec();
         mix(x, y, mixes[first]);
         mix(y, &before, mixes[batch - 1 - first]);
-        first += 1;
     })
 }
 
-/// Hands out each image of the first half with its partner, both writable.
-fn for_each_pair(images: &mut [f32], batch: usize, mut update: impl FnMut(&mut [f32], &mut [f32])) -> Result<()> {
+/// Hands out each image of the first half, by number, with its partner, both writable.
+fn for_each_pair(images: &mut [f32], batch: usize, update: impl Fn(usize, &mut [f32], &mut [f32]) + Sync) -> Result<()> {
     check_even(batch)?;
     if images.is_empty() {
         return Ok(());
@@ -161,9 +159,8 @@ fn for_each_pair(images: &mut [f32], batch: usize, mut update: impl FnMut(&mut [
     ensure!(batch > 0 && images.len().is_multiple_of(batch), "mixup: {} values are not {batch} images", images.len());
     let image = images.len() / batch;
     let (first, second) = images.split_at_mut(images.len() / 2);
-    for (x, y) in first.chunks_exact_mut(image).zip(second.chunks_exact_mut(image).rev()) {
-        update(x, y);
-    }
+    let pairs = first.par_chunks_exact_mut(image).zip(second.par_chunks_exact_mut(image).rev());
+    pairs.enumerate().for_each(|(i, (x, y))| update(i, x, y));
     Ok(())
 }
 

@@ -9,6 +9,7 @@
 //! | [`folder`] | a folder a class |
 //! | [`cifar`] | CIFAR-10 and CIFAR-100 |
 //! | [`synthetic`] | the built-in pictures |
+//! | [`cache`] | a small set kept in memory |
 //! | [`decode`] | encoded images to bytes |
 //! | `resample` | the two passes of a resize |
 //! | [`packed`] | a set in one file, checksummed and mapped |

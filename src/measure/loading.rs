@@ -199,7 +199,7 @@ fn measure(args: &LoadingArgs, files: Arc<Files>, row: &mut (impl FnMut(Row) + S
         measured(step, says, &mut |round| {
             let mut last: Option<Tensor> = None;
             for loaded in loader.epoch(round, 0) {
-                last = Some(loaded?.images(&Device::Cpu, IMAGENET_MEAN, IMAGENET_STD, &augment::Augment::default())?);
+                last = Some(loaded?.images(&Device::Cpu, &IMAGENET_MEAN, &IMAGENET_STD, &augment::Augment::default())?);
             }
             last.map(drop).ok_or_else(|| Error::new("the loader gave no batch"))
         })?;

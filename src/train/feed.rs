@@ -44,6 +44,6 @@ impl Feed {
     }
 
     fn images(&self, loaded: &Loaded, augment: &Augment) -> Result<Tensor> {
-        loaded.images(&self.device, self.mean, self.std, augment)
+        loaded.images(&self.device, &self.mean, &self.std, augment)
     }
 }

@@ -78,10 +78,11 @@ fn inputs(s: &Sizes) -> Result<Vec<Bench>> {
             let bytes = x[0].value();
             let dtype = if bytes.gpu().is_some() { precision } else { Dtype::F32 };
             let mut images = bytes.alike(&[b, 3, SIDE, SIDE], dtype)?;
-            augment::prepare(bytes, IMAGENET_MEAN, IMAGENET_STD, &Augment { erase: None, mix }, &mut images)?;
+            augment::prepare(bytes, x[1].value(), &Augment { erase: None, mix }, &mut images)?;
             constant(images)
         })
         .exact(&[b, SIDE, SIDE, 3], Dtype::U8, Some(bytes))
+        .exact(&[2, 3], Dtype::F32, Some([IMAGENET_MEAN, IMAGENET_STD].concat()))
         .forward(Work::moves(n, 0).and_bytes(n)),
     ])
 }
