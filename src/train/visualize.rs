@@ -50,7 +50,7 @@ pub fn panels(mae: &Mae, images: &Tensor, normalised: Normalised, ratio: f64, rn
     let images = images.on(&Device::Cpu)?.cast(Dtype::F32)?;
     let &[batch, channels, height, width] = images.shape() else { crate::bail!("images are {images:?} but [B, C, H, W] is needed") };
     let x = patchify(&images, config.patch)?; // [B, L, P]
-    let mut y = pred.value().on(&Device::Cpu)?.cast(Dtype::F32)?;
+    let mut y = pred.value().on(&Device::Cpu)?.cast(Dtype::F32)?.into_unique()?;
     let p = x.last();
     if let Some(eps) = mae.norm_pix() {
         for (y, x) in y.data_mut::<f32>().chunks_exact_mut(p).zip(x.data::<f32>().chunks_exact(p)) {
