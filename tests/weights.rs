@@ -36,7 +36,7 @@ fn deit3() -> VitConfig {
 
 fn mae(image: usize, dtype: Dtype) -> Mae {
     let encoder = VitConfig::new(image, 8, 16, 2, 4);
-    let config = MaeConfig { encoder, decoder: DecoderConfig { width: 8, depth: 1, heads: 2 }, mask_ratio: 0.75, norm_pix: false };
+    let config = MaeConfig { encoder, decoder: DecoderConfig { width: 8, depth: 1, heads: 2 }, mask_ratio: 0.75, norm_pix: None };
     Mae::new(config, dtype, &Rng::new(3)).unwrap()
 }
 
@@ -318,7 +318,7 @@ fn a_checkpoint_of_the_papers_program_loads_as_it_is() {
     assert_eq!(found.hidden, 32);
     let encoder = VitConfig { mlp_ratio: 2.0, ..VitConfig::new(16, 8, 16, 1, 4) };
     let config =
-        MaeConfig { encoder: encoder.clone(), decoder: DecoderConfig { width: 16, depth: 1, heads: 4 }, mask_ratio: 0.5, norm_pix: true };
+        MaeConfig { encoder: encoder.clone(), decoder: DecoderConfig { width: 16, depth: 1, heads: 4 }, mask_ratio: 0.5, norm_pix: Some(1e-6) };
     let mut mae = Mae::new(config, Dtype::F32, &Rng::new(0)).unwrap();
     let report = weights::load(&mut mae.params, &encoder, &file, Policy::Strict).unwrap();
     assert_eq!(report.loaded.len(), mae.params.len());
@@ -335,7 +335,7 @@ fn the_contents_of_a_file_are_read_off_its_shapes() {
     assert!(mae.vit().unwrap_err().to_string().contains("16 wide"));
 
     let glyph = masque::nn::presets::mae("glyph_s", 48).unwrap();
-    let config = MaeConfig { encoder: glyph, decoder: masque::nn::presets::decoder_of("glyph_s"), mask_ratio: 0.75, norm_pix: true };
+    let config = MaeConfig { encoder: glyph, decoder: masque::nn::presets::decoder_of("glyph_s"), mask_ratio: 0.75, norm_pix: Some(1e-6) };
     let glyph = Mae::new(config, Dtype::F32, &Rng::new(0)).unwrap();
     let found = Contents::of(&file_of(&glyph.params, |_| true)).unwrap();
     let (vit, decoder) = (found.vit().unwrap(), found.decoder().unwrap().unwrap());
