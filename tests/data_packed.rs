@@ -140,7 +140,7 @@ fn pixels_are_those_of_the_resize_and_small_images_stay() {
         } else {
             let to = resize::short_side_size(whole.size, 16).unwrap();
             assert_eq!(picture.size.iter().min(), Some(&16));
-            assert_eq!(picture, Picture::new(to, 3, resize::resize(&whole.pixels, whole.size, to).unwrap()).unwrap());
+            assert_eq!(picture, Picture::new(to, 3, resize::resize(&whole.pixels, whole.size, 3, to).unwrap()).unwrap());
         }
         assert!(back.encoded(index).unwrap().is_none());
     }
@@ -485,7 +485,12 @@ fn commands_pack_show_check_and_export() {
     assert!(fs::read(&direct).unwrap() == fs::read(b).unwrap());
     let output = masque(&["show", b]);
     assert!(output.status.success(), "{}", text(&output));
-    for part in ["30 images of 3 classes, 10 of a class", "height 9 to 37, width 11 to 27 (all)", "pixels with a short side of up to 16", "  n02  10"] {
+    for part in [
+        "30 images of 3 classes, 10 of a class",
+        "height 9 to 37, width 11 to 27 (all)",
+        "pixels with a short side of up to 16",
+        "  n02  10",
+    ] {
         assert!(text(&output).contains(part), "{part}: {}", text(&output));
     }
     assert!(masque(&["check", b, "--decode"]).status.success());

@@ -125,6 +125,11 @@ impl Mae {
         masking::random(&noise, masking::len_keep(patches, ratio)?)
     }
 
+    /// Says that the weights predict pixels normalised patch by patch, where their file does not.
+    pub fn predict_normalised(&mut self) {
+        self.norm_pix.get_or_insert(pixels::EPS);
+    }
+
     /// Part of the patches that is hidden in training.
     pub fn mask_ratio(&self) -> f64 {
         self.mask_ratio

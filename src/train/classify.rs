@@ -11,6 +11,7 @@ use crate::data::Dataset;
 use crate::data::erase::{Erasing, Filling};
 use crate::data::loader::{Loader, LoaderOptions, Order};
 use crate::data::mixing::{Mixing, Mode};
+use crate::data::open::same_classes;
 use crate::data::rand_augment::RandAugment;
 use crate::data::transform::Transform;
 use crate::error::{Error, Result};
@@ -87,18 +88,14 @@ impl ClassifierArgs {
 
     /// How many classes the head has; the labels of both sets must fit.
     fn classes(&self, train: &dyn Dataset, val: &dyn Dataset) -> Result<usize> {
-        let (found, in_val) = (train.classes().len(), val.classes().len());
+        let found = train.classes().len();
         let classes = self.nb_classes.unwrap_or(found);
         if classes < found || classes == 0 {
             return Err(Error::usage(format!(
                 "--nb-classes {classes}: the training images have {found} classes; leave the flag out or give at least as many"
             )));
         }
-        if train.classes() != val.classes() {
-            let differ = train.classes().iter().zip(val.classes()).find(|(a, b)| a != b);
-            let which = differ.map_or(String::new(), |(a, b)| format!(": {a} in one is {b} in the other"));
-            return Err(Error::new(format!("training and validation images do not have the same classes ({found} and {in_val}){which}")));
-        }
+        same_classes(train, val)?;
         Ok(classes)
     }
 
@@ -297,10 +294,11 @@ struct Sets {
 }
 
 impl Sets {
-    fn open(classifier: &ClassifierArgs, run: &RunArgs, images: &ImagesArgs, repeated: bool) -> Result<Self> {
+    fn open(classifier: &ClassifierArgs, run: &RunArgs, images: &ImagesArgs, repeated: bool, say: &mut dyn FnMut(&str)) -> Result<Self> {
         run.check()?;
         images.check()?;
         let (train, val) = (images.open(Part::Train)?, images.open(Part::Val)?);
+        train.notes().iter().chain(val.notes()).for_each(|note| say(note));
         let classes = classifier.classes(&*train, &*val)?;
         let order = if repeated { Order::Repeated { times: 3 } } else { Order::Shuffled };
         let loading = LoaderOptions {
@@ -325,7 +323,7 @@ pub fn finetune(args: &FinetuneArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
     if !args.classifier.eval {
         mixing.check(args.run.batch_size)?;
     }
-    let sets = Sets::open(&args.classifier, &args.run, &args.images, args.repeated_aug)?;
+    let sets = Sets::open(&args.classifier, &args.run, &args.images, args.repeated_aug, say)?;
     let config = args.classifier.config(args.images.input_size, sets.classes, args.drop_path, false)?;
     let depth = config.vit.depth;
     let labels = Labels { classes: sets.classes, mixing };
@@ -336,7 +334,7 @@ pub fn finetune(args: &FinetuneArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
 }
 
 pub fn probe(args: &ProbeArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
-    let sets = Sets::open(&args.classifier, &args.run, &args.images, false)?;
+    let sets = Sets::open(&args.classifier, &args.run, &args.images, false, say)?;
     let config = args.classifier.config(args.images.input_size, sets.classes, 0.0, args.knn.is_none())?;
     let settings = settings(args)?;
     let job = Job { word: "probe", classifier: &args.classifier, run: &args.run, images: &args.images, crop: &args.crop, sets, settings };

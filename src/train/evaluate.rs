@@ -66,6 +66,7 @@ impl EvaluateArgs {
         };
         images.check()?;
         let dataset = images.open(Part::Val)?;
+        dataset.notes().iter().for_each(|note| say(note));
         let (method, classes): (&dyn Method, _) = match &opened.model {
             Model::Mae(mae) => (&**mae, None),
             Model::Classifier(classifier) => (&**classifier, Some(classifier.classes)),

@@ -192,6 +192,10 @@ impl Dataset for First {
         self.dataset.picture(index)
     }
 
+    fn notes(&self) -> &[String] {
+        self.dataset.notes()
+    }
+
     fn encoded(&self, index: usize) -> Result<Option<Vec<u8>>> {
         self.dataset.encoded(index)
     }

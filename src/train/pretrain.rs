@@ -65,6 +65,7 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let start = args.run.start("pretrain-mae")?;
     let train = args.images.open(Part::Train)?;
     let validation = args.images.open(Part::Val)?;
+    train.notes().iter().chain(validation.notes()).for_each(|note| say(note));
 
     let mut mae = Mae::new(config, Dtype::F32, &Rng::new(args.run.seed))?;
     mae.params.move_to(&device, args.run.precision.dtype())?;
