@@ -34,10 +34,10 @@ enum Command {
     #[command(subcommand)]
     Pretrain(Pretrain),
     /// Train a classifier: from a pre-trained encoder, or from scratch
-    #[command(args_override_self = true)]
+    #[command(args_override_self = true, allow_negative_numbers = true)]
     Finetune(Box<classify::FinetuneArgs>),
     /// Judge an encoder's features: a linear head on frozen features, or nearest neighbours
-    #[command(args_override_self = true)]
+    #[command(args_override_self = true, allow_negative_numbers = true)]
     Probe(Box<classify::ProbeArgs>),
     /// Loss and accuracy of a checkpoint on validation images
     Evaluate(EvaluateArgs),
@@ -69,7 +69,7 @@ enum Command {
 #[derive(Subcommand)]
 enum Pretrain {
     /// MAE: hide most patches of an image, reconstruct their pixels
-    #[command(args_override_self = true)]
+    #[command(args_override_self = true, allow_negative_numbers = true)]
     Mae(Box<pretrain::PretrainArgs>),
 }
 

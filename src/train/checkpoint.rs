@@ -29,20 +29,25 @@ pub struct Header {
     pub progress: Map<String, Value>,
 }
 
-/// Whether a file is one of ours.
-pub fn is_checkpoint(file: &TensorFile) -> bool {
-    file.metadata().contains_key("masque.format")
-}
-
 pub fn header(file: &TensorFile) -> Result<Header> {
     let source = file.source();
-    let text = |key: &str| file.metadata().get(key).ok_or_else(|| Error::new(format!("{source} is no masque checkpoint: it has no {key}")));
-    let format = text("masque.format")?;
+    let format = text(file, "masque.format")?;
     ensure!(format == FORMAT, "{source} is a checkpoint of format {format}, this program reads format {FORMAT}");
-    let map = |key: &str| -> Result<Map<String, Value>> {
-        serde_json::from_str(text(key)?).with_context(|| format!("{source}: {key} cannot be read"))
-    };
-    Ok(Header { settings: map("masque.settings")?, progress: map("masque.progress")? })
+    Ok(Header { settings: map(file, "masque.settings")?, progress: map(file, "masque.progress")? })
+}
+
+/// The settings of the run that a file comes from; none where it is not of a run of masque.
+pub fn settings(file: &TensorFile) -> Result<Map<String, Value>> {
+    if file.metadata().contains_key("masque.settings") { map(file, "masque.settings") } else { Ok(Map::new()) }
+}
+
+fn text<'a>(file: &'a TensorFile, key: &str) -> Result<&'a str> {
+    let found = file.metadata().get(key).map(String::as_str);
+    found.ok_or_else(|| Error::new(format!("{} is no masque checkpoint: it has no {key}", file.source())))
+}
+
+fn map(file: &TensorFile, key: &str) -> Result<Map<String, Value>> {
+    serde_json::from_str(text(file, key)?).with_context(|| format!("{}: {key} cannot be read", file.source()))
 }
 
 /// Writes model, optimiser and averages; the file at `path` is the old one or the whole new one.

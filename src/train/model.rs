@@ -82,10 +82,7 @@ impl ModelArgs {
         device.compute_in(self.precision)?;
         let shown = || self.checkpoint.display().to_string();
         let stored = weights::open(&self.checkpoint, if self.ema { Which::Averages } else { Which::Trained })?;
-        let settings = match checkpoint::is_checkpoint(&stored) {
-            true => checkpoint::header(&stored)?.settings,
-            false => Map::new(),
-        };
+        let settings = checkpoint::settings(&stored)?;
         let file = names::to_official(&stored)?.file;
         let contents = Contents::of(&file)?;
         let vit = self.vit(&contents, &settings).with_context(|| format!("{}: give its name by --model", shown()))?;
