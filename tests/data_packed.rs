@@ -409,6 +409,7 @@ fn export_gives_the_files_back() {
 struct Named {
     classes: Vec<String>,
     names: Vec<&'static str>,
+    channels: usize,
 }
 
 impl Dataset for Named {
@@ -429,7 +430,8 @@ impl Dataset for Named {
     }
 
     fn picture(&self, index: usize) -> Result<Picture> {
-        Picture::new([1, 2], 3, vec![index as u8; 6])
+        let side = if self.channels == 3 { 1 } else { 32 };
+        Picture::new([side, 2 * side], self.channels, vec![index as u8; 2 * side * side * self.channels])
     }
 }
 
@@ -438,7 +440,7 @@ fn export_stays_in_its_folder_and_loses_no_file() {
     let home = folder("names");
     let exported = |number: usize, class: &str, names: &[&'static str]| {
         let (file, out) = (home.join(format!("{number}.masque")), home.join(format!("out{number}")));
-        pack(&Named { classes: vec![class.into()], names: names.to_vec() }, &file, &options(PIXELS), &mut |_| {}).unwrap();
+        pack(&Named { classes: vec![class.into()], names: names.to_vec(), channels: 3 }, &file, &options(PIXELS), &mut |_| {}).unwrap();
         export(&Packed::open(&file).unwrap(), &out, &mut |_| {}).map(|()| out)
     };
     for (number, class) in ["..", ".", "", "a/b", "/tmp", "a/"].into_iter().enumerate() {
@@ -454,9 +456,24 @@ fn export_stays_in_its_folder_and_loses_no_file() {
 }
 
 #[test]
+fn images_of_other_channel_counts_are_kept_too() {
+    for channels in [1, 4] {
+        let output = folder(&format!("channels_{channels}")).join("a.masque");
+        let set = Named { classes: vec!["cat".into()], names: vec!["row 1", "row 2"], channels };
+        pack(&set, &output, &options(PIXELS), &mut |_| {}).unwrap();
+        let picture = Packed::open(&output).unwrap().picture(1).unwrap();
+        assert_eq!(picture, Picture::new([16, 32], channels, vec![1; 512 * channels]).unwrap());
+        let out = output.with_file_name("out");
+        export(&Packed::open(&output).unwrap(), &out, &mut |_| {}).unwrap();
+        let file = image::open(out.join("cat/00000001.png")).unwrap();
+        assert_eq!((usize::from(file.color().channel_count()), file.as_bytes()), (channels, &picture.pixels[..]));
+    }
+}
+
+#[test]
 fn original_bytes_are_asked_of_sets_that_have_them() {
     let output = folder("no_files").join("a.masque");
-    let set = Named { classes: vec!["cat".into()], names: vec!["row 1"] };
+    let set = Named { classes: vec!["cat".into()], names: vec!["row 1"], channels: 3 };
     let error = pack(&set, &output, &options(Storage::Original), &mut |_| {}).unwrap_err();
     assert_eq!(error.exit_code(), 2);
     assert!(error.chain().contains("row 1 has no file of its own; use --size"), "{}", error.chain());
@@ -524,6 +541,40 @@ fn commands_pack_show_check_and_export() {
     let output = masque(&["check", b]);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output).contains("2 of 30 images of") && text(&output).contains("n01/0.JPEG is damaged"), "{}", text(&output));
+}
+
+#[test]
+fn a_folder_with_broken_files_is_packed_without_them() {
+    let home = folder("broken");
+    let set = Made::new(12, &[]);
+    for (index, bytes) in set.files.iter().enumerate() {
+        let path = home.join(set.name(index).strip_prefix("/data/").unwrap());
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        // The first half of a file, nothing of another.
+        let length = [(4, bytes.len() / 2), (9, 0)].iter().find(|(broken, _)| *broken == index).map_or(bytes.len(), |&(_, length)| length);
+        fs::write(path, &bytes[..length]).unwrap();
+    }
+    let (from, to) = (home.join("set"), home.join("train.masque"));
+    let (from, to) = (from.to_str().unwrap(), to.to_str().unwrap());
+    let command = ["pack", "--data-path", from, "--output", to, "--original"];
+    let output = masque(&[&command[..], &["--strict-data"]].concat());
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(text(&output).contains("n02/4.JPEG") && !Path::new(to).exists(), "{}", text(&output));
+    let output = masque(&command);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    let lines: Vec<&str> = said.lines().collect();
+    assert!(lines.len() == 3 && lines[0].contains("n02/4.JPEG") && lines[1].contains("n03/9.JPEG"), "{said}");
+    assert!(lines[2].contains("2 of 12 images were skipped"), "{said}");
+    let back = Packed::open(Path::new(to)).unwrap();
+    let kept: Vec<usize> = (0..12).filter(|index| ![4, 9].contains(index)).collect();
+    assert_eq!(back.len(), kept.len());
+    for (index, source) in kept.into_iter().enumerate() {
+        assert_eq!((back.label(index), back.encoded(index).unwrap().unwrap()), (set.label(source), set.files[source].clone()));
+        assert!(set.name(source).ends_with(&back.source(index)), "{}", back.source(index));
+    }
+    // It is found under the folder as well.
+    assert!(masque(&["show", home.to_str().unwrap(), "--split", "train"]).status.success());
 }
 
 #[cfg(target_os = "linux")]

@@ -115,7 +115,8 @@ fn packs(args: &Pack) -> Result<()> {
     let mut pace = Pace::new("done");
     let packing = pack(&*dataset, &args.output, &options, &mut |event| match event {
         Event::Continued { images } => say(&format!("continuing with the {images} images that are there")),
-        Event::Skipped { name, why } => eprintln!("masque: skipped {name}: {why}"),
+        Event::Skipped { name, why } if why.contains(name) => eprintln!("masque: skipped: {why}"),
+        Event::Skipped { name, why } => eprintln!("masque: skipped: {name}: {why}"),
         Event::Progress { done, of } => pace.tell(done, of),
     })?;
     if packing.skipped > 0 {

@@ -149,9 +149,8 @@ fn smaller(picture: Picture, short: usize) -> Result<Picture> {
     if picture.size[0].min(picture.size[1]) <= short {
         return Ok(picture);
     }
-    ensure!(picture.channels == 3, "images with {} channels cannot be resized, only those with 3", picture.channels);
     let to = resize::short_side_size(picture.size, short)?;
-    Picture::new(to, 3, resize::resize(&picture.pixels, picture.size, 3, to)?)
+    Picture::new(to, picture.channels, resize::resize(&picture.pixels, picture.size, picture.channels, to)?)
 }
 
 /// The file while it is worked on.
