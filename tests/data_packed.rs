@@ -140,7 +140,7 @@ fn pixels_are_those_of_the_resize_and_small_images_stay() {
         } else {
             let to = resize::short_side_size(whole.size, 16).unwrap();
             assert_eq!(picture.size.iter().min(), Some(&16));
-            assert_eq!(picture, Picture::new(to, 3, resize::resize(&whole.pixels, whole.size, to).unwrap()).unwrap());
+            assert_eq!(picture, Picture::new(to, 3, resize::resize(&whole.pixels, whole.size, 3, to).unwrap()).unwrap());
         }
         assert!(back.encoded(index).unwrap().is_none());
     }
