@@ -11,6 +11,8 @@ use masque::tensor::{Device, Dtype, Tensor};
 use rayon::prelude::*;
 use std::collections::HashSet;
 
+type Knob = (&'static str, fn(&mut GlyphsConfig));
+
 fn glyphs(change: impl FnOnce(&mut GlyphsConfig)) -> Glyphs {
     let mut config = GlyphsConfig::default();
     change(&mut config);
@@ -99,7 +101,7 @@ fn a_larger_picture_shows_the_same_scene() {
 #[test]
 fn every_knob_turns_something_and_the_label_stays() {
     let usual = Glyphs::open(true).unwrap();
-    let knobs: [(&str, fn(&mut GlyphsConfig)); 9] = [
+    let knobs: [Knob; 9] = [
         ("position", |c| c.position = 0.3),
         ("rotation", |c| c.rotation = 3.0),
         ("radius", |c| c.radius = [0.3, 0.5]),
