@@ -485,7 +485,12 @@ fn commands_pack_show_check_and_export() {
     assert!(fs::read(&direct).unwrap() == fs::read(b).unwrap());
     let output = masque(&["show", b]);
     assert!(output.status.success(), "{}", text(&output));
-    for part in ["30 images of 3 classes, 10 of a class", "height 9 to 37, width 11 to 27 (all)", "pixels with a short side of up to 16", "  n02  10"] {
+    for part in [
+        "30 images of 3 classes, 10 of a class",
+        "height 9 to 37, width 11 to 27 (all)",
+        "pixels with a short side of up to 16",
+        "  n02  10",
+    ] {
         assert!(text(&output).contains(part), "{part}: {}", text(&output));
     }
     assert!(masque(&["check", b, "--decode"]).status.success());

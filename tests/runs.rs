@@ -162,7 +162,9 @@ fn the_number_of_workers_and_threads_changes_nothing() {
 fn training_on_the_emulated_device_gives_the_losses_of_the_cpu() {
     let losses = |device: &str, command: &str| -> Vec<f64> {
         let folder = folder(&format!("{device}-{}", command.split(' ').next().unwrap()));
-        let run = format!("{command} --train-images 24 --val-images 8 --batch-size 4 --log-freq 1 --epochs 1 --warmup-epochs 0 --device {device}");
+        let run = format!(
+            "{command} --train-images 24 --val-images 8 --batch-size 4 --log-freq 1 --epochs 1 --warmup-epochs 0 --device {device}"
+        );
         succeeds(masque(&run, &folder));
         let mut losses: Vec<f64> = rows(folder.join("steps.jsonl")).iter().map(|row| row["loss"].as_f64().unwrap()).collect();
         losses.push(rows(folder.join("log.jsonl"))[0]["test_loss"].as_f64().unwrap());
@@ -199,7 +201,8 @@ fn an_encoder_is_pretrained_finetuned_probed_and_evaluated() {
     }
     // A checkpoint is evaluated as its run was.
     let last = at("fine").join("checkpoint-00000008.safetensors");
-    let evaluated = Command::new(env!("CARGO_BIN_EXE_masque")).arg("evaluate").arg(&last).args(["--val-images", "64", "--batch-size", "32"]).output();
+    let evaluated =
+        Command::new(env!("CARGO_BIN_EXE_masque")).arg("evaluate").arg(&last).args(["--val-images", "64", "--batch-size", "32"]).output();
     let evaluated = evaluated.unwrap();
     let line = said(&evaluated);
     assert!(evaluated.status.success(), "{line}");

@@ -317,8 +317,12 @@ fn a_checkpoint_of_the_papers_program_loads_as_it_is() {
     assert_eq!((found.width, found.depth, found.patch, found.grid, found.decoder), (16, 1, 8, Some(2), Some((16, 1))));
     assert_eq!(found.hidden, 32);
     let encoder = VitConfig { mlp_ratio: 2.0, ..VitConfig::new(16, 8, 16, 1, 4) };
-    let config =
-        MaeConfig { encoder: encoder.clone(), decoder: DecoderConfig { width: 16, depth: 1, heads: 4 }, mask_ratio: 0.5, norm_pix: Some(1e-6) };
+    let config = MaeConfig {
+        encoder: encoder.clone(),
+        decoder: DecoderConfig { width: 16, depth: 1, heads: 4 },
+        mask_ratio: 0.5,
+        norm_pix: Some(1e-6),
+    };
     let mut mae = Mae::new(config, Dtype::F32, &Rng::new(0)).unwrap();
     let report = weights::load(&mut mae.params, &encoder, &file, Policy::Strict).unwrap();
     assert_eq!(report.loaded.len(), mae.params.len());

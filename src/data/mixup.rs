@@ -132,7 +132,7 @@ pub fn mix_each(images: &mut [f32], shape: [usize; 4], mixes: &[Mix]) -> Result<
     }
     let mix = |x: &mut [f32], y: &[f32], mix: Mix| match mix {
         Mix::None => {}
-        Mix::Mixup(lam) if lam == 1.0 => {}
+        Mix::Mixup(1.0) => {}
         Mix::Mixup(lam) => {
             let (own, other) = (lam as f32, (1.0 - lam) as f32);
             x.iter_mut().zip(y).for_each(|(x, y)| *x = own * *x + other * *y);
