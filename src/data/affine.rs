@@ -45,7 +45,7 @@ pub fn rotate([h, w]: [usize; 2], degrees: f64) -> Map {
 /// The image through the map.
 pub fn transform(pixels: &[u8], size: [usize; 2], map: &Map, fill: [u8; 3]) -> Vec<u8> {
     let mut out = vec![0; pixels.len()];
-    if map[1] == 0.0 && map[3] == 0.0 && *map == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0] {
+    if *map == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0] {
         out.copy_from_slice(pixels);
     } else if map[3] == 0.0 && map[4] == 1.0 && map[5] == 0.0 {
         sideways(&widened(pixels), size, map, fill, &mut out);
@@ -90,11 +90,11 @@ fn widened(pixels: &[u8]) -> Vec<Lanes<f32>> {
 fn between_pixels(image: &[Lanes<f32>], at: [usize; 4], d: f64) -> Lanes<f64> {
     let (v1, v2, v3, v4) = (&image[at[0]], &image[at[1]], &image[at[2]], &image[at[3]]);
     let mut out = [0f64; 4];
-    for c in 0..4 {
+    for (c, out) in out.iter_mut().enumerate() {
         let p2 = f64::from(v3[c] - v1[c]);
         let p3 = f64::from(2.0 * (v1[c] - v2[c]) + v3[c] - v4[c]);
         let p4 = f64::from(v2[c] - v1[c] + v4[c] - v3[c]);
-        out[c] = f64::from(v2[c]) + d * (p2 + d * (p3 + d * p4));
+        *out = f64::from(v2[c]) + d * (p2 + d * (p3 + d * p4));
     }
     out
 }
@@ -103,11 +103,11 @@ fn between_pixels(image: &[Lanes<f32>], at: [usize; 4], d: f64) -> Lanes<f64> {
 #[inline(always)]
 fn between([v1, v2, v3, v4]: [Lanes<f64>; 4], d: f64) -> Lanes<f64> {
     let mut out = [0f64; 4];
-    for c in 0..4 {
+    for (c, out) in out.iter_mut().enumerate() {
         let p2 = -v1[c] + v3[c];
         let p3 = 2.0 * (v1[c] - v2[c]) + v3[c] - v4[c];
         let p4 = -v1[c] + v2[c] - v3[c] + v4[c];
-        out[c] = v2[c] + d * (p2 + d * (p3 + d * p4));
+        *out = v2[c] + d * (p2 + d * (p3 + d * p4));
     }
     out
 }
@@ -115,8 +115,8 @@ fn between([v1, v2, v3, v4]: [Lanes<f64>; 4], d: f64) -> Lanes<f64> {
 #[inline(always)]
 fn to_bytes(pixel: Lanes<f64>) -> [u8; CHANNELS] {
     let mut out = [0i32; 4];
-    for c in 0..4 {
-        out[c] = pixel[c].clamp(0.0, 255.0) as i32;
+    for (c, out) in out.iter_mut().enumerate() {
+        *out = pixel[c].clamp(0.0, 255.0) as i32;
     }
     [out[0] as u8, out[1] as u8, out[2] as u8]
 }

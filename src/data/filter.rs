@@ -36,9 +36,9 @@ vectorised! {
     fn smooth_row(rows: [&[u8]; 3], out: &mut [u8]) {
         let n = out.len();
         let [above, own, below] = rows.map(|row| [&row[..n], &row[CHANNELS..][..n], &row[2 * CHANNELS..][..n]]);
-        for i in 0..n {
+        for (i, out) in out.iter_mut().enumerate() {
             let sum = |row: [&[u8]; 3]| u32::from(row[0][i]) + u32::from(row[1][i]) + u32::from(row[2][i]);
-            out[i] = thirteenth(sum(above) + sum(own) + sum(below) + 4 * u32::from(own[1][i])) as u8;
+            *out = thirteenth(sum(above) + sum(own) + sum(below) + 4 * u32::from(own[1][i])) as u8;
         }
     }
 
