@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/parity");
+const IMAGES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/images");
 /// A training step of a fraction of a second.
 const SMALL: [&str; 14] = [
     "measure",
@@ -69,9 +70,17 @@ fn accepted(args: &[&str]) -> String {
 
 #[test]
 fn every_command_explains_itself() {
-    for command in
-        [&[][..], &["measure"], &["measure", "kernels"], &["measure", "ops"], &["measure", "step"], &["parity"], &["convert"], &["info"]]
-    {
+    for command in [
+        &[][..],
+        &["measure"],
+        &["measure", "kernels"],
+        &["measure", "loading"],
+        &["measure", "ops"],
+        &["measure", "step"],
+        &["parity"],
+        &["convert"],
+        &["info"],
+    ] {
         let args = [command, &["--help"]].concat();
         assert!(accepted(&args).contains("Usage: masque"), "{args:?}");
     }
@@ -135,6 +144,10 @@ fn other_mistakes_in_what_was_typed_are_refused() {
         &["parity", empty],
         &["parity", FIXTURES, "--device", "emulated", "--precision", "f64"],
         &["parity", FIXTURES, "--precision", "f16"],
+        &["measure", "loading", "--rounds", "0"],
+        &["measure", "loading", "--image-size", "0"],
+        &["measure", "loading", "--workers", "-1"],
+        &["measure", "loading", "--folder", empty],
         &["measure", "step", "--precision", "f16"],
         &["measure", "step", "--precision", "bf16", "--image-size", "32"],
         &["measure", "step", "--precision", "tf32", "--device", "emulated", "--image-size", "32"],
@@ -209,6 +222,18 @@ fn json_of_ops_is_one_object_a_line() {
         assert!(row["case"]["rows"].is_u64() && row["case"]["c"].is_u64(), "{row}");
         assert!(["ms", "min_ms", "max_ms", "threads"].iter().all(|field| row[field].is_number()), "{row}");
     }
+}
+
+#[test]
+fn every_step_of_loading_is_measured_on_the_files_given() {
+    let lines = accepted(&["measure", "loading", "--folder", IMAGES, "--image-size", "16", "--rounds", "2", "--workers", "2", "--json"]);
+    let rows: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let steps: Vec<&str> = rows.iter().map(|row| row["step"].as_str().unwrap()).collect();
+    assert_eq!(steps, ["decode", "pretrain", "evaluate", "finetune", "loader"]);
+    for row in rows {
+        assert!(row["images_per_s"].as_f64().is_some_and(|x| x.is_finite() && x > 0.0) && row["runs"] == 2, "{row}");
+    }
+    assert!(refused(&["measure", "loading", "--folder", "/no/such/folder"], 1).contains("/no/such/folder"));
 }
 
 #[test]

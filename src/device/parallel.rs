@@ -15,6 +15,12 @@ pub fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> Re
     Ok(rayon::scope(|_| f()))
 }
 
+/// Runs `f` with one thread for its parallel loops: what one core can do.
+pub fn alone<R: Send>(f: impl FnOnce() -> R + Send) -> Result<R> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).stack_size(STACK).build();
+    Ok(pool.context("starting a thread")?.install(f))
+}
+
 /// As much stack as a program's first thread has.
 const STACK: usize = 8 << 20;
 

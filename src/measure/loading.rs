@@ -165,7 +165,7 @@ pub fn run(args: &LoadingArgs, mut row: impl FnMut(Row) + Send) -> Result<()> {
         Some(folder) => Files::of(folder)?,
         None => Files::made()?,
     });
-    parallel::with_threads(1, || measure(args, files, &mut row))?
+    parallel::alone(|| measure(args, files, &mut row))?
 }
 
 fn measure(args: &LoadingArgs, files: Arc<Files>, row: &mut (impl FnMut(Row) + Send)) -> Result<()> {
