@@ -2,6 +2,7 @@
 
 mod data;
 mod presets;
+mod visualize;
 
 use crate::device::{Named, parallel};
 use crate::error::{Error, Result};
@@ -40,6 +41,8 @@ enum Command {
     Probe(Box<classify::ProbeArgs>),
     /// Loss and accuracy of a checkpoint on validation images
     Evaluate(EvaluateArgs),
+    /// What a model sees in images: masked, reconstructed, and where its class token looks, as one PNG
+    Visualize(visualize::VisualizeArgs),
     /// List the recipes, or print one whole
     Presets {
         /// The recipe to print
@@ -213,6 +216,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         Command::Finetune(args) => return Ok(ended(classify::finetune(&args, &mut |line| say(line))?)),
         Command::Probe(args) => return Ok(ended(classify::probe(&args, &mut |line| say(line))?)),
         Command::Evaluate(args) => args.run(&mut |line| say(line)).map(|_| ())?,
+        Command::Visualize(args) => args.run(&mut |line| say(line))?,
         Command::Presets { name: Some(name) } => say(&presets::find(&name)?.text()),
         Command::Presets { name: None } => {
             presets::all().iter().for_each(|preset| say(&format!("{:<24} {:<13} {}", preset.name, preset.command, preset.about)));

@@ -140,6 +140,11 @@ impl Mae {
         self.norm_pix
     }
 
+    /// For files that do not say what their model predicts.
+    pub fn set_norm_pix(&mut self, eps: Option<f64>) {
+        self.norm_pix = eps;
+    }
+
     /// Mean squared error over the hidden patches.
     pub fn reconstruction(&self, pred: &Var, images: &Tensor, mask: &Mask) -> Result<Var> {
         pred.pixel_loss(images, self.encoder.config.patch, self.norm_pix, &mask.hidden)
