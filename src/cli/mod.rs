@@ -41,8 +41,8 @@ enum Command {
     Probe(Box<classify::ProbeArgs>),
     /// Loss and accuracy of a checkpoint on validation images
     Evaluate(EvaluateArgs),
-    /// Show what a model paints where patches are hidden, or where its class token looks
-    Visualize(visualize::Visualize),
+    /// What a model sees in images: masked, reconstructed, and where its class token looks, as one PNG
+    Visualize(visualize::VisualizeArgs),
     /// List the recipes, or print one whole
     Presets {
         /// The recipe to print

@@ -1,135 +1,165 @@
-//! `masque visualize`: what a model paints where patches are hidden, and where its class token looks.
+//! `masque visualize`: what a model sees in any image, as one PNG.
 
-use crate::data::loader::{Loader, LoaderOptions};
-use crate::data::transform::{Crop, Transform};
-use crate::data::{Dataset, Picture, decode};
+use crate::data::{Picture, decode, resize};
 use crate::error::{Context, Error, Result};
+use crate::formats;
 use crate::rng::Rng;
-use crate::train::feed::Feed;
-use crate::train::images::{ImagesArgs, Part, evaluation};
-use crate::train::model::{Model, ModelArgs};
-use crate::train::picture;
+use crate::targets::pixels;
+use crate::tensor::Tensor;
+use crate::train::images::{ImagesArgs, Part};
+use crate::train::model::{Model, ModelArgs, Opened};
+use crate::train::picture::{SheetRow, sheet};
 use crate::train::visualize::{Normalised, attention_rows, panel_rows};
 use clap::Args;
 use serde_json::Value;
+use std::io::Write;
 use std::path::PathBuf;
-use std::sync::Arc;
+
+/// Images that go through the model together.
+const TOGETHER: usize = 8;
+/// Letters of a file's name that are shown beside its panels.
+const LETTERS: usize = 16;
 
 #[derive(Args)]
-pub struct Visualize {
+pub struct VisualizeArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Images to show (JPEG, PNG, WebP, BMP), resized to the model's size [default: the first validation images of the checkpoint's run]
+    /// Images (JPEG, PNG, WebP, BMP), resized to the model's size whatever their shape [default: four unseen images of the checkpoint's run]
+    #[arg(value_name = "IMAGE")]
     images: Vec<PathBuf>,
-    /// The picture to write
-    #[arg(long, short, default_value = "masque.png", value_name = "FILE.png")]
-    output: PathBuf,
-    /// Parts of the patches that are hidden, one row each
-    #[arg(long, value_delimiter = ',', default_value = "0.75", value_name = "RATIO,...")]
+    /// Parts of the patches that are hidden, a row of panels each [default: the part hidden in training]
+    #[arg(long, value_delimiter = ',', allow_negative_numbers = true, value_name = "RATIO,...")]
     mask_ratio: Vec<f64>,
-    /// Show where the class token looks in the last block, instead
+    /// The file to write
+    #[arg(long, default_value = "visualize.png", value_name = "FILE.png")]
+    output: PathBuf,
+    /// Also draw where the class token looks in the last block; a model without a decoder has nothing else to show
     #[arg(long)]
     attention: bool,
-    /// How many images to show where none are named
-    #[arg(long, default_value_t = 4, value_name = "N")]
-    count: usize,
-    /// Seed of the masks; 2 is that of MAE's demo
-    #[arg(long, default_value_t = 2)]
-    seed: u64,
-    /// The model predicts normalised pixels; masque's own checkpoints say so themselves
+    /// The model predicts pixels normalised patch by patch: show them with the true mean and deviation of each patch [default: as the checkpoint says]
     #[arg(long)]
     norm_pix_loss: bool,
+    /// Seed of the masks
+    #[arg(long, default_value_t = 2)]
+    seed: u64,
+    /// Means of the channels that the model was trained with [default: the run's, or ImageNet's]
+    #[arg(long, value_delimiter = ',', num_args = 3, value_name = "R,G,B")]
+    mean: Option<Vec<f32>>,
+    /// Deviations of the channels
+    #[arg(long, value_delimiter = ',', num_args = 3, value_name = "R,G,B")]
+    std: Option<Vec<f32>>,
 }
 
-/// No more images than these stand in one picture.
-const MOST: usize = 64;
-
-impl Visualize {
+impl VisualizeArgs {
     pub fn run(&self, say: &mut dyn FnMut(&str)) -> Result<()> {
-        if self.output.extension().is_none_or(|ending| ending != "png") {
-            return Err(Error::usage(format!("--output {}: a picture is written as .png", self.output.display())));
-        }
-        let count = if self.images.is_empty() { self.count } else { self.images.len() };
-        if count == 0 || count > MOST {
-            return Err(Error::usage(format!("{count} images cannot be shown in one picture; give 1 to {MOST}")));
-        }
+        self.check()?;
         let mut opened = self.model.open()?;
         say(&opened.report);
-        if let (Model::Mae(mae), true) = (&mut opened.model, self.norm_pix_loss) {
-            mae.predict_normalised();
+        match &mut opened.model {
+            Model::Mae(mae) if self.norm_pix_loss && mae.norm_pix().is_none() => mae.set_norm_pix(Some(pixels::EPS)),
+            Model::Mae(_) => {}
+            _ => self.needs_decoder(&opened)?,
         }
-        let own = |key: &str| opened.settings.get(key)?.as_array().map(|x| x.iter().filter_map(Value::as_f64).map(|x| x as f32).collect());
-        let data_path = opened.settings.get("data-path").and_then(Value::as_str);
-        let images = ImagesArgs {
-            data_path: PathBuf::from(data_path.unwrap_or_default()),
+        let of_run = self.of_run(&opened);
+        of_run.check()?;
+        let [mean, std] = of_run.statistics();
+        let normalised = Normalised { mean: &mean, std: &std };
+        let pictures = if self.images.is_empty() { self.unseen(&opened, &of_run)? } else { self.read(&opened)? };
+        let mut rows = Vec::new();
+        for some in pictures.chunks(TOGETHER) {
+            rows.extend(self.rows(&opened, some, normalised)?);
+        }
+        let png = sheet(&rows)?.png()?;
+        formats::write_atomically(&self.output, |out| out.write_all(&png).context("writing the picture"))?;
+        say(&format!("{}: {} images, {} rows of panels", self.output.display(), pictures.len(), rows.len()));
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.output.extension().is_none_or(|ending| !ending.eq_ignore_ascii_case("png")) {
+            return Err(Error::usage(format!("--output {}: pictures are written as PNG; use the ending .png", self.output.display())));
+        }
+        match self.mask_ratio.iter().find(|ratio| !(0.0..=1.0).contains(*ratio)) {
+            Some(ratio) => Err(Error::usage(format!("--mask-ratio {ratio} is not a fraction from 0 to 1"))),
+            None => Ok(()),
+        }
+    }
+
+    /// What only a decoder can answer was not asked of a model that has none.
+    fn needs_decoder(&self, opened: &Opened) -> Result<()> {
+        let what = if matches!(opened.model, Model::Classifier(_)) { "a classifier" } else { "an encoder alone" };
+        let flag = match (self.mask_ratio.is_empty(), self.norm_pix_loss) {
+            (false, _) => "--mask-ratio",
+            (true, true) => "--norm-pix-loss",
+            (true, false) => return Ok(()),
+        };
+        let file = self.model.checkpoint.display();
+        Err(Error::usage(format!(
+            "{flag}: {file} is {what}, which reconstructs nothing; leave the flag out to see where its class token looks"
+        )))
+    }
+
+    /// The images of the run that made the checkpoint; ImageNet's statistics where it does not say.
+    fn of_run(&self, opened: &Opened) -> ImagesArgs {
+        let own = |key: &str| opened.settings.get(key).filter(|value| !value.is_null());
+        let numbers = |key: &str| Some(own(key)?.as_array()?.iter().filter_map(Value::as_f64).map(|x| x as f32).collect());
+        ImagesArgs {
+            data_path: own("data-path").and_then(Value::as_str).map(PathBuf::from).unwrap_or_default(),
             input_size: opened.side(),
             train_images: None,
             val_images: None,
             strict_data: false,
-            mean: own("mean"),
-            std: own("std"),
+            mean: self.mean.clone().or_else(|| numbers("mean")),
+            std: self.std.clone().or_else(|| numbers("std")),
+        }
+    }
+
+    fn read(&self, opened: &Opened) -> Result<Vec<(String, Picture)>> {
+        let several = self.images.len() > 1;
+        let read = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let name: String = if several { name.chars().take(LETTERS).collect() } else { String::new() };
+            Ok((name, fitted(decode::open(path)?, opened)?))
         };
-        let [mean, std] = images.statistics();
-        let (dataset, transform): (Arc<dyn Dataset>, _) = if !self.images.is_empty() {
-            let whole = Transform { crop: Crop::Whole, ..Transform::evaluate(opened.side()) };
-            (Arc::new(Files { paths: self.images.clone() }), whole)
-        } else if data_path.is_some() {
-            let ratio = opened.settings.get("eval-crop-ratio").and_then(Value::as_f64);
-            (images.open(Part::Val)?, evaluation(opened.side(), ratio)?)
-        } else {
-            return Err(Error::usage("no image was named, and the checkpoint does not say what images it is for; name an image"));
-        };
-        let loader = Loader::new(dataset, transform, LoaderOptions { batch: count, strict: true, ..LoaderOptions::default() });
-        let loaded = loader.epoch(0, 0).next().ok_or_else(|| Error::new("the set holds no image"))??;
-        let names: Vec<String> = match self.images.is_empty() {
-            true => Vec::new(),
-            false => loaded.indices.iter().map(|&index| loader.dataset().name(index)).collect(),
-        };
-        let feed = Feed { device: opened.params().device().clone(), mean, std, labels: None };
-        let pixels = feed.evaluation(loaded)?.images;
-        let normalised = Normalised { mean: &mean, std: &std };
-        let rows = match (&opened.model, self.attention) {
-            (_, true) => attention_rows(opened.vit(), opened.params(), &pixels, normalised, &names)?,
-            (Model::Mae(mae), false) => panel_rows(mae, &pixels, normalised, &self.mask_ratio, &names, &Rng::new(self.seed))?,
-            (_, false) => {
-                return Err(Error::usage(format!(
-                    "{} has no decoder to paint with; --attention shows where it looks",
-                    self.model.checkpoint.display()
-                )));
-            }
-        };
-        picture::sheet(&rows)?.save(&self.output)?;
-        say(&format!("{}: {count} images", self.output.display()));
-        Ok(())
+        self.images.iter().map(read).collect()
+    }
+
+    /// Four validation images, spread over the set.
+    fn unseen(&self, opened: &Opened, of_run: &ImagesArgs) -> Result<Vec<(String, Picture)>> {
+        if of_run.data_path.as_os_str().is_empty() {
+            let file = self.model.checkpoint.display();
+            return Err(Error::usage(format!("{file} does not say what images it is for; name the images to show behind it")));
+        }
+        let set = of_run.open(Part::Val)?;
+        let count = set.len().min(4);
+        (0..count).map(|i| Ok((String::new(), fitted(set.picture(i * set.len() / count)?, opened)?))).collect()
+    }
+
+    fn rows(&self, opened: &Opened, pictures: &[(String, Picture)], normalised: Normalised) -> Result<Vec<SheetRow>> {
+        let names: Vec<String> = pictures.iter().map(|(name, _)| name.clone()).collect();
+        let side = opened.side();
+        let values = pictures.iter().map(|(_, picture)| resize::normalise(&picture.pixels, picture.size, normalised.mean, normalised.std));
+        let values = values.collect::<Result<Vec<_>>>()?.concat();
+        let images = Tensor::from_slice(&[pictures.len(), normalised.mean.len(), side, side], &values)?;
+        let images = images.on(opened.params().device())?;
+        let mut rows = Vec::new();
+        if let Model::Mae(mae) = &opened.model {
+            let ratios = if self.mask_ratio.is_empty() { vec![mae.mask_ratio()] } else { self.mask_ratio.clone() };
+            rows = panel_rows(mae, &images, normalised, &ratios, &names, &Rng::new(self.seed))?;
+        }
+        if self.attention || !matches!(opened.model, Model::Mae(_)) {
+            rows.extend(attention_rows(opened.vit(), opened.params(), &images, normalised, &names)?);
+        }
+        Ok(rows)
     }
 }
 
-/// Images named one by one.
-struct Files {
-    paths: Vec<PathBuf>,
-}
-
-impl Dataset for Files {
-    fn len(&self) -> usize {
-        self.paths.len()
+/// A picture as the model takes it: its size, whatever the shape was.
+fn fitted(picture: Picture, opened: &Opened) -> Result<Picture> {
+    let config = &opened.vit().config;
+    if picture.channels != config.channels {
+        return Err(Error::new(format!("the image has {} channels but the model takes {}", picture.channels, config.channels)));
     }
-
-    fn classes(&self) -> &[String] {
-        &[]
-    }
-
-    fn label(&self, _index: usize) -> u32 {
-        0
-    }
-
-    fn name(&self, index: usize) -> String {
-        let path = &self.paths[index];
-        path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
-    }
-
-    fn picture(&self, index: usize) -> Result<Picture> {
-        let attempt = || self.paths[index].display().to_string();
-        let bytes = std::fs::read(&self.paths[index]).with_context(attempt)?;
-        decode::decode(&bytes).with_context(attempt)
-    }
+    let pixels = resize::resize(&picture.pixels, picture.size, picture.channels, config.image)?;
+    Picture::new(config.image, picture.channels, pixels)
 }

@@ -125,11 +125,6 @@ impl Mae {
         masking::random(&noise, masking::len_keep(patches, ratio)?)
     }
 
-    /// Says that the weights predict pixels normalised patch by patch, where their file does not.
-    pub fn predict_normalised(&mut self) {
-        self.norm_pix.get_or_insert(pixels::EPS);
-    }
-
     /// Part of the patches that is hidden in training.
     pub fn mask_ratio(&self) -> f64 {
         self.mask_ratio
@@ -143,6 +138,11 @@ impl Mae {
     /// What is added to a patch's variance where targets are normalised patch by patch; None where they are not.
     pub fn norm_pix(&self) -> Option<f64> {
         self.norm_pix
+    }
+
+    /// For files that do not say what their model predicts.
+    pub fn set_norm_pix(&mut self, eps: Option<f64>) {
+        self.norm_pix = eps;
     }
 
     /// Mean squared error over the hidden patches.

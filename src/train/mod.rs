@@ -1,6 +1,7 @@
 //! Floor 7: training, and what a person sees of it.
 
 pub mod args;
+pub mod chart;
 pub mod checkpoint;
 pub mod classify;
 pub mod evaluate;

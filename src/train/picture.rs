@@ -1,12 +1,10 @@
 //! Pictures with words: a canvas, an alphabet of its own, sheets of labelled panels, PNG.
 
 use crate::data::Picture;
+use crate::ensure;
 use crate::error::{Context, Result};
-use crate::{ensure, formats};
 use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use image::{ExtendedColorType, ImageEncoder};
-use std::io::Write;
-use std::path::Path;
 
 /// Least side of a panel: smaller pictures are enlarged by a whole factor.
 const PANEL: usize = 192;
@@ -66,12 +64,6 @@ impl Canvas {
                 }
             }
         }
-    }
-
-    /// Writes it as PNG; the file is the old one or the whole new one.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        let png = self.png()?;
-        formats::write_atomically(path, |out| out.write_all(&png).context("writing the picture"))
     }
 
     pub fn png(&self) -> Result<Vec<u8>> {

@@ -162,7 +162,7 @@ impl Record {
     }
 }
 
-fn is_plain(name: &str) -> bool {
+pub(super) fn is_plain(name: &str) -> bool {
     !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'))
 }
 
@@ -209,7 +209,7 @@ fn parse(line: &str) -> Option<Row> {
     strict.or_else(|_| lenient()).ok()
 }
 
-fn number(row: &Row, key: &str) -> Option<f64> {
+pub(super) fn number(row: &Row, key: &str) -> Option<f64> {
     row.get(key).and_then(Value::as_f64)
 }
 
