@@ -15,10 +15,10 @@
 //! | 4 | [`ops`] | one file an op: the math, the CPU code, the backward, the cases |
 //! | 5 | [`masking`] | which patches are kept |
 //! | 5 | [`nn`] | parts of a vision transformer |
-//! | 5 | [`data`] | images on their way to a batch |
+//! | 5 | [`data`] | sets of images, what happens to an image, batches read ahead |
 //! | 5 | [`optim`] | update rules, schedules, parameter groups |
 //! | 6 | [`methods`] | one file a method, reading like its paper's method section |
-//! | 7 | [`train`] | a step of training, recorded on a GPU and replayed |
+//! | 7 | [`train`] | the loop, its checkpoints and records, evaluation, pictures and the report |
 //! | 7 | [`measure`] | timing, parity with PyTorch, facts of the machine |
 //! | 8 | [`cli`] | arguments turned into objects |
 

@@ -1,4 +1,17 @@
 //! Floor 7: training, and what a person sees of it.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`pretrain`], [`classify`] | the commands that train, turned into a [`run`] |
+//! | [`args`], [`images`] | the flags that they share |
+//! | [`run`] | the one loop: where a run stands, what it does next, what it does when numbers are not finite |
+//! | [`step`] | forward, backward and update, recorded on a GPU and replayed |
+//! | [`feed`] | from bytes to what a step takes |
+//! | [`checkpoint`], [`signals`] | what survives, and when it is saved |
+//! | [`evaluate`], [`knn`] | how good a model is |
+//! | [`model`] | a model out of a checkpoint, whoever wrote it |
+//! | [`record`], [`events`], [`progress`] | the rows of a run, TensorBoard's files, the line on the terminal |
+//! | [`visualize`], [`picture`], [`chart`], [`report`] | pictures, curves, and the page that shows them |
 
 pub mod args;
 pub mod chart;
