@@ -43,10 +43,10 @@ pub struct VisualizeArgs {
     #[arg(long, default_value_t = 2)]
     seed: u64,
     /// Means of the channels that the model was trained with [default: the run's, or ImageNet's]
-    #[arg(long, value_delimiter = ',', num_args = 3, value_name = "R,G,B")]
+    #[arg(long, value_delimiter = ',', value_name = "R,G,B")]
     mean: Option<Vec<f32>>,
     /// Deviations of the channels
-    #[arg(long, value_delimiter = ',', num_args = 3, value_name = "R,G,B")]
+    #[arg(long, value_delimiter = ',', value_name = "R,G,B")]
     std: Option<Vec<f32>>,
 }
 
@@ -106,6 +106,7 @@ impl VisualizeArgs {
         ImagesArgs {
             data_path: own("data-path").and_then(Value::as_str).map(PathBuf::from).unwrap_or_default(),
             input_size: opened.side(),
+            in_chans: opened.vit().config.channels,
             train_images: None,
             val_images: None,
             strict_data: false,

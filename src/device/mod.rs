@@ -198,8 +198,13 @@ impl std::str::FromStr for Named {
         match name {
             "cpu" => Ok(Named::Cpu),
             "emulated" => Ok(Named::Emulated),
-            "gpu" => Ok(Named::Gpu(0)),
-            _ => name.strip_prefix("gpu:").and_then(|number| number.parse().ok()).map(Named::Gpu).ok_or_else(unknown),
+            "gpu" | "cuda" => Ok(Named::Gpu(0)),
+            _ => name
+                .strip_prefix("gpu:")
+                .or_else(|| name.strip_prefix("cuda:"))
+                .and_then(|number| number.parse().ok())
+                .map(Named::Gpu)
+                .ok_or_else(unknown),
         }
     }
 }

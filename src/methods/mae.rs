@@ -48,15 +48,15 @@ pub struct MaeArgs {
 }
 
 impl MaeArgs {
-    /// For square images of this side.
-    pub fn config(&self, image: usize) -> Result<MaeConfig> {
+    /// For square images of this side and so many channels.
+    pub fn config(&self, image: usize, channels: usize) -> Result<MaeConfig> {
         let named = presets::named(&self.model)?;
         let usage = |text: String| Err(Error::usage(text));
         if let Some(family) = named.family.filter(|family| *family != Family::Mae) {
             return usage(format!("--model {} is a {family:?} classifier; pre-training takes mae_vit_... or a size", self.model));
         }
         let mut encoder = named.encoder(image)?;
-        encoder.patch = self.patch_size.unwrap_or(encoder.patch);
+        (encoder.patch, encoder.channels) = (self.patch_size.unwrap_or(encoder.patch), channels);
         encoder.check().map_err(|error| Error::usage(format!("--input-size and --patch-size: {}", error.chain())))?;
         let decoder = DecoderConfig {
             width: self.decoder_dim.unwrap_or(named.decoder.width),

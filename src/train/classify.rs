@@ -66,8 +66,8 @@ pub struct ClassifierArgs {
 }
 
 impl ClassifierArgs {
-    /// The classifier for square images of this side.
-    pub fn config(&self, image: usize, classes: usize, drop_path: f64, probe: bool) -> Result<ClassifierConfig> {
+    /// The classifier for these images.
+    pub fn config(&self, images: &ImagesArgs, classes: usize, drop_path: f64, probe: bool) -> Result<ClassifierConfig> {
         let named = presets::named(&self.model)?;
         if named.family == Some(Family::Mae) {
             return Err(Error::usage(format!(
@@ -76,8 +76,8 @@ impl ClassifierArgs {
                 self.model.trim_start_matches("mae_")
             )));
         }
-        let mut vit = named.classifier(image, drop_path)?;
-        vit.patch = self.patch_size.unwrap_or(vit.patch);
+        let mut vit = named.classifier(images.input_size, drop_path)?;
+        (vit.patch, vit.channels) = (self.patch_size.unwrap_or(vit.patch), images.in_chans);
         vit.check().map_err(|error| Error::usage(format!("--input-size and --patch-size: {}", error.chain())))?;
         if !(0.0..1.0).contains(&drop_path) {
             return Err(Error::usage(format!("--drop-path {drop_path} is not in [0, 1)")));
@@ -324,7 +324,7 @@ pub fn finetune(args: &FinetuneArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
         mixing.check(args.run.batch_size)?;
     }
     let sets = Sets::open(&args.classifier, &args.run, &args.images, args.repeated_aug, say)?;
-    let config = args.classifier.config(args.images.input_size, sets.classes, args.drop_path, false)?;
+    let config = args.classifier.config(&args.images, sets.classes, args.drop_path, false)?;
     let depth = config.vit.depth;
     let labels = Labels { classes: sets.classes, mixing };
     let settings = settings(args)?;
@@ -335,7 +335,7 @@ pub fn finetune(args: &FinetuneArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
 
 pub fn probe(args: &ProbeArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let sets = Sets::open(&args.classifier, &args.run, &args.images, false, say)?;
-    let config = args.classifier.config(args.images.input_size, sets.classes, 0.0, args.knn.is_none())?;
+    let config = args.classifier.config(&args.images, sets.classes, 0.0, args.knn.is_none())?;
     let settings = settings(args)?;
     let job = Job { word: "probe", classifier: &args.classifier, run: &args.run, images: &args.images, crop: &args.crop, sets, settings };
     if let Some(neighbours) = args.knn {
@@ -381,18 +381,13 @@ impl Job<'_> {
         optimizer: impl FnOnce(&Params) -> Result<Box<dyn Optimizer>>,
         say: &mut dyn FnMut(&str),
     ) -> Result<Ended> {
-        let start = self.run.start(self.word)?;
-        if self.classifier.eval && start.from.is_none() {
-            return Err(Error::usage("--eval evaluates what --resume names; give a checkpoint by --resume PATH, or use masque evaluate"));
+        if self.classifier.eval {
+            return self.evaluate(config, say);
         }
+        let start = self.run.start(self.word)?;
         let mut model = self.model(config, say)?;
         let feed = Feed { device: model.params.device().clone(), ..self.feed(Some(labels))? };
         let validation = self.sets.in_order(false, self.crop.evaluation(self.images.input_size)?);
-        if let (true, Some((path, file))) = (self.classifier.eval, &start.from) {
-            weights::load(&mut model.params, &model.model.vit.config, file, Policy::Strict)?;
-            say(&format!("{}: {}", path.display(), evaluate(&model, &validation, &feed)?));
-            return Ok(Ended::nothing());
-        }
         let optimizer = optimizer(&model.params)?;
         let ema = self.run.model_ema_decay.map(|decay| Ema::new(&mut model.params, decay)).transpose()?;
         let mut run = Run {
@@ -413,6 +408,23 @@ impl Job<'_> {
         }
         say(&format!("run folder: {}", start.folder.display()));
         run.run()
+    }
+
+    /// What `--eval --resume PATH` says of a checkpoint, whoever wrote it.
+    fn evaluate(self, config: ClassifierConfig, say: &mut dyn FnMut(&str)) -> Result<Ended> {
+        let path = match self.run.resume.as_deref() {
+            Some("auto") => self.run.start(self.word)?.from.map(|(path, _)| path),
+            path => path.map(PathBuf::from),
+        };
+        let missing = || Error::usage("--eval evaluates what --resume names; give a checkpoint by --resume PATH, or use masque evaluate");
+        let file = weights::open(path.ok_or_else(missing)?, Which::Trained)?;
+        let mut model = Supervised::new(config, Dtype::F32, &Rng::new(self.run.seed))?;
+        say(&weights::load(&mut model.params, &model.model.vit.config, &file, Policy::Strict)?.text());
+        let feed = self.feed(None)?;
+        model.params.move_to(&feed.device, self.run.precision.dtype())?;
+        let found = evaluate(&model, &self.sets.in_order(false, self.crop.evaluation(self.images.input_size)?), &feed)?;
+        say(&found.to_string());
+        Ok(Ended { last: Some(found), ..Ended::nothing() })
     }
 
     fn neighbours(self, config: ClassifierConfig, knn: knn::Knn, say: &mut dyn FnMut(&str)) -> Result<Ended> {

@@ -30,10 +30,10 @@ pub struct EvaluateArgs {
     #[arg(long, value_name = "RATIO")]
     pub eval_crop_ratio: Option<f64>,
     /// Means of the channels [default: the run's, or ImageNet's]
-    #[arg(long, value_delimiter = ',', num_args = 3, value_name = "R,G,B")]
+    #[arg(long, value_delimiter = ',', value_name = "R,G,B")]
     pub mean: Option<Vec<f32>>,
     /// Deviations of the channels
-    #[arg(long, value_delimiter = ',', num_args = 3, value_name = "R,G,B")]
+    #[arg(long, value_delimiter = ',', value_name = "R,G,B")]
     pub std: Option<Vec<f32>>,
     /// An image that cannot be read is an error, instead of being left out with a warning
     #[arg(long)]
@@ -58,6 +58,7 @@ impl EvaluateArgs {
                 Error::usage(format!("{} does not say what images it is for; give them by --data-path", self.model.checkpoint.display()))
             })?,
             input_size: opened.side(),
+            in_chans: opened.vit().config.channels,
             train_images: None,
             val_images: self.val_images,
             strict_data: self.strict_data,

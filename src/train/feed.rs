@@ -19,8 +19,9 @@ pub struct Labels {
 #[derive(Clone, Debug)]
 pub struct Feed {
     pub device: Device,
-    pub mean: [f32; 3],
-    pub std: [f32; 3],
+    /// Of each channel.
+    pub mean: Vec<f32>,
+    pub std: Vec<f32>,
     pub labels: Option<Labels>,
 }
 

@@ -21,6 +21,9 @@ pub struct ImagesArgs {
     /// Side of the square images that the model sees
     #[arg(long, default_value_t = 224, value_name = "PIXELS")]
     pub input_size: usize,
+    /// Channels of the built-in images; images from files have 3
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    pub in_chans: usize,
     /// Use only the first so many training images [default: all]
     #[arg(long, value_name = "N")]
     pub train_images: Option<usize>,
@@ -31,10 +34,10 @@ pub struct ImagesArgs {
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
     pub strict_data: bool,
     /// Means of the channels that are subtracted [default: ImageNet's; 0.5 for the built-in images]
-    #[arg(long, value_delimiter = ',', num_args = 3, value_name = "R,G,B")]
+    #[arg(long, value_delimiter = ',', value_name = "R,G,B")]
     pub mean: Option<Vec<f32>>,
     /// Deviations of the channels [default: ImageNet's; 0.25 for the built-in images]
-    #[arg(long, value_delimiter = ',', num_args = 3, value_name = "R,G,B")]
+    #[arg(long, value_delimiter = ',', value_name = "R,G,B")]
     pub std: Option<Vec<f32>>,
 }
 
@@ -129,6 +132,9 @@ impl ImagesArgs {
     }
 
     pub fn check(&self) -> Result<()> {
+        if self.in_chans != 3 && !self.is_synthetic() {
+            return Err(Error::usage(format!("--in-chans {}: images from files have 3 channels", self.in_chans)));
+        }
         for (flag, count) in [("--train-images", self.train_images), ("--val-images", self.val_images)] {
             if count == Some(0) {
                 return Err(Error::usage(format!("{flag} 0: at least one image is needed; leave the flag out for all of them")));
@@ -139,20 +145,23 @@ impl ImagesArgs {
             if let Some(wrong) = wrong {
                 return Err(Error::usage(format!("{flag} {wrong} cannot be normalised with")));
             }
+            if let Some(given) = given.as_ref().filter(|given| given.len() != self.in_chans) {
+                return Err(Error::usage(format!("{flag} has {} numbers but the images have {} channels", given.len(), self.in_chans)));
+            }
         }
         Ok(())
     }
 
     /// Mean and deviation of the channels.
-    pub fn statistics(&self) -> [[f32; 3]; 2] {
-        let [mean, std] = if self.is_synthetic() { [[0.5; 3], [0.25; 3]] } else { IMAGENET };
-        let given = |values: &Option<Vec<f32>>| values.as_deref().and_then(|values| <[f32; 3]>::try_from(values).ok());
-        [given(&self.mean).unwrap_or(mean), given(&self.std).unwrap_or(std)]
+    pub fn statistics(&self) -> [Vec<f32>; 2] {
+        let own = if self.is_synthetic() { [vec![0.5; self.in_chans], vec![0.25; self.in_chans]] } else { IMAGENET.map(Vec::from) };
+        let [mean, std] = own;
+        [self.mean.clone().unwrap_or(mean), self.std.clone().unwrap_or(std)]
     }
 
     pub fn open(&self, part: Part) -> Result<Arc<dyn Dataset>> {
         let dataset: Arc<dyn Dataset> = if self.is_synthetic() {
-            let glyphs = GlyphsConfig { size: self.input_size, ..GlyphsConfig::of(part == Part::Train) };
+            let glyphs = GlyphsConfig { size: self.input_size, channels: self.in_chans, ..GlyphsConfig::of(part == Part::Train) };
             Arc::new(Cached::new(Arc::new(Glyphs::new(glyphs)?), CACHE))
         } else {
             open(&self.data_path, if part == Part::Train { Split::Train } else { Split::Val })?

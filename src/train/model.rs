@@ -123,7 +123,7 @@ impl ModelArgs {
     fn mae(&self, contents: &Contents, settings: &Map<String, Value>, vit: VitConfig) -> Result<MaeConfig> {
         if settings.contains_key("mask-ratio") {
             let args: MaeArgs = serde_json::from_value(Value::Object(settings.clone())).context("the settings of the checkpoint")?;
-            return args.config(vit.image[0]);
+            return args.config(vit.image[0], vit.channels);
         }
         let decoder = contents.decoder()?.ok_or_else(|| Error::new("there is no decoder"))?;
         // A published file does not say what its pixels were: the ones made for pictures are raw, as this takes them to be.

@@ -8,8 +8,9 @@ use super::run::{After, Ended, Run};
 use super::step::{Step, StepOptions};
 use super::visualize::{self, Normalised};
 use crate::data::loader::{Loader, LoaderOptions, Order};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::methods::mae::{Mae, MaeArgs};
+use crate::nn::weights::{self, Policy, Which};
 use crate::optim::adamw::AdamW;
 use crate::optim::ema::Ema;
 use crate::optim::groups;
@@ -18,6 +19,7 @@ use crate::tensor::Dtype;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use std::any::Any;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
@@ -35,6 +37,12 @@ pub struct PretrainArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub crop: CropArgs,
+    /// Start from the weights of this checkpoint: a whole model of masque or of MAE's programs (.pth, .safetensors) [default: from scratch]
+    #[arg(long, value_name = "PATH")]
+    pub init: Option<PathBuf>,
+    /// --init may be an encoder alone: the decoder starts from scratch
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub fresh_decoder: bool,
 }
 
 /// Images that the pictures of a run show.
@@ -60,7 +68,7 @@ const BETAS: (f64, f64) = (0.9, 0.95);
 pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     args.run.check()?;
     args.images.check()?;
-    let config = args.method.config(args.images.input_size)?;
+    let config = args.method.config(args.images.input_size, args.images.in_chans)?;
     let device = args.run.open_device()?;
     let start = args.run.start("pretrain-mae")?;
     let train = args.images.open(Part::Train)?;
@@ -68,6 +76,13 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     train.notes().iter().chain(validation.notes()).for_each(|note| say(note));
 
     let mut mae = Mae::new(config, Dtype::F32, &Rng::new(args.run.seed))?;
+    if let Some(path) = &args.init {
+        let file = weights::open(path, Which::Trained)?;
+        let policy = Policy::PreTraining { fresh_decoder: args.fresh_decoder };
+        say(&weights::load(&mut mae.params, &mae.encoder.config, &file, policy)?.text());
+    } else if args.fresh_decoder {
+        return Err(Error::usage("--fresh-decoder says what --init may lack; give a checkpoint by --init PATH"));
+    }
     mae.params.move_to(&device, args.run.precision.dtype())?;
     let optimizer = AdamW::new(groups::by_decay(&mae.params, args.run.weight_decay, &[]), BETAS, 1e-8)?;
     let ema = args.run.model_ema_decay.map(|decay| Ema::new(&mut mae.params, decay)).transpose()?;

@@ -186,14 +186,17 @@ impl Run<'_> {
                 }
                 let due = self.options.save_updates.is_some_and(|every| self.place.update.is_multiple_of(every));
                 let signal = signals.came();
-                let at_the_end = self.place.micro + window > batches;
-                if (due || saved.elapsed() >= self.options.save_time || signal.is_some()) && !at_the_end && self.place.in_a_row == 0 {
+                if self.place.micro + window > batches {
+                    break;
+                }
+                // What skipped updates may have led to is not saved: the last checkpoint is a good one.
+                if (due || saved.elapsed() >= self.options.save_time || signal.is_some()) && self.place.in_a_row == 0 {
                     progress.pause();
                     self.save()?;
                     saved = Instant::now();
                     progress.go_on();
                 }
-                if signal.is_some() && !at_the_end {
+                if signal.is_some() {
                     progress.finish();
                     return self.end(last, signal, started);
                 }
@@ -206,7 +209,9 @@ impl Run<'_> {
             if let signal @ Some(_) = signals.came()
                 && self.place.epoch < self.options.epochs
             {
-                self.save()?;
+                if self.place.in_a_row == 0 {
+                    self.save()?;
+                }
                 progress.finish();
                 return self.end(last, signal, started);
             }
@@ -368,7 +373,7 @@ impl Run<'_> {
         if let Some(best) = &best {
             self.place.best = Some(best.score().0);
         }
-        if every(self.options.save_epochs) {
+        if every(self.options.save_epochs) && (self.place.in_a_row == 0 || done == epochs) {
             self.save()?;
         }
         if best.is_some() {
