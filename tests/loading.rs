@@ -184,7 +184,7 @@ fn strictly_the_first_unreadable_image_is_the_error() {
 
 #[test]
 fn a_set_of_which_most_cannot_be_read_is_an_error() {
-    let most = |index: usize| index % 5 != 0;
+    let most = |index: usize| !index.is_multiple_of(5);
     for (len, order) in [(400, Order::Shuffled), (400, Order::Sequential), (7, Order::Sequential), (3, Order::Shuffled)] {
         let options = LoaderOptions { order, batch: 2, ..shuffled(2, 2) };
         let loader = loader(Numbers { bad: most, ..numbers(len) }, options);

@@ -7,14 +7,13 @@
 //! What is drawn at random is an argument. Computed in f32 and rounded once to what is asked for. GPU: kernels/augment.cu, one pass, bit for bit.
 
 use super::mixup::{self, CutBox};
+use super::resize::MAX_CHANNELS;
 use crate::device::gpu::Gpu;
 use crate::device::launch::{Args, Launch, typed};
 use crate::error::Result;
 use crate::tensor::{Device, Dtype, Tensor};
 use crate::{bail, ensure};
 use rayon::prelude::*;
-
-pub const MOST_CHANNELS: usize = 16;
 
 /// How a batch is mixed with its reverse.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
@@ -53,8 +52,8 @@ pub struct Augment<'a> {
 /// Mean and deviation of each channel where [`prepare`] reads them, f32 [2, C].
 pub fn levels(mean: &[f32], std: &[f32], device: &Device) -> Result<Tensor> {
     ensure!(
-        mean.len() == std.len() && (1..=MOST_CHANNELS).contains(&mean.len()),
-        "normalising: {} means and {} deviations were given; each channel needs one of both, and there are 1 to {MOST_CHANNELS}",
+        mean.len() == std.len() && (1..=MAX_CHANNELS).contains(&mean.len()),
+        "normalising: {} means and {} deviations were given; each channel needs one of both, and there are 1 to {MAX_CHANNELS}",
         mean.len(),
         std.len()
     );
@@ -67,8 +66,8 @@ pub fn levels(mean: &[f32], std: &[f32], device: &Device) -> Result<Tensor> {
 pub fn prepare(bytes: &Tensor, levels: &Tensor, augment: &Augment, out: &mut Tensor) -> Result<()> {
     let &[batch, h, w, channels] = bytes.shape() else { bail!("augment: the batch is {bytes:?} but u8 [B, H, W, C] is needed") };
     ensure!(
-        bytes.dtype() == Dtype::U8 && h * w > 0 && (1..=MOST_CHANNELS).contains(&channels),
-        "augment: the batch is {bytes:?} but u8 [B, H, W, C] is needed, with 1 to {MOST_CHANNELS} channels"
+        bytes.dtype() == Dtype::U8 && h * w > 0 && (1..=MAX_CHANNELS).contains(&channels),
+        "augment: the batch is {bytes:?} but u8 [B, H, W, C] is needed, with 1 to {MAX_CHANNELS} channels"
     );
     let is_beside = |x: &Tensor, shape: &[usize], dtype: Dtype| x.shape() == shape && x.dtype() == dtype && x.gpu() == bytes.gpu();
     ensure!(

@@ -12,6 +12,7 @@
 //! Layers are painted in the order of [`Glyphs::paint`], in f32 and with the sine of this file, so that a picture has the same bytes on every machine.
 //! A picture of another size shows the same scene. Channel k of a colour is U(slot + k) for the first three and U(slot + 2^56 k) beyond.
 
+use super::resize::MAX_CHANNELS;
 use super::{Dataset, Picture};
 use crate::ensure;
 use crate::error::Result;
@@ -29,8 +30,6 @@ pub const TEST: usize = 2_000;
 /// A network is given (byte / 255 - MEAN) / STD.
 pub const MEAN: f32 = 0.5;
 pub const STD: f32 = 0.25;
-
-pub const MOST_CHANNELS: usize = 16;
 
 /// What the pictures are and how hard they are. The default is the training pool.
 #[derive(Clone, PartialEq, Debug)]
@@ -90,8 +89,8 @@ impl GlyphsConfig {
         ensure!((1..=u32::MAX as usize).contains(&len), "synthetic images: {len} were asked for; 1 to {} can be had", u32::MAX);
         ensure!((8..=1024).contains(&size), "synthetic images: a side of {size} pixels was asked for; 8 to 1024 can be had");
         ensure!(
-            (1..=MOST_CHANNELS).contains(&channels),
-            "synthetic images: {channels} channels were asked for; 1 to {MOST_CHANNELS} can be had"
+            (1..=MAX_CHANNELS).contains(&channels),
+            "synthetic images: {channels} channels were asked for; 1 to {MAX_CHANNELS} can be had"
         );
         ensure!((0.0..=1.0).contains(&position), "synthetic images: a position within {position} of the centre; it must be from 0 to 1");
         ensure!(
@@ -210,7 +209,7 @@ fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-type Colour = [f32; MOST_CHANNELS];
+type Colour = [f32; MAX_CHANNELS];
 
 /// What is drawn for one picture, by slot.
 struct Draws(u64);
@@ -432,7 +431,7 @@ mod tests {
     #[test]
     fn painting_within_a_box_leaves_nothing_out() {
         let size = 61;
-        let colours = [[0.25; MOST_CHANNELS], [0.75; MOST_CHANNELS]];
+        let colours = [[0.25; MAX_CHANNELS], [0.75; MAX_CHANNELS]];
         for (shape, texture) in [(0, 0), (1, 1), (2, 2), (2, 3), (3, 1), (4, 3)] {
             for (centre, radius, angle) in [([0.1, -0.05], 0.7, 0.02), ([0.85, -0.8], 0.2, -0.11), ([-0.9, 0.9], 1.9, 0.37)] {
                 let mut canvas = Canvas::new(size, 1);
