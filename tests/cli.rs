@@ -79,6 +79,10 @@ fn every_command_explains_itself() {
         &["measure", "step"],
         &["parity"],
         &["convert"],
+        &["data", "pack"],
+        &["data", "check"],
+        &["data", "export"],
+        &["data", "show"],
         &["info"],
     ] {
         let args = [command, &["--help"]].concat();

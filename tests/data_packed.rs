@@ -546,7 +546,8 @@ fn commands_pack_show_check_and_export() {
 #[test]
 fn a_folder_with_broken_files_is_packed_without_them() {
     let home = folder("broken");
-    let set = Made::new(12, &[]);
+    // Ten files, so that the order of their names is that of their numbers.
+    let set = Made::new(10, &[]);
     for (index, bytes) in set.files.iter().enumerate() {
         let path = home.join(set.name(index).strip_prefix("/data/").unwrap());
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -565,9 +566,9 @@ fn a_folder_with_broken_files_is_packed_without_them() {
     assert!(output.status.success(), "{said}");
     let lines: Vec<&str> = said.lines().collect();
     assert!(lines.len() == 3 && lines[0].contains("n02/4.JPEG") && lines[1].contains("n03/9.JPEG"), "{said}");
-    assert!(lines[2].contains("2 of 12 images were skipped"), "{said}");
+    assert!(lines[2].contains("2 of 10 images were skipped"), "{said}");
     let back = Packed::open(Path::new(to)).unwrap();
-    let kept: Vec<usize> = (0..12).filter(|index| ![4, 9].contains(index)).collect();
+    let kept: Vec<usize> = (0..10).filter(|index| ![4, 9].contains(index)).collect();
     assert_eq!(back.len(), kept.len());
     for (index, source) in kept.into_iter().enumerate() {
         assert_eq!((back.label(index), back.encoded(index).unwrap().unwrap()), (set.label(source), set.files[source].clone()));
