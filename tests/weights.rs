@@ -3,6 +3,7 @@
 use masque::formats::{self, FileTensor, TensorFile};
 use masque::masking;
 use masque::methods::mae::{Mae, MaeConfig};
+use masque::methods::{Batch, Method};
 use masque::nn::classifier::{Classifier, ClassifierConfig, Pool};
 use masque::nn::contents::Contents;
 use masque::nn::decoder::DecoderConfig;
@@ -10,10 +11,14 @@ use masque::nn::names::{self, Naming};
 use masque::nn::vit::{Position, VitConfig};
 use masque::nn::weights::{self, Head, LoadReport, Policy, Which};
 use masque::nn::{Scope, position};
+use masque::optim::adamw::AdamW;
+use masque::optim::{Optimizer, groups};
 use masque::param::{Params, ParamsBuilder};
 use masque::rng::Rng;
 use masque::tape::Tape;
 use masque::tensor::{Dtype, Tensor};
+use masque::train::checkpoint::{self, Header};
+use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -397,6 +402,57 @@ fn convert_takes_our_own_checkpoints_apart() {
         let first = |file: &TensorFile| file.get("head.bias").unwrap().to_f32().unwrap()[0];
         assert_eq!(first(&file), factor * first(&source));
     }
+}
+
+#[test]
+fn convert_gives_maes_program_what_it_resumes_from() {
+    let folder = folder("convert_optimizer");
+    let path = |name: &str| folder.join(name).to_str().unwrap().to_string();
+    let mut model = mae(32, Dtype::F32);
+    let mut optimizer = AdamW::new(groups::by_decay(&model.params, 0.05, &[]), (0.9, 0.95), 1e-8).unwrap();
+    for step in 0..2 {
+        let (tape, images) = (Tape::new(), Rng::new(step).normal("images", 2 * 3 * 32 * 32));
+        let images = Tensor::from_slice(&[2, 3, 32, 32], &images).unwrap();
+        let loss = model.loss(&tape, &Batch::of_images(images), &Rng::new(step)).unwrap();
+        model.params.clear_gradients();
+        tape.backward(&loss.total, &mut [&mut model.params]).unwrap();
+        optimizer.step(&mut model.params, 1e-3).unwrap();
+    }
+    let map = |json: serde_json::Value| json.as_object().unwrap().clone();
+    let (settings, progress) = (map(json!({"weight-decay": 0.1, "batch-size": 8})), map(json!({"epoch": 3, "micro": 5})));
+    let header = Header { settings, progress };
+    checkpoint::save(Path::new(&path("own.safetensors")), &header, &model.params, &optimizer, None).unwrap();
+
+    let (said, code) = convert(&[&path("own.safetensors"), &path("out.pth"), "--with-optimizer"]);
+    assert!(code == Some(0) && said.contains("after 3 whole epochs") && said.contains("5 batches"), "{said}");
+    let out = formats::Checkpoint::open(path("out.pth")).unwrap();
+    assert_eq!(out.top_level_keys(), ["model", "optimizer", "epoch", "args"]);
+    assert_eq!((out.epoch().unwrap(), &out.args().unwrap().unwrap()["batch_size"]), (Some(2), &json!(8)));
+    let (found, groups) = (out.optimizer_state().unwrap(), out.param_groups().unwrap());
+    assert_eq!((&groups[0]["weight_decay"], &groups[1]["weight_decay"]), (&json!(0.0), &json!(0.1)));
+    let numbered: Vec<_> = optimizer.groups().iter().flat_map(|group| group.params.iter().copied()).collect();
+    assert_eq!(groups.iter().map(|group| group["params"].as_array().unwrap().len()).sum::<usize>(), numbered.len());
+    assert_eq!(found.len(), numbered.len());
+    for memory in optimizer.state().memories() {
+        let index = numbered.iter().position(|&id| id == memory.id).unwrap();
+        let (number, entry) = &found[index];
+        assert_eq!(*number, index);
+        let of = |kind: &str| entry.iter().find(|(name, _)| name == kind).unwrap().1.to_f64().unwrap();
+        assert_eq!(of("step"), [2.0]);
+        for (kind, tensor) in memory.tensors {
+            assert_eq!(of(kind), tensor.to_f64(), "{kind} of {}", model.params.name(memory.id));
+        }
+    }
+    for (args, words) in [
+        (&[&path("own.safetensors"), &path("out.safetensors"), "--with-optimizer"][..], ".pth"),
+        (&[&path("own.safetensors"), &path("two.pth"), "--with-optimizer", "--ema"], "--ema"),
+    ] {
+        let (said, code) = convert(args);
+        assert!(code == Some(2) && said.contains(words), "{said}");
+    }
+    store(&fixture("hf_vit"), Path::new(&path("hf.safetensors")));
+    assert_eq!(convert(&[&path("hf.safetensors"), &path("two.pth"), "--with-optimizer"]).1, Some(1));
+    assert!(!folder.join("two.pth").exists());
 }
 
 #[test]

@@ -1,10 +1,12 @@
 //! `masque convert`: weights from one file into another, under the names that the next program expects.
 
 use crate::error::{Error, Result};
-use crate::formats::{self, FileTensor, Value};
+use crate::formats::{self, TensorFile, Value};
 use crate::nn::names::{self, Naming, Translated};
 use crate::nn::weights::{self, Which};
+use crate::train::official;
 use clap::{Args, ValueEnum};
+use serde_json::Value as Json;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -20,6 +22,9 @@ pub struct Convert {
     /// The moving averages of the weights instead of the weights
     #[arg(long)]
     ema: bool,
+    /// From a checkpoint of masque pretrain mae to .pth: also what the optimiser remembers and the epoch, for MAE's own program to resume from
+    #[arg(long, alias = "with_optimizer", conflicts_with_all = ["to_names", "ema"])]
+    with_optimizer: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -41,6 +46,9 @@ pub fn run(args: &Convert, say: impl Fn(&str)) -> Result<()> {
     if !matches!(ending, "pth" | "safetensors") {
         return Err(Error::usage(format!("{to}: the ending says what to write; use .pth or .safetensors")));
     }
+    if args.with_optimizer && ending != "pth" {
+        return Err(Error::usage(format!("{to}: --with-optimizer writes what MAE's program resumes from, a .pth file")));
+    }
     let before = weights::open(&args.from, if args.ema { Which::Averages } else { Which::Trained })?;
     let (mut lines, mut file) = (Vec::new(), before);
     if let Some(naming) = args.to_names {
@@ -55,14 +63,25 @@ pub fn run(args: &Convert, say: impl Fn(&str)) -> Result<()> {
         }
         let Translated { file: there, dropped, .. } = names::from_official(&official.file, naming)?;
         let renamed = there.names().filter(|name| !file.contains(name)).count();
-        lines.push(format!("{} names become {naming}: {renamed} of {} tensors are new names", official.from, there.tensors().len()));
+        lines.push(format!("{} names become {naming}: {renamed} of {} tensors renamed", official.from, there.tensors().len()));
         lines.extend(left_out(official.dropped.into_iter().chain(dropped)));
         if naming == Naming::HuggingFace {
             lines.push("set layer_norm_eps to 1e-6 in the model's config: Hugging Face's default is 1e-12".to_string());
         }
         file = there;
     }
-    write(args, ending, file.tensors(), file.metadata())?;
+    let more = match args.with_optimizer {
+        false => Vec::new(),
+        true => {
+            let (optimizer, epoch, micro) = official::optimizer(&formats::open(&args.from)?)?;
+            lines.push(format!("with the optimiser's state after {} whole epochs", epoch + 1));
+            if micro > 0 {
+                lines.push(format!("{micro} batches of the next epoch are behind too, but MAE's program begins that epoch again"));
+            }
+            vec![("optimizer".into(), optimizer), ("epoch".into(), epoch.into())]
+        }
+    };
+    write(args, ending, &file, more)?;
     say(&format!("{from} -> {to}: {} tensors", file.tensors().len()));
     lines.iter().for_each(|line| say(&format!("  {line}")));
     Ok(())
@@ -84,17 +103,17 @@ fn left_out(dropped: impl Iterator<Item = (String, &'static str)>) -> Vec<String
     reasons.into_iter().map(line).collect()
 }
 
-fn write(args: &Convert, ending: &str, tensors: &[(String, FileTensor)], metadata: &BTreeMap<String, String>) -> Result<()> {
+fn write(args: &Convert, ending: &str, file: &TensorFile, more: Vec<(Value, Value)>) -> Result<()> {
     if ending == "safetensors" {
         // Hugging Face's loaders ask for this line.
         let format = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-        return formats::write_safetensors(&args.to, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), &format);
+        return formats::write_safetensors(&args.to, file.tensors().iter().map(|(name, tensor)| (name.as_str(), tensor)), &format);
     }
-    let model = Value::Dict(tensors.iter().map(|(name, tensor)| (name.as_str().into(), tensor.clone().into())).collect());
+    let model = Value::Dict(file.tensors().iter().map(|(name, tensor)| (name.as_str().into(), tensor.clone().into())).collect());
     let mut root = vec![("model".into(), model)];
-    let settings = metadata.get(SETTINGS).and_then(|text| serde_json::from_str(text).ok());
-    if let Some(settings) = settings.as_ref().filter(|json: &&serde_json::Value| json.is_object()) {
-        root.push(("args".into(), Value::from_json(settings)?));
+    root.extend(more);
+    if let Some(Json::Object(settings)) = file.metadata().get(SETTINGS).and_then(|text| serde_json::from_str(text).ok()) {
+        root.push(("args".into(), official::args(&settings)?));
     }
     formats::write_pth(&args.to, &Value::Dict(root))
 }

@@ -23,6 +23,7 @@ pub mod feed;
 pub mod images;
 pub mod knn;
 pub mod model;
+pub mod official;
 pub mod picture;
 pub mod pretrain;
 pub mod progress;
