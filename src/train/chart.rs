@@ -58,7 +58,7 @@ impl Scale {
 }
 
 impl Chart {
-    /// The whole figure; None if there is nothing to draw.
+    /// What stands in the figure: its caption and the drawing; None if there is nothing to draw.
     pub fn figure(&self) -> Option<String> {
         let shown: Vec<Series> =
             self.series.iter().map(Series::usable).filter(|series| series.points.iter().any(|p| p.1.is_some())).collect();
@@ -67,8 +67,8 @@ impl Chart {
             return None;
         }
         let across = shown.iter().flat_map(|series| series.points.iter().map(|point| point.0));
-        let scale = Scale { x: apart(limits(across)), y: self.vertical(values) };
-        let mut out = format!("<figure>\n<figcaption>{}", escaped(&self.title));
+        let scale = Scale { x: horizontal(limits(across)), y: self.vertical(values) };
+        let mut out = format!("<figcaption>{}", escaped(&self.title));
         if shown.len() > 1 {
             for (series, class) in shown.iter().zip(CLASSES.iter().cycle()) {
                 let _ = write!(out, "<span class=\"key {class}\">{}</span>", escaped(&series.name));
@@ -86,7 +86,7 @@ impl Chart {
             series.draw(&scale, class, &mut out);
         }
         self.strips(&shown, &scale, &mut out);
-        out.push_str("</svg>\n</figure>\n");
+        out.push_str("</svg>\n");
         Some(out)
     }
 
@@ -202,6 +202,11 @@ impl Series {
 
 fn limits(values: impl Iterator<Item = f64>) -> [f64; 2] {
     values.fold([f64::INFINITY, f64::NEG_INFINITY], |[low, high], value| [low.min(value), high.max(value)])
+}
+
+/// From 0 if the curves begin near it.
+fn horizontal([low, high]: [f64; 2]) -> [f64; 2] {
+    apart([if (0.0..=0.2 * high).contains(&low) { 0.0 } else { low }, high])
 }
 
 /// The same, or a little more if both are one number.

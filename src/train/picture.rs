@@ -54,13 +54,14 @@ impl Canvas {
         }
     }
 
-    /// Text in letters of 5 x 7 dots, each `size` x `size` pixels; what is not ASCII becomes a question mark.
+    /// Text in letters of 5 x 7 dots, each `size` x `size` pixels, some two dots lower; what is not ASCII becomes a question mark.
     pub fn text(&mut self, text: &str, left: usize, top: usize, size: usize, colour: [u8; 3]) {
         for (i, c) in text.chars().enumerate() {
             let glyph = &GLYPHS[if (' '..='~').contains(&c) { c as usize - 32 } else { '?' as usize - 32 }];
+            let below = if "gpqy".contains(c) { 2 * size } else { 0 };
             for (y, x) in (0..7 * size).flat_map(|y| (0..5 * size).map(move |x| (y, x))) {
                 if glyph[y / size] >> (4 - x / size) & 1 == 1 {
-                    self.set(left + 6 * size * i + x, top + y, colour);
+                    self.set(left + 6 * size * i + x, top + below + y, colour);
                 }
             }
         }
@@ -87,41 +88,78 @@ pub struct SheetRow {
     pub panels: Vec<(String, Picture)>,
 }
 
-/// Rows of panels below one another, their labels on the left.
+/// Words in lines of at most so many pixels; a word that is longer has a line of its own.
+fn lines(text: &str, most: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut().filter(|line| text_width(line) + text_width(word) + 7 * LETTER <= most) {
+            Some(line) => *line = format!("{line} {word}"),
+            None => lines.push(word.to_string()),
+        }
+    }
+    lines
+}
+
+/// From one line of text to the next.
+const LINE: usize = 11 * LETTER;
+
+/// A row with its measures taken.
+struct Measured<'a> {
+    row: &'a SheetRow,
+    /// Lines of each title; none where the row above has the same titles.
+    titles: Vec<Vec<String>>,
+    height: usize,
+}
+
+impl Measured<'_> {
+    fn titles_height(&self) -> usize {
+        LINE * self.titles.iter().map(Vec::len).max().unwrap_or(0)
+    }
+}
+
+fn factor(picture: &Picture) -> usize {
+    PANEL.div_ceil(picture.size[0].max(picture.size[1])).max(1)
+}
+
+fn measured<'a>(row: &'a SheetRow, above: Option<&SheetRow>) -> Measured<'a> {
+    let names = |row: &SheetRow| row.panels.iter().map(|(title, _)| title.clone()).collect::<Vec<_>>();
+    let height = row.panels.iter().map(|(_, picture)| picture.size[0] * factor(picture)).max().unwrap_or(0);
+    let titles = match above.is_some_and(|above| names(above) == names(row)) {
+        true => Vec::new(),
+        false => row.panels.iter().map(|(title, picture)| lines(title, picture.size[1] * factor(picture))).collect(),
+    };
+    Measured { row, titles, height }
+}
+
+/// Rows of panels below one another, their labels on the left in lines of a panel's width at most.
 pub fn sheet(rows: &[SheetRow]) -> Result<Canvas> {
     ensure!(rows.iter().any(|row| !row.panels.is_empty()), "there are no pictures to show");
-    let factor = |picture: &Picture| PANEL.div_ceil(picture.size[0].max(picture.size[1])).max(1);
-    let sides = |(title, picture): &(String, Picture)| {
-        let [height, width] = picture.size.map(|side| side * factor(picture));
-        [height, width.max(text_width(title))]
-    };
-    let titles = |row: &SheetRow| row.panels.iter().map(|(title, _)| title.clone()).collect::<Vec<_>>();
-    let label = rows.iter().map(|row| text_width(&row.label)).max().unwrap_or(0);
-    let left = GAP + if label > 0 { label + GAP } else { 0 };
-    let line = 7 * LETTER + GAP;
-    let titled = |i: usize| titles(&rows[i]).iter().any(|title| !title.is_empty()) && (i == 0 || titles(&rows[i]) != titles(&rows[i - 1]));
-    let height = |row: &SheetRow| row.panels.iter().map(|panel| sides(panel)[0]).max().unwrap_or(0);
-    let width = rows.iter().map(|row| row.panels.iter().map(|panel| sides(panel)[1] + GAP).sum::<usize>()).max().unwrap_or(0);
-    let whole: usize = (0..rows.len()).map(|i| height(&rows[i]) + GAP + if titled(i) { line } else { 0 }).sum();
-    let mut canvas = Canvas::new(left + width, GAP + whole, PAPER)?;
+    let rows: Vec<Measured> = rows.iter().enumerate().map(|(i, row)| measured(row, i.checked_sub(1).map(|above| &rows[above]))).collect();
+    let label = |row: &Measured| lines(&row.row.label, PANEL);
+    let widest = rows.iter().flat_map(label).map(|line| text_width(&line)).max();
+    let left = GAP + widest.map_or(0, |widest| widest + GAP);
+    let across = |row: &Measured| row.row.panels.iter().map(|(_, picture)| picture.size[1] * factor(picture) + GAP).sum::<usize>();
+    let height = rows.iter().map(|row| row.titles_height() + row.height + GAP).sum::<usize>();
+    let mut canvas = Canvas::new(left + rows.iter().map(across).max().unwrap_or(0), GAP + height, PAPER)?;
     let mut top = GAP;
-    for (i, row) in rows.iter().enumerate() {
-        let mut across = left;
-        let below = if titled(i) { line } else { 0 };
-        canvas.text(&row.label, GAP, top + below + (height(row) / 2).saturating_sub(7 * LETTER / 2), LETTER, INK);
-        for panel in &row.panels {
-            if titled(i) {
-                canvas.text(&panel.0, across, top, LETTER, INK);
-            }
-            canvas.place(&panel.1, across, top + below, factor(&panel.1));
-            across += sides(panel)[1] + GAP;
+    for row in &rows {
+        let (below, mut x) = (top + row.titles_height(), left);
+        let label = label(row);
+        let label_top = below + row.height.saturating_sub(LINE * label.len()) / 2;
+        label.iter().enumerate().for_each(|(i, line)| canvas.text(line, GAP, label_top + i * LINE, LETTER, INK));
+        for (panel, (_, picture)) in row.row.panels.iter().enumerate() {
+            let title = row.titles.get(panel).map_or(&[][..], Vec::as_slice);
+            let title_top = below - LINE * title.len();
+            title.iter().enumerate().for_each(|(i, line)| canvas.text(line, x, title_top + i * LINE, LETTER, INK));
+            canvas.place(picture, x, below, factor(picture));
+            x += picture.size[1] * factor(picture) + GAP;
         }
-        top += below + height(row) + GAP;
+        top = below + row.height + GAP;
     }
     Ok(canvas)
 }
 
-/// Seven rows of five dots from ' ' to '~', the leftmost dot the highest of five bits.
+/// Seven rows of five dots from ' ' to '~', the leftmost dot the highest of five bits; g, p, q and y stand two dots lower.
 #[rustfmt::skip]
 const GLYPHS: [[u8; 7]; 95] = [
     [0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00],
@@ -195,7 +233,7 @@ const GLYPHS: [[u8; 7]; 95] = [
     [0x01, 0x01, 0x0d, 0x13, 0x11, 0x11, 0x0f],
     [0x00, 0x00, 0x0e, 0x11, 0x1f, 0x10, 0x0e],
     [0x06, 0x09, 0x08, 0x1c, 0x08, 0x08, 0x08],
-    [0x00, 0x0f, 0x11, 0x11, 0x0f, 0x01, 0x0e],
+    [0x0f, 0x11, 0x11, 0x11, 0x0f, 0x01, 0x0e],
     [0x10, 0x10, 0x16, 0x19, 0x11, 0x11, 0x11],
     [0x04, 0x00, 0x0c, 0x04, 0x04, 0x04, 0x0e],
     [0x02, 0x00, 0x06, 0x02, 0x02, 0x12, 0x0c],
@@ -204,8 +242,8 @@ const GLYPHS: [[u8; 7]; 95] = [
     [0x00, 0x00, 0x1a, 0x15, 0x15, 0x11, 0x11],
     [0x00, 0x00, 0x16, 0x19, 0x11, 0x11, 0x11],
     [0x00, 0x00, 0x0e, 0x11, 0x11, 0x11, 0x0e],
-    [0x00, 0x00, 0x1e, 0x11, 0x1e, 0x10, 0x10],
-    [0x00, 0x00, 0x0d, 0x13, 0x0f, 0x01, 0x01],
+    [0x1e, 0x11, 0x11, 0x11, 0x1e, 0x10, 0x10],
+    [0x0f, 0x11, 0x11, 0x11, 0x0f, 0x01, 0x01],
     [0x00, 0x00, 0x16, 0x19, 0x10, 0x10, 0x10],
     [0x00, 0x00, 0x0e, 0x10, 0x0e, 0x01, 0x1e],
     [0x08, 0x08, 0x1c, 0x08, 0x08, 0x09, 0x06],
@@ -213,7 +251,7 @@ const GLYPHS: [[u8; 7]; 95] = [
     [0x00, 0x00, 0x11, 0x11, 0x11, 0x0a, 0x04],
     [0x00, 0x00, 0x11, 0x11, 0x15, 0x15, 0x0a],
     [0x00, 0x00, 0x11, 0x0a, 0x04, 0x0a, 0x11],
-    [0x00, 0x00, 0x11, 0x11, 0x0f, 0x01, 0x0e],
+    [0x11, 0x11, 0x11, 0x11, 0x0f, 0x01, 0x0e],
     [0x00, 0x00, 0x1f, 0x02, 0x04, 0x08, 0x1f],
     [0x02, 0x04, 0x04, 0x08, 0x04, 0x04, 0x02],
     [0x04, 0x04, 0x04, 0x04, 0x04, 0x04, 0x04],
@@ -272,10 +310,12 @@ mod tests {
             panels: vec![("original".into(), plain([32, 32], 3)), ("masked".into(), plain([32, 32], 3))],
         };
         let one = sheet(&[row("")]).unwrap();
-        assert_eq!((one.width, one.height), (2 * (192 + GAP) + GAP, GAP + 14 + GAP + 192 + GAP));
+        assert_eq!((one.width, one.height), (2 * (192 + GAP) + GAP, GAP + LINE + 192 + GAP));
         let two = sheet(&[row("75 %"), row("90 %")]).unwrap();
         assert_eq!(two.height, one.height + 192 + GAP);
         assert_eq!(two.width, one.width + text_width("75 %") + GAP);
+        assert_eq!(lines("reconstruction + visible", 192), ["reconstruction +", "visible"]);
+        assert_eq!(lines("a-very-long-name-of-an-image.jpg 75 %", 192), ["a-very-long-name-of-an-image.jpg", "75 %"]);
         let wide = sheet(&[SheetRow { label: String::new(), panels: vec![(String::new(), plain([10, 300], 1))] }]).unwrap();
         assert_eq!((wide.width, wide.height), (300 + 2 * GAP, 10 + 2 * GAP));
         assert!(sheet(&[]).is_err() && Canvas::new(1 << 20, 1 << 20, PAPER).is_err() && Canvas::new(0, 3, PAPER).is_err());

@@ -237,7 +237,11 @@ impl Facts {
         self.add_tiles(&mut out);
         let charts = self.charts();
         if !charts.is_empty() {
-            let _ = writeln!(out, "<div class=\"charts\">\n{}</div>", charts.concat());
+            out.push_str("<div class=\"charts\">\n");
+            for (i, chart) in charts.iter().enumerate() {
+                let _ = write!(out, "<figure{}>\n{chart}</figure>\n", if i < wide(charts.len()) { " class=\"half\"" } else { "" });
+            }
+            out.push_str("</div>\n");
         }
         self.add_pictures(&mut out);
         self.add_notes(&mut out);
@@ -310,6 +314,15 @@ impl Facts {
             let _ = writeln!(out, "<li>{}{}</li>", escaped(note), update.unwrap_or_default());
         }
         out.push_str("</ul></div>\n");
+    }
+}
+
+/// How many of the charts are wide, two in a row, so that the others fill rows of three.
+fn wide(charts: usize) -> usize {
+    match charts % 3 {
+        0 => 0,
+        1 => charts.min(4),
+        _ => 2,
     }
 }
 
