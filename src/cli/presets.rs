@@ -69,7 +69,7 @@ pub fn all() -> Vec<Preset> {
             "glyphs-scratch",
             "finetune",
             "built-in images: the same steps from scratch",
-            &[&GLYPHS_LABELLED[..], &[("layer-decay", "1")]].concat(),
+            &[&GLYPHS_LABELLED[..], &[("layer-decay", "1"), ("start", "xavier")]].concat(),
         ),
         glyphs(
             "glyphs-probe",
@@ -273,7 +273,7 @@ pub fn expand(arguments: Vec<String>) -> Result<Vec<String>> {
         None if given("--data-path").is_some() => return Ok(arguments),
         None if command == "pretrain mae" => "glyphs-pretrain".into(),
         None if command == "probe" => "glyphs-probe".into(),
-        None if given("--finetune").is_some() || given("--resume").is_some() => "glyphs-finetune".into(),
+        None if given("--finetune").is_some() => "glyphs-finetune".into(),
         None => "glyphs-scratch".into(),
     };
     let preset = find(&name)?;

@@ -229,10 +229,10 @@ fn ticks([low, high]: [f64; 2], count: usize) -> Vec<(f64, String)> {
     let text = |value: f64| {
         if value == 0.0 {
             "0".to_string()
-        } else if largest < 2e-3 || largest >= 1e6 {
-            let written = (0..6).map(|places| format!("{value:.places$e}"));
+        } else if !(2e-3..1e6).contains(&largest) {
+            let mut written = (0..6).map(|places| format!("{value:.places$e}"));
             let close = |text: &String| text.parse::<f64>().is_ok_and(|read| (read - value).abs() < 0.01 * step);
-            written.clone().find(close).or_else(|| written.last()).unwrap_or_default()
+            written.clone().find(close).or_else(|| written.next_back()).unwrap_or_default()
         } else {
             format!("{value:.*}", (-(step * 1.0001).log10().floor()).max(0.0) as usize)
         }

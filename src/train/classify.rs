@@ -16,18 +16,20 @@ use crate::data::rand_augment::RandAugment;
 use crate::data::transform::Transform;
 use crate::error::{Error, Result};
 use crate::methods::supervised::Supervised;
+use crate::nn::Start;
 use crate::nn::classifier::{ClassifierConfig, Pool};
 use crate::nn::presets::{self, Family};
+use crate::nn::vit::{Position, Tokens, Vit, VitConfig};
 use crate::nn::weights::{self, Head, Policy, Which};
 use crate::optim::Optimizer;
 use crate::optim::adamw::AdamW;
 use crate::optim::ema::Ema;
 use crate::optim::groups::{self, Group, LayerDecay};
 use crate::optim::lars::Lars;
-use crate::param::Params;
+use crate::param::{Params, ParamsBuilder};
 use crate::rng::Rng;
 use crate::tensor::{Dtype, Tensor};
-use clap::{ArgAction, Args};
+use clap::{ArgAction, Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -48,6 +50,9 @@ pub struct ClassifierArgs {
     /// Take the running average of a masque checkpoint's weights
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
     pub finetune_ema: bool,
+    /// How an encoder starts from scratch
+    #[arg(long, value_enum, default_value_t = StartName::Normal)]
+    pub start: StartName,
     /// Average the patches, then norm and head; without it the class token is read
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true", action = ArgAction::Set)]
     pub global_pool: bool,
@@ -63,6 +68,15 @@ pub struct ClassifierArgs {
     /// Only evaluate --resume and stop
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
     pub eval: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StartName {
+    /// As classifiers do: normal with deviation 0.02
+    Normal,
+    /// As pre-training does: Xavier-uniform matrices, sines and cosines for positions; better for narrow models
+    Xavier,
 }
 
 impl ClassifierArgs {
@@ -101,7 +115,9 @@ impl ClassifierArgs {
 
     /// The encoder's weights from --finetune, and a new head.
     fn load(&self, model: &mut Supervised, rng: &Rng, say: &mut dyn FnMut(&str)) -> Result<()> {
-        let Some(path) = &self.finetune else { return Ok(()) };
+        let Some(path) = &self.finetune else {
+            return if self.start == StartName::Xavier { start_like_mae(model, rng) } else { Ok(()) };
+        };
         if !(self.head_std.is_finite() && self.head_std >= 0.0) {
             return Err(Error::usage(format!("--head-std {} is not a number from 0 on", self.head_std)));
         }
@@ -117,6 +133,20 @@ impl ClassifierArgs {
         }
         Ok(())
     }
+}
+
+/// Gives the encoder the values that its pre-training would begin with.
+fn start_like_mae(model: &mut Supervised, rng: &Rng) -> Result<()> {
+    let config = VitConfig { position: Position::SinCos, ..model.model.vit.config.clone() };
+    if model.model.vit.config.position != Position::Learned || config.distillation_token || config.layer_scale.is_some() {
+        return Err(Error::usage("--start xavier is for plain ViT classifiers; leave it out, or choose a vit_ model"));
+    }
+    let mut b = ParamsBuilder::default();
+    let tokens = Tokens::new(&mut b, &config)?;
+    let normed = model.params.find("norm.weight").is_ok();
+    Vit::new(&mut b, config, tokens, normed, Start::Xavier)?;
+    let fresh = b.build(model.params.dtype(), rng)?;
+    fresh.ids().try_for_each(|id| model.params.set_value(model.params.find(fresh.name(id))?, fresh.value(id)))
 }
 
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]

@@ -57,7 +57,8 @@ fn pictures<'a>(shown: Loader, feed: Feed) -> After<'a> {
         let normalised = Normalised { mean: &feed.mean, std: &feed.std };
         let rows = visualize::panel_rows(mae, &images, normalised, &[mae.mask_ratio()], &[], &Rng::new(2))?;
         let percent = 100.0 * mae.mask_ratio();
-        let caption = format!("Unseen images with {percent:.0} % of the patches hidden, after epoch {}", place.epoch);
+        let given = if mae.norm_pix().is_some() { "; mean and deviation of each hidden patch are the true ones" } else { "" };
+        let caption = format!("Unseen images with {percent:.0} % of the patches hidden, after epoch {}{given}", place.epoch);
         record.picture(place.update, "reconstruction", &caption, &picture::sheet(&rows)?.png()?)
     })
 }
