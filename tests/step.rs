@@ -249,8 +249,71 @@ fn a_batch_of_another_shape_is_refused_with_both() {
 }
 
 #[test]
+fn micro_batches_add_up_to_the_update_of_their_mean_loss() {
+    for (device, precision) in [(Device::Cpu, Dtype::F32), (emulated(), Dtype::F32), (emulated(), Dtype::Bf16)] {
+        let options = StepOptions { clip: Some(2.0), accumulate: 3 };
+        let tiny = Tiny::new(&device, precision);
+        let rule = optimizer("adamw", &tiny.params);
+        let mut step = Step::new(Box::new(tiny), rule, options);
+        let mut hand = Tiny::new(&device, precision);
+        let mut by_hand = optimizer("adamw", &hand.params);
+        for update in 0..4 {
+            hand.params.clear_gradients();
+            let mut losses = Vec::new();
+            for k in 0..3 {
+                let (at, rng) = (update * 3 + k, Rng::new(9).at(update * 3 + k));
+                losses.push(step.add(&batch(at, 6), &rng).unwrap());
+                let tape = Tape::new();
+                let there = Batch::of_images(batch(at, 6).images.on(&device).unwrap());
+                let loss = hand.loss(&tape, &there, &rng).unwrap().total;
+                tape.backward(&loss.scale(1.0 / 3.0).unwrap(), &mut [&mut hand.params]).unwrap();
+                assert_eq!(losses[k as usize] as f32, here(loss.value())[0]);
+            }
+            assert!(step.add(&batch(0, 6), &Rng::new(9)).unwrap_err().chain().contains("3 micro-batches"));
+            let norm = clip::clip(&mut hand.params, 2.0).unwrap();
+            by_hand.step(&mut hand.params, lr(update)).unwrap();
+            let outcome = step.finish(lr(update)).unwrap();
+            assert_eq!((outcome.norm as f32, outcome.taken), (norm as f32, true));
+            assert!((outcome.loss - losses.iter().sum::<f64>() / 3.0).abs() < 1e-6);
+        }
+        assert_eq!(step.is_recorded(), device.gpu().is_some());
+        let values = |params: &Params| params.ids().flat_map(|id| here(params.value(id))).collect::<Vec<_>>();
+        assert_eq!(values(step.method().params()), values(&hand.params), "{device} {precision}");
+    }
+}
+
+#[test]
+fn an_update_that_is_not_finite_is_left_out() {
+    for device in [Device::Cpu, emulated()] {
+        let mut step = make("adamw", &device, Dtype::F32, None);
+        for i in 0..3 {
+            assert!(step.run(&batch(i, 6), &Rng::new(9).at(i), 0.01).unwrap().taken);
+        }
+        let values = |step: &mut Step| {
+            let params = step.method().params();
+            params.ids().flat_map(|id| here(params.value(id))).collect::<Vec<_>>()
+        };
+        let before = values(&mut step);
+        let mut bad = batch(4, 6);
+        let numbers: Vec<f32> = bad.images.data::<f32>().iter().enumerate().map(|(i, &x)| if i == 7 { f32::NAN } else { x }).collect();
+        bad.images = Tensor::from_slice(bad.images.shape(), &numbers).unwrap();
+        let outcome = step.run(&bad, &Rng::new(9), 0.01).unwrap();
+        assert!(!outcome.taken && outcome.loss.is_nan());
+        assert_eq!(values(&mut step), before);
+        assert!(step.optimizer().state().memories().all(|memory| memory.steps == 3));
+        assert!(step.run(&batch(5, 6), &Rng::new(9).at(5), 0.01).unwrap().taken);
+        assert_ne!(values(&mut step), before);
+    }
+}
+
+#[test]
 fn the_code_for_cuda_does_the_same() {
-    for test in ["recorded_steps_are_plain_steps_bit_for_bit", "steps_on_a_gpu_are_those_of_the_cpu"] {
+    for test in [
+        "recorded_steps_are_plain_steps_bit_for_bit",
+        "steps_on_a_gpu_are_those_of_the_cpu",
+        "micro_batches_add_up_to_the_update_of_their_mean_loss",
+        "an_update_that_is_not_finite_is_left_out",
+    ] {
         stand_in::run(test, "", None);
     }
 }
