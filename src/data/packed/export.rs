@@ -81,21 +81,22 @@ fn file_of(packed: &Packed, index: usize, taken: &mut HashSet<PathBuf>) -> PathB
     let found = parts.any(|part| part == Component::Normal(class.as_ref()));
     let rest = parts.as_path();
     let usable = found && rest.components().next().is_some() && rest.components().all(|part| matches!(part, Component::Normal(_)));
-    let ending = match packed.storage() {
-        Storage::Pixels { .. } => "png",
-        Storage::Original => {
-            packed.payload(index).ok().and_then(|bytes| image::guess_format(bytes).ok()).map_or("bin", |format| format.extensions_str()[0])
-        }
-    };
-    let mut file = Path::new(class).join(if usable { rest.to_path_buf() } else { format!("{index:08}.{ending}").into() });
-    if matches!(packed.storage(), Storage::Pixels { .. }) {
+    let mut file = Path::new(class).join(if usable { rest.to_path_buf() } else { format!("{index:08}").into() });
+    if packed.storage() != Storage::Original {
         file.set_extension("png");
+    } else if !usable {
+        let format = packed.payload(index).ok().and_then(|bytes| image::guess_format(bytes).ok());
+        file.set_extension(format.map_or("bin", |format| format.extensions_str()[0]));
     }
-    // Two files of one name differ in their endings, or in case.
+    // Files that differed in their endings alone may now have one name.
     if !taken.insert(file.clone()) {
-        let stem = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let ending = file.extension().map_or(ending.to_string(), |ending| ending.to_string_lossy().into_owned());
-        file.set_file_name(format!("{stem}.{index:08}.{ending}"));
+        let mut name = file.file_stem().unwrap_or_default().to_os_string();
+        name.push(format!(".{index:08}"));
+        if let Some(ending) = file.extension() {
+            name.push(".");
+            name.push(ending);
+        }
+        file.set_file_name(name);
         taken.insert(file.clone());
     }
     file

@@ -52,7 +52,8 @@ pub struct Packing {
 
 /// Where a file is worked on until it is whole.
 pub(super) fn partial(output: &Path) -> PathBuf {
-    let mut name = output.as_os_str().to_os_string();
+    // A separator at the end is no part of the name.
+    let mut name = output.components().as_path().as_os_str().to_os_string();
     name.push(".partial");
     name.into()
 }
