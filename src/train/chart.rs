@@ -232,7 +232,7 @@ fn ticks([low, high]: [f64; 2], count: usize) -> Vec<(f64, String)> {
         } else if !(2e-3..1e6).contains(&largest) {
             let mut written = (0..6).map(|places| format!("{value:.places$e}"));
             let close = |text: &String| text.parse::<f64>().is_ok_and(|read| (read - value).abs() < 0.01 * step);
-            written.clone().find(close).or_else(|| written.next_back()).unwrap_or_default()
+            written.find(close).unwrap_or_else(|| format!("{value:.5e}"))
         } else {
             format!("{value:.*}", (-(step * 1.0001).log10().floor()).max(0.0) as usize)
         }
