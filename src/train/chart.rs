@@ -204,9 +204,9 @@ fn limits(values: impl Iterator<Item = f64>) -> [f64; 2] {
     values.fold([f64::INFINITY, f64::NEG_INFINITY], |[low, high], value| [low.min(value), high.max(value)])
 }
 
-/// From 0 if the curves begin near it.
+/// From 0 if the curves begin in the first half.
 fn horizontal([low, high]: [f64; 2]) -> [f64; 2] {
-    apart([if (0.0..=0.2 * high).contains(&low) { 0.0 } else { low }, high])
+    apart([if (0.0..=0.5 * high).contains(&low) { 0.0 } else { low }, high])
 }
 
 /// The same, or a little more if both are one number.
