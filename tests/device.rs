@@ -31,7 +31,8 @@ fn a_device_is_what_its_name_says() {
     assert_eq!("emulated".parse::<Named>().unwrap(), Named::Emulated);
     assert_eq!("gpu".parse::<Named>().unwrap(), Named::Gpu(0));
     assert_eq!("gpu:3".parse::<Named>().unwrap(), Named::Gpu(3));
-    for name in ["", "GPU", "cuda", "gpu:", "gpu:-1", "gpu:x", "gpu:1:2", "gpu:99999999999999999999"] {
+    assert_eq!(("cuda".parse::<Named>().unwrap(), "cuda:1".parse::<Named>().unwrap()), (Named::Gpu(0), Named::Gpu(1)));
+    for name in ["", "GPU", "tpu", "gpu:", "gpu:-1", "gpu:x", "gpu:1:2", "gpu:99999999999999999999"] {
         let said = name.parse::<Named>().unwrap_err();
         assert_eq!(said.exit_code(), 2);
         assert!(said.chain().contains("use cpu, emulated, gpu or gpu:1"), "{}", said.chain());
@@ -44,8 +45,8 @@ fn without_cuda_a_gpu_is_one_sentence() {
     assert_eq!(said, "masque: device gpu:0: CUDA is switched off by MASQUE_NO_CUDA; unset it to use a GPU");
     let said = refused(masque(&["measure", "step", "--device", "gpu:1"]).env("MASQUE_NO_CUDA", "1").output().unwrap(), 1);
     assert!(said.contains("gpu:1") && said.contains("MASQUE_NO_CUDA"), "{said}");
-    let said = refused(masque(&["parity", FIXTURES, "--device", "cuda"]).output().unwrap(), 2);
-    assert!(said.contains("device cuda is unknown"), "{said}");
+    let said = refused(masque(&["parity", FIXTURES, "--device", "tpu"]).output().unwrap(), 2);
+    assert!(said.contains("device tpu is unknown"), "{said}");
     let info = masque(&["info"]).env("MASQUE_NO_CUDA", "1").output().unwrap();
     let said = String::from_utf8(info.stdout).unwrap();
     assert!(info.status.success() && said.contains("gpu        none: CUDA is switched off") && said.contains("not found"), "{said}");

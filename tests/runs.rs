@@ -217,7 +217,9 @@ fn an_encoder_is_pretrained_finetuned_probed_and_evaluated() {
     let probe = last_tensors(&at("probe"));
     let steps = probe.iter().find(|(name, _)| name == "model.head.0.num_batches_tracked").unwrap();
     assert_eq!(f32::from_le_bytes(steps.1[..4].try_into().unwrap()), 8.0);
-    let text = succeeds(masque(&format!("probe {few} {from} --knn 5"), &at("knn")));
+    let knn = Command::new(env!("CARGO_BIN_EXE_masque")).args(format!("probe {few} {from} --knn 5").split(' ')).output().unwrap();
+    let text = said(&knn);
+    assert!(knn.status.success(), "{text}");
     assert!(text.contains("5 nearest of 128 training images"), "{text}");
     // A classifier cannot be pre-trained further, and an encoder alone has nothing to be evaluated with.
     let (code, text) = fails(masque(&format!("finetune {few} --finetune {}", base.join("nothing.pth").display()), &at("none")));
@@ -284,7 +286,7 @@ fn what_cannot_be_meant_is_one_sentence() {
         ("pretrain mae --lr -1", 2, "--lr"),
         ("pretrain mae --input-size 50", 2, "50"),
         ("pretrain mae --clip-grad 0", 2, "--clip-grad 0"),
-        ("pretrain mae --train-images 8", 1, "an epoch has 0 batches"),
+        ("pretrain mae --train-images 8", 2, "an epoch has 0 batches"),
         ("pretrain mae --no-such-flag", 2, "--no-such-flag"),
         ("pretrain mae --precision bf16", 1, "bf16"),
         ("pretrain mae --data-path /no/such/folder", 1, "/no/such/folder"),
@@ -293,7 +295,13 @@ fn what_cannot_be_meant_is_one_sentence() {
         ("finetune --nb-classes 3", 2, "--nb-classes 3"),
         ("finetune --model mae_vit_base_patch16", 2, "vit_base_patch16"),
         ("finetune --eval", 2, "--resume"),
-        ("probe --knn 0", 2, "neighbour"),
+        ("probe --knn 5", 2, "--output-dir has no meaning with --knn"),
+        ("finetune --betas 0.9", 2, "--betas"),
+        ("finetune --cutmix-minmax 0.2", 2, "--cutmix-minmax"),
+        ("finetune --model deit_tiny_distilled_patch16_224", 2, "teacher"),
+        ("finetune --finetune-ema", 2, "--finetune-ema"),
+        ("pretrain mae --keep 0", 2, "--keep 0"),
+        ("--threads 1 finetune --preset nosuch", 2, "nosuch"),
         ("probe --resume /no/such/file", 1, "/no/such/file"),
     ] {
         let (found, text) = fails(masque(arguments, &base.join("run")));
@@ -315,4 +323,61 @@ fn what_cannot_be_meant_is_one_sentence() {
         command
     });
     assert!(code == Some(2) && text.contains("--seed is 5") && text.contains("was made with 0"), "{text}");
+    // What is not typed again is what the run began with; a run that is done says so.
+    let text = succeeds({
+        let mut command = masque("pretrain mae", &base.join("twice"));
+        command.args(["--resume", "auto"]);
+        command
+    });
+    assert!(text.contains("epochs are done already") && !text.contains("from here on"), "{text}");
+}
+
+#[test]
+fn a_run_that_goes_back_leaves_later_checkpoints_aside() {
+    let folder = folder("back");
+    let run = "pretrain mae --model glyph_t --train-images 64 --val-images 8 --batch-size 16 --epochs 4 --save-freq 1 --keep 9";
+    succeeds(masque(run, &folder));
+    assert_eq!(checkpoints(&folder), [0, 4, 8, 12, 16]);
+    let whole = last_tensors(&folder);
+    let text = succeeds({
+        let mut command = masque(run, &folder);
+        command.arg("--resume").arg(folder.join("checkpoint-00000008.safetensors"));
+        command
+    });
+    assert!(text.contains("going on from") && text.contains("it has been renamed"), "{text}");
+    assert!(folder.join("checkpoint-00000016.safetensors.old").exists());
+    assert_eq!(checkpoints(&folder), [0, 4, 8, 12, 16]);
+    assert!(whole == last_tensors(&folder));
+}
+
+#[test]
+fn a_command_that_is_written_down_can_be_repeated() {
+    let base = folder("repeat");
+    let few = "--model glyph_t --train-images 32 --val-images 8 --batch-size 16 --epochs 1 --warmup-epochs 0";
+    for (i, command) in ["pretrain mae", "finetune --cutmix-minmax 0.2,0.8 --betas 0.9,0.95", "probe --lr 1"].into_iter().enumerate() {
+        let (first, again) = (base.join(format!("{i}")), base.join(format!("{i}-again")));
+        succeeds(masque(&format!("{command} {few}"), &first));
+        let line = std::fs::read_to_string(first.join("command.txt")).unwrap();
+        let mut repeated = Command::new(env!("CARGO_BIN_EXE_masque"));
+        repeated.args(&masque::train::record::words(&line)[1..]).arg("--output-dir").arg(&again);
+        succeeds(repeated);
+        assert!(last_tensors(&first) == last_tensors(&again), "{command}");
+    }
+}
+
+#[test]
+fn every_preset_is_a_command_that_can_be_typed() {
+    let listed = Command::new(env!("CARGO_BIN_EXE_masque")).arg("presets").output().unwrap();
+    let listed = said(&listed);
+    let names: Vec<&str> = listed.lines().filter_map(|line| line.split_whitespace().next()).collect();
+    assert!(names.len() > 30, "{listed}");
+    let nowhere = folder("presets").join("nowhere");
+    for name in names {
+        let printed = said(&Command::new(env!("CARGO_BIN_EXE_masque")).args(["presets", name]).output().unwrap());
+        let command = printed.lines().find_map(|line| line.strip_prefix("masque ")).unwrap().trim_end_matches('\\').trim().to_string();
+        let mut typed = Command::new(env!("CARGO_BIN_EXE_masque"));
+        typed.args(command.split(' ')).args(["--preset", name, "--data-path"]).arg(&nowhere);
+        let (code, text) = fails(typed);
+        assert!(code == Some(1) && text.contains("nowhere"), "{name}: {text}");
+    }
 }

@@ -4,6 +4,8 @@
 
 use crate::error::{Error, Result};
 use crate::formats;
+use crate::train::record;
+use std::path::{Path, PathBuf};
 
 pub struct Preset {
     pub name: String,
@@ -247,43 +249,84 @@ fn hyphens(argument: String) -> String {
     value.map_or_else(|| format!("--{name}"), |value| format!("--{name}={value}"))
 }
 
-/// What was typed, with the flags of the preset in front of the user's.
+/// Positions of the words that name the command.
+fn command_words(arguments: &[String]) -> Vec<usize> {
+    let (mut words, mut at) = (Vec::new(), 1);
+    while at < arguments.len() && words.len() < 2 {
+        match arguments[at].as_str() {
+            "--threads" => at += 1,
+            flag if flag.starts_with('-') => {}
+            _ => words.push(at),
+        }
+        at += 1;
+    }
+    words
+}
+
+/// What was typed, with other flags in front of the user's: those of the run that --resume goes on with, then those of the preset.
 pub fn expand(arguments: Vec<String>) -> Result<Vec<String>> {
     let mut arguments: Vec<String> = arguments.into_iter().map(hyphens).collect();
-    let words: Vec<&str> = arguments.iter().skip(1).map(String::as_str).take(2).collect();
+    let at = command_words(&arguments);
+    let words: Vec<&str> = at.iter().map(|&at| arguments[at].as_str()).collect();
     let (command, behind) = match words[..] {
-        ["pretrain", "mae"] => ("pretrain mae", 3),
-        ["finetune", ..] => ("finetune", 2),
-        ["probe", ..] => ("probe", 2),
+        ["pretrain", "mae"] => ("pretrain mae", at[1] + 1),
+        ["finetune", ..] => ("finetune", at[0] + 1),
+        ["probe", ..] => ("probe", at[0] + 1),
         _ => return Ok(arguments),
     };
+    // The last one counts, as everywhere.
     let given = |flag: &str| {
-        let at = arguments.iter().position(|argument| argument == flag || argument.starts_with(&format!("{flag}=")))?;
+        let at = arguments.iter().rposition(|argument| argument == flag || argument.starts_with(&format!("{flag}=")))?;
         let value = arguments[at].split_once('=').map(|(_, value)| value.to_string());
-        Some((at, value.clone().or_else(|| arguments.get(at + 1).cloned()), value.is_some()))
+        let joined = value.is_some();
+        Some((at, value.or_else(|| arguments.get(at + 1).cloned()).unwrap_or_default(), joined))
     };
     if given("--help").is_some() || arguments.iter().any(|argument| argument == "-h") {
         return Ok(arguments);
     }
-    let name = match given("--preset") {
-        Some((at, value, joined)) => {
-            let name = value.ok_or_else(|| Error::usage("--preset needs a name; masque presets lists them"))?;
-            arguments.drain(at..if joined { at + 1 } else { at + 2 });
-            name
-        }
-        None if given("--data-path").is_some() => return Ok(arguments),
-        None if command == "pretrain mae" => "glyphs-pretrain".into(),
-        None if command == "probe" => "glyphs-probe".into(),
-        None if given("--finetune").is_some() => "glyphs-finetune".into(),
-        None => "glyphs-scratch".into(),
+    let resumed = resumed(given("--resume").map(|given| given.1), given("--output-dir").map(|given| given.1), command);
+    let named = given("--preset");
+    let name = match &named {
+        Some((_, name, _)) if name.is_empty() => return Err(Error::usage("--preset needs a name; masque presets lists them")),
+        Some((_, name, _)) => Some(name.clone()),
+        None if resumed.is_some() || given("--data-path").is_some_and(|(_, path, _)| path != "synthetic") => None,
+        None if command == "pretrain mae" => Some("glyphs-pretrain".into()),
+        None if command == "probe" => Some("glyphs-probe".into()),
+        None if given("--finetune").is_some() => Some("glyphs-finetune".into()),
+        None => Some("glyphs-scratch".into()),
     };
-    let preset = find(&name)?;
-    if preset.command != command {
-        return Err(Error::usage(format!("preset {name} is for masque {}, not for masque {command}", preset.command)));
+    let only_base_rate = given("--blr").is_some() && given("--lr").is_none();
+    let mut flags = resumed.unwrap_or_default();
+    if let Some(name) = name {
+        let preset = find(&name)?;
+        if preset.command != command {
+            return Err(Error::usage(format!("preset {name} is for masque {}, not for masque {command}", preset.command)));
+        }
+        flags.extend(preset.flags.into_iter().map(|(flag, value)| format!("--{flag}={value}")));
     }
-    let flags = preset.flags.into_iter().map(|(flag, value)| format!("--{flag}={value}"));
-    arguments.splice(behind..behind, flags);
+    // A base rate that was typed is not to lose against a rate that was not.
+    flags.retain(|flag| !only_base_rate || !flag.starts_with("--lr="));
+    arguments.splice(behind..behind, flags.iter().cloned());
+    if let Some((at, _, joined)) = named {
+        let at = if at >= behind { at + flags.len() } else { at };
+        arguments.drain(at..if joined { at + 1 } else { at + 2 });
+    }
     Ok(arguments)
+}
+
+/// The flags of the run that is gone on with, from its command.txt.
+fn resumed(resume: Option<String>, folder: Option<String>, command: &str) -> Option<Vec<String>> {
+    let folder = match resume?.as_str() {
+        "auto" => PathBuf::from(folder?),
+        path => Path::new(path).parent()?.to_path_buf(),
+    };
+    let words = record::words(&std::fs::read_to_string(folder.join(record::COMMAND)).ok()?);
+    let own = 1 + command.split(' ').count();
+    if words.get(1..own)?.join(" ") != command {
+        return None;
+    }
+    let of_the_run = |flag: &String| !["--resume=", "--output-dir=", "--eval="].iter().any(|start| flag.starts_with(start));
+    Some(words[own..].iter().filter(|flag| of_the_run(flag)).cloned().collect())
 }
 
 #[cfg(test)]
@@ -302,6 +345,14 @@ mod tests {
         assert!(expanded("masque finetune").unwrap().contains("--layer-decay=1"));
         assert!(expanded("masque finetune --finetune x.pth").unwrap().contains("--layer-decay=0.75"));
         assert_eq!(expanded("masque finetune --data_path /d").unwrap(), "masque finetune --data-path /d");
+        assert_eq!(
+            expanded("masque finetune --data-path synthetic").unwrap(),
+            expanded("masque finetune").unwrap() + " --data-path synthetic"
+        );
+        assert!(expanded("masque --threads 1 pretrain mae").unwrap().starts_with("masque --threads 1 pretrain mae --model=glyph_s"));
+        assert!(expanded("masque pretrain --threads=1 mae").unwrap().starts_with("masque pretrain --threads=1 mae --model=glyph_s"));
+        let rate = expanded("masque finetune --blr 1e-2").unwrap();
+        assert!(!rate.contains("--lr=") && rate.ends_with("--blr 1e-2"), "{rate}");
         assert_eq!(expanded("masque info --kernels").unwrap(), "masque info --kernels");
     }
 

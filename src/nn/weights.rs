@@ -44,7 +44,7 @@ pub fn open(path: impl AsRef<Path>, which: Which) -> Result<TensorFile> {
 }
 
 fn no_averages(file: &TensorFile) -> Error {
-    Error::usage(format!("{} keeps no averages of its weights; leave --ema out", file.source()))
+    Error::usage(format!("{} keeps no averages of its weights; take its trained weights", file.source()))
 }
 
 /// The model's tensors of one of our checkpoints; None of any other file.

@@ -3,6 +3,7 @@
 use super::checkpoint::{self, Shelf};
 use super::record::{Record, command_line};
 use super::run::{Options, Place, Schedule};
+use crate::data::loader::Loader;
 use crate::device::{Device, Named, Precision};
 use crate::error::{Context, Error, Result};
 use crate::formats::{self, TensorFile};
@@ -120,9 +121,12 @@ impl RunArgs {
                 return fail(format!("{flag} {value} is not from 1 to {}", 1u64 << 32));
             }
         }
-        for (flag, value) in
-            [("--save-freq", self.save_freq), ("--log-freq", self.log_freq), ("--save-updates", self.save_updates.unwrap_or(1))]
-        {
+        for (flag, value) in [
+            ("--save-freq", self.save_freq),
+            ("--log-freq", self.log_freq),
+            ("--save-updates", self.save_updates.unwrap_or(1)),
+            ("--keep", self.keep as u64),
+        ] {
             if value == 0 {
                 return fail(format!("{flag} 0: at least 1 is needed"));
             }
@@ -152,6 +156,18 @@ impl RunArgs {
         let device = self.device.open()?;
         device.compute_in(self.precision)?;
         Ok(device)
+    }
+
+    /// Refuses an update of more batches than an epoch has.
+    pub fn check_window(&self, loader: &Loader) -> Result<()> {
+        let batches = loader.batches();
+        if batches < self.accum_iter {
+            return Err(Error::usage(format!(
+                "an epoch has {batches} batches of --batch-size {}, fewer than an update takes (--accum-iter {}); make one of them smaller",
+                self.batch_size, self.accum_iter
+            )));
+        }
+        Ok(())
     }
 
     /// Images of an update.
@@ -193,11 +209,10 @@ impl RunArgs {
         match self.resume.as_deref() {
             None => {
                 let shelf = Shelf::new(&start.folder, self.keep);
-                if let Some(update) = shelf.updates().first() {
+                if !shelf.updates().is_empty() || Record::holds_run(&start.folder) {
                     return Err(Error::usage(format!(
-                        "--output-dir {}: the folder holds a run already ({}); go on with it by --resume auto, or choose another folder",
-                        start.folder.display(),
-                        shelf.path(*update).display()
+                        "--output-dir {}: the folder holds a run already; go on with it by --resume auto, or choose another folder",
+                        start.folder.display()
                     )));
                 }
             }
@@ -270,7 +285,7 @@ const FREE: [&str; 12] = [
 ];
 
 /// These may not differ: the place in the epoch and the order of the images depend on them.
-const FIXED: [&str; 6] = ["batch-size", "accum-iter", "seed", "data-path", "train-images", "model"];
+const FIXED: [&str; 8] = ["batch-size", "accum-iter", "seed", "train-images", "model", "input-size", "in-chans", "repeated-aug"];
 
 /// What differs from the settings that a checkpoint was made with: an error where that cannot be, else a sentence each.
 pub fn compare(now: &Map<String, Value>, then: &Map<String, Value>, from: &Path) -> Result<Vec<String>> {
@@ -309,6 +324,12 @@ impl Start {
         say(&format!("going on from {} (epoch {}, update {})", path.display(), place.epoch, place.update));
         let here =
             path.parent().is_some_and(|parent| parent == self.folder || parent.canonicalize().ok() == self.folder.canonicalize().ok());
-        if here { Record::resume(&self.folder, place.update) } else { Record::create(&self.folder, &command) }
+        if !here {
+            return Record::create(&self.folder, &command);
+        }
+        for abandoned in Shelf::new(&self.folder, 1).set_aside(place.update)? {
+            say(&format!("{} is of the run that is left here: it has been renamed", abandoned.display()));
+        }
+        Record::resume(&self.folder, place.update)
     }
 }

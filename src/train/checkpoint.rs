@@ -99,6 +99,9 @@ pub fn restore(file: &TensorFile, params: &mut Params, optimizer: &mut dyn Optim
         optimizer.state_mut().restore(params, id, steps, &lent).with_context(|| source.clone())?;
     }
     if let Some(ema) = ema {
+        if !file.names().any(|name| name.starts_with("ema.")) {
+            return Err(Error::usage(format!("{source} was made without --model-ema-decay; leave the flag out")));
+        }
         let ids: Vec<ParamId> = params.ids().collect();
         let values = ids.iter().map(|&id| tensor_of(file.get(&format!("ema.{}", params.name(id)))?, params.value(id)));
         ema.restore(&values.collect::<Result<Vec<_>>>()?).with_context(|| source)?;
@@ -167,8 +170,13 @@ impl Shelf {
 
     /// The newest checkpoint that is whole, and a sentence for each newer one that is not.
     pub fn newest(&self) -> (Option<(PathBuf, TensorFile)>, Vec<String>) {
+        self.newest_before(u64::MAX)
+    }
+
+    /// The same of those before an update.
+    pub fn newest_before(&self, end: u64) -> (Option<(PathBuf, TensorFile)>, Vec<String>) {
         let mut damaged = Vec::new();
-        for update in self.updates() {
+        for update in self.updates().into_iter().filter(|&update| update < end) {
             let path = self.path(update);
             let opened = formats::open(&path).and_then(|file| header(&file).and_then(|_| check(&file)).map(|()| file));
             match opened {
@@ -177,6 +185,17 @@ impl Shelf {
             }
         }
         (None, damaged)
+    }
+
+    /// Renames the checkpoints behind an update, to which a run goes back: they are of another course.
+    pub fn set_aside(&self, update: u64) -> Result<Vec<PathBuf>> {
+        let mut renamed = Vec::new();
+        for later in self.updates().into_iter().filter(|&later| later > update) {
+            let path = self.path(later);
+            std::fs::rename(&path, path.with_extension("safetensors.old")).with_context(|| format!("renaming {}", path.display()))?;
+            renamed.push(path);
+        }
+        Ok(renamed)
     }
 
     /// Removes all but the newest, and what a killed process left half written.

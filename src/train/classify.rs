@@ -1,11 +1,11 @@
 //! `masque finetune` and `masque probe`: a classifier from a pre-trained encoder, or from scratch.
 
 use super::args::{RunArgs, settings};
-use super::evaluate::{Evaluation, evaluate};
+use super::evaluate::{Evaluation, evaluate, say_skipped};
 use super::feed::{Feed, Labels};
 use super::images::{CropArgs, ImagesArgs, Part};
 use super::knn;
-use super::run::{Ended, Run};
+use super::run::{Ended, Run, restore};
 use super::step::{Step, StepOptions};
 use crate::data::Dataset;
 use crate::data::erase::{Erasing, Filling};
@@ -14,6 +14,7 @@ use crate::data::mixing::{Mixing, Mode};
 use crate::data::open::same_classes;
 use crate::data::rand_augment::RandAugment;
 use crate::data::transform::Transform;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::methods::supervised::Supervised;
 use crate::nn::Start;
@@ -90,6 +91,12 @@ impl ClassifierArgs {
                 self.model.trim_start_matches("mae_")
             )));
         }
+        if named.family == Some(Family::Distilled) {
+            return Err(Error::usage(format!(
+                "--model {}: the second head of a distilled model learns from a teacher, which this command does not have; masque evaluate judges one",
+                self.model
+            )));
+        }
         let mut vit = named.classifier(images.input_size, drop_path)?;
         (vit.patch, vit.channels) = (self.patch_size.unwrap_or(vit.patch), images.in_chans);
         vit.check().map_err(|error| Error::usage(format!("--input-size and --patch-size: {}", error.chain())))?;
@@ -116,8 +123,14 @@ impl ClassifierArgs {
     /// The encoder's weights from --finetune, and a new head.
     fn load(&self, model: &mut Supervised, rng: &Rng, say: &mut dyn FnMut(&str)) -> Result<()> {
         let Some(path) = &self.finetune else {
+            if self.finetune_ema {
+                return Err(Error::usage("--finetune-ema says which weights --finetune takes; give a checkpoint by --finetune PATH"));
+            }
             return if self.start == StartName::Xavier { start_like_mae(model, rng) } else { Ok(()) };
         };
+        if self.start != StartName::Normal {
+            return Err(Error::usage("--start says how a model starts from scratch; leave it out beside --finetune"));
+        }
         if !(self.head_std.is_finite() && self.head_std >= 0.0) {
             return Err(Error::usage(format!("--head-std {} is not a number from 0 on", self.head_std)));
         }
@@ -171,7 +184,7 @@ pub struct FinetuneArgs {
     #[arg(long, default_value_t = 0.75, value_name = "FACTOR")]
     pub layer_decay: f64,
     /// Betas of AdamW
-    #[arg(long, value_delimiter = ',', num_args = 2, default_values_t = [0.9, 0.999], value_name = "B1,B2")]
+    #[arg(long, value_delimiter = ',', num_args = 1..=2, default_values_t = [0.9, 0.999], value_name = "B1,B2")]
     pub betas: Vec<f64>,
     /// The head learns this many times as fast
     #[arg(long, default_value_t = 1.0, value_name = "FACTOR")]
@@ -207,7 +220,7 @@ pub struct FinetuneArgs {
     #[arg(long, default_value_t = 0.0, value_name = "ALPHA")]
     pub cutmix: f64,
     /// Sides of CutMix's box as parts of the image's, in the place of --cutmix
-    #[arg(long, value_delimiter = ',', num_args = 2, value_name = "LEAST,MOST")]
+    #[arg(long, value_delimiter = ',', num_args = 1..=2, value_name = "LEAST,MOST")]
     pub cutmix_minmax: Option<Vec<f64>>,
     /// Probability of mixing a batch
     #[arg(long, default_value_t = 1.0, value_name = "PROBABILITY")]
@@ -223,8 +236,9 @@ pub struct FinetuneArgs {
 impl FinetuneArgs {
     fn mixing(&self) -> Result<Mixing> {
         let minmax = match self.cutmix_minmax.as_deref() {
+            None => None,
             Some(&[least, most]) => Some([least, most]),
-            _ => None,
+            Some(other) => return Err(Error::usage(format!("--cutmix-minmax has {} numbers; it takes two, as 0.2,0.8", other.len()))),
         };
         Ok(Mixing {
             mixup: self.mixup,
@@ -357,7 +371,7 @@ pub fn finetune(args: &FinetuneArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
     let config = args.classifier.config(&args.images, sets.classes, args.drop_path, false)?;
     let depth = config.vit.depth;
     let labels = Labels { classes: sets.classes, mixing };
-    let settings = settings(args)?;
+    let settings = settings(&FinetuneArgs { images: args.images.resolved(), ..args.clone() })?;
     let job =
         Job { word: "finetune", classifier: &args.classifier, run: &args.run, images: &args.images, crop: &args.crop, sets, settings };
     job.train(config, args.transform()?, labels, |params| args.optimizer(params, depth), say)
@@ -366,7 +380,7 @@ pub fn finetune(args: &FinetuneArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
 pub fn probe(args: &ProbeArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let sets = Sets::open(&args.classifier, &args.run, &args.images, false, say)?;
     let config = args.classifier.config(&args.images, sets.classes, 0.0, args.knn.is_none())?;
-    let settings = settings(args)?;
+    let settings = settings(&ProbeArgs { images: args.images.resolved(), ..args.clone() })?;
     let job = Job { word: "probe", classifier: &args.classifier, run: &args.run, images: &args.images, crop: &args.crop, sets, settings };
     if let Some(neighbours) = args.knn {
         return job.neighbours(config, knn::Knn { neighbours, temperature: args.knn_temperature }, say);
@@ -389,18 +403,17 @@ struct Job<'a> {
 
 impl Job<'_> {
     /// The model with its starting weights, on its device.
-    fn model(&self, config: ClassifierConfig, say: &mut dyn FnMut(&str)) -> Result<Supervised> {
-        let device = self.run.open_device()?;
+    fn model(&self, config: ClassifierConfig, device: &Device, say: &mut dyn FnMut(&str)) -> Result<Supervised> {
         let rng = Rng::new(self.run.seed);
         let mut model = Supervised::new(config, Dtype::F32, &rng)?;
         self.classifier.load(&mut model, &rng, say)?;
-        model.params.move_to(&device, self.run.precision.dtype())?;
+        model.params.move_to(device, self.run.precision.dtype())?;
         Ok(model)
     }
 
-    fn feed(&self, labels: Option<Labels>) -> Result<Feed> {
+    fn feed(&self, device: Device, labels: Option<Labels>) -> Feed {
         let [mean, std] = self.images.statistics();
-        Ok(Feed { device: self.run.open_device()?, mean, std, labels })
+        Feed { device, mean, std, labels }
     }
 
     fn train(
@@ -415,27 +428,31 @@ impl Job<'_> {
             return self.evaluate(config, say);
         }
         let start = self.run.start(self.word)?;
-        let mut model = self.model(config, say)?;
-        let feed = Feed { device: model.params.device().clone(), ..self.feed(Some(labels))? };
+        let device = self.run.open_device()?;
+        let mut model = self.model(config, &device, say)?;
+        let feed = self.feed(device, Some(labels));
         let validation = self.sets.in_order(false, self.crop.evaluation(self.images.input_size)?);
         let optimizer = optimizer(&model.params)?;
         let ema = self.run.model_ema_decay.map(|decay| Ema::new(&mut model.params, decay)).transpose()?;
-        let mut run = Run {
-            step: Step::new(Box::new(model), optimizer, StepOptions { clip: self.run.clip_grad, accumulate: self.run.accum_iter }),
-            loader: Arc::new(Loader::new(self.sets.train.clone(), transform, self.sets.loading)),
+        let loader = Loader::new(self.sets.train.clone(), transform, self.sets.loading);
+        self.run.check_window(&loader)?;
+        let mut step = Step::new(Box::new(model), optimizer, StepOptions { clip: self.run.clip_grad, accumulate: self.run.accum_iter });
+        let mut ema = ema;
+        let place = start.from.as_ref().map(|(_, file)| restore(file, &mut step, ema.as_mut())).transpose()?.unwrap_or_default();
+        let run = Run {
+            step,
+            loader: Arc::new(loader),
             feed,
             schedule: self.run.schedule(),
             ema,
-            validation: Some(validation),
+            validation: Some(Arc::new(validation)),
             after: None,
             record: start.record(&[self.word], &self.settings, say)?,
             settings: self.settings,
             options: self.run.options(),
-            place: Default::default(),
+            place,
+            told: Default::default(),
         };
-        if let Some((_, file)) = &start.from {
-            run.restore(file)?;
-        }
         say(&format!("run folder: {}", start.folder.display()));
         run.run()
     }
@@ -450,19 +467,27 @@ impl Job<'_> {
         let file = weights::open(path.ok_or_else(missing)?, Which::Trained)?;
         let mut model = Supervised::new(config, Dtype::F32, &Rng::new(self.run.seed))?;
         say(&weights::load(&mut model.params, &model.model.vit.config, &file, Policy::Strict)?.text());
-        let feed = self.feed(None)?;
+        let feed = self.feed(self.run.open_device()?, None);
         model.params.move_to(&feed.device, self.run.precision.dtype())?;
-        let found = evaluate(&model, &self.sets.in_order(false, self.crop.evaluation(self.images.input_size)?), &feed)?;
+        let loader = self.sets.in_order(false, self.crop.evaluation(self.images.input_size)?);
+        let found = evaluate(&model, &loader, &feed)?;
+        say_skipped(&loader, say);
         say(&found.to_string());
         Ok(Ended { last: Some(found), ..Ended::nothing() })
     }
 
     fn neighbours(self, config: ClassifierConfig, knn: knn::Knn, say: &mut dyn FnMut(&str)) -> Result<Ended> {
-        let model = self.model(config, say)?;
-        let feed = Feed { device: model.params.device().clone(), ..self.feed(None)? };
+        let given =
+            [("--resume", self.run.resume.is_some()), ("--eval", self.classifier.eval), ("--output-dir", self.run.output_dir.is_some())];
+        if let Some((flag, _)) = given.into_iter().find(|(_, given)| *given) {
+            return Err(Error::usage(format!("{flag} has no meaning with --knn, which trains and writes nothing; leave it out")));
+        }
+        let device = self.run.open_device()?;
+        let model = self.model(config, &device, say)?;
+        let feed = self.feed(device, None);
         let transform = self.crop.evaluation(self.images.input_size)?;
-        let known = knn::features(&model, &self.sets.in_order(true, transform.clone()), &feed)?;
-        let asked = knn::features(&model, &self.sets.in_order(false, transform), &feed)?;
+        let known = knn::features(&model, &self.sets.in_order(true, transform.clone()), &feed, say)?;
+        let asked = knn::features(&model, &self.sets.in_order(false, transform), &feed, say)?;
         let accuracy = knn.classify(&known, &asked, self.sets.classes)?;
         say(&format!(
             "{} nearest of {} training images, temperature {}: acc@1 {:.2} % acc@5 {:.2} % on {} images",

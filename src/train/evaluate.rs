@@ -26,6 +26,9 @@ pub struct EvaluateArgs {
     /// Use only the first so many images [default: all]
     #[arg(long, value_name = "N")]
     pub val_images: Option<usize>,
+    /// Classes of the model, where the images show only the first of them
+    #[arg(long, value_name = "N")]
+    pub nb_classes: Option<usize>,
     /// Resize the short side to the model's size / ratio and take the centre [default: the run's; else 0.875, above 224 pixels 1]
     #[arg(long, value_name = "RATIO")]
     pub eval_crop_ratio: Option<f64>,
@@ -78,12 +81,17 @@ impl EvaluateArgs {
                 )));
             }
         };
-        if let Some(classes) = classes.filter(|&classes| classes < dataset.classes().len()) {
+        let found = dataset.classes().len();
+        if let Some(classes) = classes.filter(|&classes| classes < found || (classes > found && self.nb_classes != Some(classes))) {
+            let more = if classes > found {
+                format!("; if they are the first {found} of them, say so by --nb-classes {classes}")
+            } else {
+                String::new()
+            };
             return Err(Error::new(format!(
-                "{} answers with {classes} classes but {} has {}",
+                "{} answers with {classes} classes but {} has {found}{more}",
                 self.model.checkpoint.display(),
-                images.data_path.display(),
-                dataset.classes().len()
+                images.data_path.display()
             )));
         }
         let ratio = self.eval_crop_ratio.or_else(|| own("eval-crop-ratio")?.as_f64());
@@ -93,10 +101,7 @@ impl EvaluateArgs {
         let [mean, std] = images.statistics();
         let feed = Feed { device: opened.params().device().clone(), mean, std, labels: None };
         let found = evaluate(method, &loader, &feed)?;
-        let skipped = loader.skipped();
-        if skipped.count > 0 {
-            say(&format!("{} images could not be read and are left out, the first: {}", skipped.count, skipped.names.join("; ")));
-        }
+        say_skipped(&loader, say);
         say(&found.to_string());
         Ok(found)
     }
@@ -131,6 +136,14 @@ impl Evaluation {
     /// The number by which models are compared, and whether more (1) or less (-1) of it is better.
     pub fn score(&self) -> (f64, f64) {
         self.accuracy.map_or((self.loss, -1.0), |[first, _]| (first, 1.0))
+    }
+}
+
+/// Says how many images could not be read.
+pub fn say_skipped(loader: &Loader, say: &mut dyn FnMut(&str)) {
+    let skipped = loader.skipped();
+    if skipped.count > 0 {
+        say(&format!("{} images could not be read and are left out, the first: {}", skipped.count, skipped.names.join("; ")));
     }
 }
 

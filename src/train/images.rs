@@ -24,10 +24,10 @@ pub struct ImagesArgs {
     /// Channels of the built-in images; images from files have 3
     #[arg(long, default_value_t = 3, value_name = "N")]
     pub in_chans: usize,
-    /// Use only the first so many training images [default: all]
+    /// Use only so many training images: the first built-in ones, or ones spread over a sorted set [default: all]
     #[arg(long, value_name = "N")]
     pub train_images: Option<usize>,
-    /// Use only the first so many validation images [default: all]
+    /// Use only so many validation images, in the same way [default: all]
     #[arg(long, value_name = "N")]
     pub val_images: Option<usize>,
     /// An image that cannot be read ends the run, instead of being left out with a warning
@@ -159,6 +159,12 @@ impl ImagesArgs {
         [self.mean.clone().unwrap_or(mean), self.std.clone().unwrap_or(std)]
     }
 
+    /// With the statistics written out, as a checkpoint remembers them.
+    pub fn resolved(&self) -> Self {
+        let [mean, std] = self.statistics();
+        Self { mean: Some(mean), std: Some(std), ..self.clone() }
+    }
+
     pub fn open(&self, part: Part) -> Result<Arc<dyn Dataset>> {
         let dataset: Arc<dyn Dataset> = if self.is_synthetic() {
             let glyphs = GlyphsConfig { size: self.input_size, channels: self.in_chans, ..GlyphsConfig::of(part == Part::Train) };
@@ -168,19 +174,26 @@ impl ImagesArgs {
         };
         let most = if part == Part::Train { self.train_images } else { self.val_images };
         Ok(match most.filter(|most| *most < dataset.len()) {
-            Some(most) => Arc::new(First { dataset, most }),
+            Some(most) => Arc::new(Fewer { spread: !self.is_synthetic(), dataset, most }),
             None => dataset,
         })
     }
 }
 
-/// The first images of a set.
-struct First {
+/// Some images of a set: the first, or as many spread over it where it is sorted by class.
+struct Fewer {
     dataset: Arc<dyn Dataset>,
     most: usize,
+    spread: bool,
 }
 
-impl Dataset for First {
+impl Fewer {
+    fn place(&self, index: usize) -> usize {
+        if self.spread { (index as u128 * self.dataset.len() as u128 / self.most as u128) as usize } else { index }
+    }
+}
+
+impl Dataset for Fewer {
     fn len(&self) -> usize {
         self.most
     }
@@ -190,15 +203,15 @@ impl Dataset for First {
     }
 
     fn label(&self, index: usize) -> u32 {
-        self.dataset.label(index)
+        self.dataset.label(self.place(index))
     }
 
     fn name(&self, index: usize) -> String {
-        self.dataset.name(index)
+        self.dataset.name(self.place(index))
     }
 
     fn picture(&self, index: usize) -> Result<crate::data::Picture> {
-        self.dataset.picture(index)
+        self.dataset.picture(self.place(index))
     }
 
     fn notes(&self) -> &[String] {
@@ -206,6 +219,6 @@ impl Dataset for First {
     }
 
     fn encoded(&self, index: usize) -> Result<Option<Vec<u8>>> {
-        self.dataset.encoded(index)
+        self.dataset.encoded(self.place(index))
     }
 }

@@ -3,6 +3,7 @@
 //!   similarity   s = <f, g>, features f and g of length 1
 //!   vote         for each class the sum of exp(s / T) over the k most similar training images of it
 
+use super::evaluate::say_skipped;
 use super::feed::Feed;
 use crate::data::loader::Loader;
 use crate::ensure;
@@ -24,7 +25,7 @@ pub struct Features {
 }
 
 /// The features of all images that a loader gives.
-pub fn features(model: &Supervised, loader: &Loader, feed: &Feed) -> Result<Features> {
+pub fn features(model: &Supervised, loader: &Loader, feed: &Feed, say: &mut dyn FnMut(&str)) -> Result<Features> {
     let mut all = Features { values: Vec::new(), width: 1, labels: Vec::new() };
     for loaded in loader.epoch(0, 0) {
         let batch = feed.evaluation(loaded?)?;
@@ -37,6 +38,7 @@ pub fn features(model: &Supervised, loader: &Loader, feed: &Feed) -> Result<Feat
         all.labels.extend(&batch.labels);
     }
     ensure!(!all.labels.is_empty(), "there is no image to take features of");
+    say_skipped(loader, say);
     Ok(all)
 }
 

@@ -4,7 +4,7 @@ use super::args::{RunArgs, settings};
 use super::feed::Feed;
 use super::images::{CropArgs, ImagesArgs, Part};
 use super::picture;
-use super::run::{After, Ended, Run};
+use super::run::{After, Ended, Run, restore};
 use super::step::{Step, StepOptions};
 use super::visualize::{self, Normalised};
 use crate::data::loader::{Loader, LoaderOptions, Order};
@@ -73,8 +73,15 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let device = args.run.open_device()?;
     let start = args.run.start("pretrain-mae")?;
     let train = args.images.open(Part::Train)?;
-    let validation = args.images.open(Part::Val)?;
-    train.notes().iter().chain(validation.notes()).for_each(|note| say(note));
+    // Pre-training reads no labels and needs no other images; where there are some, they show how it generalises.
+    let validation = match args.images.open(Part::Val) {
+        Ok(validation) => Some(validation),
+        Err(error) => {
+            say(&format!("no evaluation: {}", error.chain()));
+            None
+        }
+    };
+    train.notes().iter().chain(validation.iter().flat_map(|set| set.notes())).for_each(|note| say(note));
 
     let mut mae = Mae::new(config, Dtype::F32, &Rng::new(args.run.seed))?;
     if let Some(path) = &args.init {
@@ -100,25 +107,35 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         ..LoaderOptions::default()
     };
     let side = args.images.input_size;
+    let shown = validation.clone().unwrap_or_else(|| train.clone());
     let few = LoaderOptions { batch: SHOWN, order: Order::Sequential, workers: 0, ..loading };
-    let after = pictures(Loader::new(validation.clone(), args.crop.evaluation(side)?, few), feed.clone());
-    let settings = settings(args)?;
-    let mut run = Run {
-        step: Step::new(Box::new(mae), Box::new(optimizer), options),
-        loader: Arc::new(Loader::new(train, args.crop.training(side)?, loading)),
+    let after = pictures(Loader::new(shown, args.crop.evaluation(side)?, few), feed.clone());
+    let settings = settings(&PretrainArgs { images: args.images.resolved(), ..args.clone() })?;
+    let loader = Loader::new(train, args.crop.training(side)?, loading);
+    args.run.check_window(&loader)?;
+    let mut step = Step::new(Box::new(mae), Box::new(optimizer), options);
+    let mut ema = ema;
+    let place = start.from.as_ref().map(|(_, file)| restore(file, &mut step, ema.as_mut())).transpose()?.unwrap_or_default();
+    let run = Run {
+        step,
+        loader: Arc::new(loader),
         feed,
         schedule: args.run.schedule(),
         ema,
-        validation: Some(Loader::new(validation, args.crop.evaluation(side)?, LoaderOptions { order: Order::Sequential, ..loading })),
+        validation: match validation {
+            Some(set) => {
+                let in_order = LoaderOptions { order: Order::Sequential, ..loading };
+                Some(Arc::new(Loader::new(set, args.crop.evaluation(side)?, in_order)))
+            }
+            None => None,
+        },
         after: Some(after),
         record: start.record(&["pretrain", "mae"], &settings, say)?,
         settings,
         options: args.run.options(),
-        place: Default::default(),
+        place,
+        told: Default::default(),
     };
-    if let Some((_, file)) = &start.from {
-        run.restore(file)?;
-    }
     say(&format!("run folder: {}", start.folder.display()));
     run.run()
 }

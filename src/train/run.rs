@@ -16,6 +16,7 @@ use super::record::{Record, Row};
 use super::report;
 use super::signals::Signals;
 use super::step::Step;
+use crate::bail;
 use crate::data::loader::Loader;
 use crate::error::{Context, Error, Result};
 use crate::formats;
@@ -23,9 +24,9 @@ use crate::methods::Method;
 use crate::optim::ema::Ema;
 use crate::optim::schedule;
 use crate::rng::Rng;
-use crate::{bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -42,6 +43,10 @@ pub struct Place {
     pub in_a_row: u64,
     /// How often the parameters went back to a checkpoint.
     pub returns: u64,
+    /// The update of that checkpoint, until an update has been made after it.
+    pub back_at: Option<u64>,
+    /// Whether the last evaluation gave no number: then the parameters are not worth keeping.
+    pub spoiled: bool,
     pub best: Option<f64>,
     /// Of this epoch.
     epoch_loss: Mean,
@@ -101,12 +106,14 @@ pub struct Run<'a> {
     pub feed: Feed,
     pub schedule: Schedule,
     pub ema: Option<Ema>,
-    pub validation: Option<Loader>,
+    pub validation: Option<Arc<Loader>>,
     pub after: Option<After<'a>>,
     pub record: Record,
     pub settings: Map<String, Value>,
     pub options: Options,
     pub place: Place,
+    /// What has been said of images that could not be read.
+    pub told: HashSet<String>,
 }
 
 /// How a run ended.
@@ -123,6 +130,15 @@ impl Ended {
     pub fn nothing() -> Self {
         Self { place: Place::default(), last: None, signal: None, seconds: 0.0 }
     }
+}
+
+/// Gives model, optimiser and averages the values of a checkpoint, and answers where its run stood.
+pub fn restore(file: &formats::TensorFile, step: &mut Step, ema: Option<&mut Ema>) -> Result<Place> {
+    let progress = checkpoint::header(file)?.progress;
+    let place = serde_json::from_value(Value::Object(progress)).with_context(|| format!("{}: its place cannot be read", file.source()))?;
+    let (method, optimizer) = step.method_and_optimizer();
+    checkpoint::restore(file, method.params(), optimizer, ema)?;
+    Ok(place)
 }
 
 /// Going back more often than this is no use.
@@ -146,22 +162,9 @@ impl Run<'_> {
         Shelf::new(self.record.folder(), self.options.keep)
     }
 
-    /// Puts the run where a checkpoint left it.
-    pub fn restore(&mut self, file: &formats::TensorFile) -> Result<()> {
-        let progress = checkpoint::header(file)?.progress;
-        self.place =
-            serde_json::from_value(Value::Object(progress)).with_context(|| format!("{}: its place cannot be read", file.source()))?;
-        let (method, optimizer) = self.step.method_and_optimizer();
-        checkpoint::restore(file, method.params(), optimizer, self.ema.as_mut())
-    }
-
     /// Trains to the end, or until a signal asks to stop.
     pub fn run(mut self) -> Result<Ended> {
         let (batches, window) = (self.batches(), self.window());
-        ensure!(
-            batches >= window,
-            "an epoch has {batches} batches, fewer than the {window} of an update; make --batch-size or --accum-iter smaller"
-        );
         let signals = Signals::listen()?;
         let started = Instant::now();
         let macs = self.step.method().macs();
@@ -172,15 +175,20 @@ impl Run<'_> {
             images_per_update: (self.loader.batch() as u64 * window) as usize,
             flops_per_image: 2.0 * (macs[0] + 2 * macs[1]) as f64,
         });
+        if self.place.epoch >= self.options.epochs {
+            progress.line(&format!("all of the {} epochs are done already; a greater --epochs goes on", self.options.epochs));
+        } else if self.shelf().updates().is_empty() {
+            // There is always something to go back to, and a folder that cannot be written is found now.
+            self.save()?;
+        }
         let mut saved = Instant::now();
         let mut last = None;
-        let mut told = 0;
         while self.place.epoch < self.options.epochs {
             let loader = self.loader.clone();
             let mut coming = loader.epoch(self.place.epoch, self.place.micro as usize);
             while self.place.micro + window <= batches {
                 self.update(&mut coming, batches, window, &mut progress)?;
-                self.tell_skipped(&mut told, &mut progress)?;
+                self.tell_skipped(&loader, "replaced by another", &mut progress)?;
                 if self.place.in_a_row > self.options.most_skips {
                     self.go_back(&mut progress)?;
                 }
@@ -190,7 +198,7 @@ impl Run<'_> {
                     break;
                 }
                 // What skipped updates may have led to is not saved: the last checkpoint is a good one.
-                if (due || saved.elapsed() >= self.options.save_time || signal.is_some()) && self.place.in_a_row == 0 {
+                if (due || saved.elapsed() >= self.options.save_time || signal.is_some()) && self.is_good() {
                     progress.pause();
                     self.save()?;
                     saved = Instant::now();
@@ -209,7 +217,7 @@ impl Run<'_> {
             if let signal @ Some(_) = signals.came()
                 && self.place.epoch < self.options.epochs
             {
-                if self.place.in_a_row == 0 {
+                if self.is_good() {
                     self.save()?;
                 }
                 progress.finish();
@@ -256,7 +264,7 @@ impl Run<'_> {
         place.update += 1;
         let epoch = place.epoch as f64 + place.micro as f64 / batches as f64;
         if outcome.taken {
-            place.in_a_row = 0;
+            (place.in_a_row, place.back_at) = (0, None);
             place.row_loss.add(outcome.loss);
             if let Some(ema) = &mut self.ema {
                 ema.update(self.step.method().params())?;
@@ -281,15 +289,21 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Says of images that could not be read, once for each that is named.
-    fn tell_skipped(&mut self, told: &mut usize, progress: &mut Progress) -> Result<()> {
-        let skipped = self.loader.skipped();
-        for name in skipped.names.iter().skip(*told) {
-            let text = format!("an image could not be read and is replaced by another: {name}");
-            progress.line(&text);
-            self.record.note(self.place.update, &text)?;
+    /// Whether the parameters are worth keeping: numbers were finite since the last update, and since the run went back to a checkpoint.
+    fn is_good(&self) -> bool {
+        self.place.in_a_row == 0 && self.place.back_at.is_none() && !self.place.spoiled
+    }
+
+    /// Says of images that could not be read, once for each that is named, and how many there are.
+    fn tell_skipped(&mut self, loader: &Loader, what: &str, progress: &mut Progress) -> Result<()> {
+        let skipped = loader.skipped();
+        for name in skipped.names {
+            if self.told.insert(name.clone()) {
+                let text = format!("an image could not be read and is {what} ({} so far): {name}", skipped.count);
+                progress.line(&text);
+                self.record.note(self.place.update, &text)?;
+            }
         }
-        *told = (*told).max(skipped.names.len());
         Ok(())
     }
 
@@ -297,18 +311,19 @@ impl Run<'_> {
     fn go_back(&mut self, progress: &mut Progress) -> Result<()> {
         let place = &mut self.place;
         let reason = format!("{} updates in a row were skipped because loss or gradient were not finite", place.in_a_row);
-        let (newest, damaged) = Shelf::new(self.record.folder(), self.options.keep).newest();
+        // Where not one update could be made since the last return, its checkpoint was no good one.
+        let before = place.back_at.unwrap_or(u64::MAX);
+        let (newest, damaged) = Shelf::new(self.record.folder(), self.options.keep).newest_before(before);
         damaged.iter().for_each(|text| progress.line(text));
         let Some((path, file)) = newest else {
-            bail!("{reason}, and there is no checkpoint to go back to; try a smaller --lr or --clip-grad, or --precision f32");
+            bail!("{reason}, and there is no good checkpoint to go back to; try a smaller --lr or --clip-grad, or --precision f32");
         };
         place.returns += 1;
         if place.returns > MOST_RETURNS {
             bail!("{reason}; the run went back to a checkpoint {MOST_RETURNS} times already; try a smaller --lr or --clip-grad");
         }
-        let (method, optimizer) = self.step.method_and_optimizer();
-        checkpoint::restore(&file, method.params(), optimizer, self.ema.as_mut())?;
-        place.in_a_row = 0;
+        let then = restore(&file, &mut self.step, self.ema.as_mut())?;
+        (place.in_a_row, place.back_at, place.spoiled) = (0, Some(then.update), false);
         let text = format!("{reason}: the parameters are those of {} again, the data goes on", path.display());
         progress.line(&text);
         self.record.note(place.update, &text)
@@ -359,6 +374,7 @@ impl Run<'_> {
                 line.insert("test_loss_ema".into(), json!(averaged.loss));
                 line.extend(averaged.accuracy.map(|[first, _]| ("test_acc1_ema".to_string(), json!(first))));
             }
+            self.place.spoiled = !found.loss.is_finite();
             evaluation = Some(found);
         }
         line.insert("epoch".into(), json!(number));
@@ -366,6 +382,14 @@ impl Run<'_> {
         line.insert("update".into(), json!(self.place.update));
         self.record.epoch(&line)?;
         progress.line(&summary(number, epochs, loss.value(), evaluation.as_ref()));
+        if self.place.spoiled {
+            let text = "the evaluation gave no number: these parameters are not kept as a checkpoint";
+            progress.line(text);
+            self.record.note(self.place.update, text)?;
+        }
+        if let Some(loader) = self.validation.clone() {
+            self.tell_skipped(&loader, "left out of the evaluation", progress)?;
+        }
         if let (Some(_), Some(after)) = (&evaluation, &mut self.after) {
             after(self.step.method(), &mut self.record, &self.place)?;
         }
@@ -373,11 +397,12 @@ impl Run<'_> {
         if let Some(best) = &best {
             self.place.best = Some(best.score().0);
         }
-        if every(self.options.save_epochs) && (self.place.in_a_row == 0 || done == epochs) {
-            self.save()?;
-        }
+        // In this order: the other way round, a run that is killed in between would go on without its best weights.
         if best.is_some() {
             self.save_as(&shelf.best())?;
+        }
+        if every(self.options.save_epochs) && (self.is_good() || done == epochs) {
+            self.save()?;
         }
         report::write(self.record.folder())?;
         Ok(evaluation)

@@ -118,7 +118,7 @@ impl Step {
             }
         };
         let loss = seen.loss.read()?[0];
-        if let Some(statistics) = &seen.statistics {
+        if let Some(statistics) = seen.statistics.as_ref().filter(|_| loss.is_finite()) {
             self.method.learn(statistics, batch.images.shape()[0])?;
         }
         let first = self.losses.is_empty();
