@@ -8,26 +8,11 @@
 
 use super::record::Appender;
 use crate::error::{Context, Result};
+use crate::formats;
 use std::path::{Path, PathBuf};
 
-const TABLE: [u32; 256] = {
-    let mut table = [0u32; 256];
-    let mut i = 0;
-    while i < 256 {
-        let (mut crc, mut bit) = (i as u32, 0);
-        while bit < 8 {
-            crc = if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
-            bit += 1;
-        }
-        table[i] = crc;
-        i += 1;
-    }
-    table
-};
-
 fn masked_crc(bytes: &[u8]) -> u32 {
-    let crc = !bytes.iter().fold(!0u32, |crc, &byte| crc >> 8 ^ TABLE[((crc ^ byte as u32) & 255) as usize]);
-    crc.rotate_right(15).wrapping_add(0xa282_ead8)
+    formats::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
 fn frame(data: &[u8]) -> Vec<u8> {
