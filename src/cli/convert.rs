@@ -49,6 +49,9 @@ pub fn run(args: &Convert, say: impl Fn(&str)) -> Result<()> {
     if args.with_optimizer && ending != "pth" {
         return Err(Error::usage(format!("{to}: --with-optimizer writes what MAE's program resumes from, a .pth file")));
     }
+    if args.to.canonicalize().is_ok_and(|there| args.from.canonicalize().is_ok_and(|here| here == there)) {
+        return Err(Error::usage(format!("{to}: a checkpoint is not converted into itself; give another name")));
+    }
     let before = weights::open(&args.from, if args.ema { Which::Averages } else { Which::Trained })?;
     let (mut lines, mut file) = (Vec::new(), before);
     if let Some(naming) = args.to_names {

@@ -107,10 +107,17 @@ fn packs(args: &Pack) -> Result<()> {
         _ if args.original => Storage::Original,
         size => Storage::Pixels { short: size.unwrap_or(256) },
     };
+    if args.output.extension().is_none_or(|ending| ending != "masque") {
+        return Err(Error::usage(format!(
+            "--output {}: packed files are named train.masque and val.masque, side by side, so that --data-path finds them",
+            args.output.display()
+        )));
+    }
     if args.output.exists() && !args.force {
         return Err(Error::new(format!("{} is there already; --force replaces it", args.output.display())));
     }
     let dataset = opened(&args.data_path, args.split)?;
+    dataset.notes().iter().for_each(|note| say(note));
     let options = Options { storage, strict: args.strict_data, force: args.force, root: &args.data_path };
     let mut pace = Pace::new("done");
     let packing = pack(&*dataset, &args.output, &options, &mut |event| match event {
@@ -149,6 +156,7 @@ fn shows(path: &Path, part: Option<Part>, every_class: bool) -> Result<()> {
     const SHOWN: usize = 20;
     const LOOKED_AT: usize = 500;
     let dataset = opened(path, part)?;
+    dataset.notes().iter().for_each(|note| say(note));
     let sizes: Vec<[usize; 2]> = if Packed::is_at(path) {
         let packed = Packed::open(path)?;
         say(&format!("{}: {}, {}, {} skipped", path.display(), packed.storage(), bytes(packed.file_len() as u64), packed.skipped()));

@@ -167,6 +167,10 @@ fn command() -> clap::Command {
     };
     let named = |command: clap::Command| {
         let help = "A published recipe, or one for the built-in images, in front of the other flags; masque presets lists them";
+        let command = command.after_help(
+            "The defaults above are those of the official programs. Without --preset and --data-path the flags of a preset for the built-in images stand in \
+             front of yours (glyphs-pretrain, glyphs-finetune, glyphs-scratch, glyphs-probe); with --resume those of the run that is gone on with.",
+        );
         command.arg(clap::Arg::new("preset").long("preset").value_name("NAME").help(help))
     };
     Cli::command()
@@ -198,7 +202,7 @@ fn clap_exit(error: &clap::Error) -> ExitCode {
         _ => error.to_string(),
     };
     let lines = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"));
-    let line = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
+    let line = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ").replace(" tip: ", "; ");
     eprintln!("masque: {}; --help lists what can be typed", line.trim_start_matches("error: "));
     ExitCode::from(2)
 }

@@ -263,9 +263,53 @@ fn command_words(arguments: &[String]) -> Vec<usize> {
     words
 }
 
+/// Flags of the official programs that say nothing here, whether a value follows, and why.
+const OFFICIAL: [(&str, bool, &str); 9] = [
+    ("--dist-eval", false, "evaluation is always exact"),
+    ("--pin-mem", false, "batches always go through pinned memory"),
+    ("--no-pin-mem", false, "batches always go through pinned memory"),
+    ("--dist-on-itp", false, "this version computes on one device"),
+    ("--dist-url", true, "this version computes on one device"),
+    ("--local-rank", true, "this version computes on one device"),
+    ("--world-size", true, "this version computes on one device"),
+    ("--log-dir", true, "TensorBoard's files are in the run folder"),
+    ("--start-epoch", true, "--resume knows where a run stands"),
+];
+
+/// Takes out the official flags that mean nothing here, and says so; --cls-token is another word for --global-pool=false.
+fn official(arguments: &mut Vec<String>) -> Result<()> {
+    let mut at = 1;
+    while at < arguments.len() {
+        let (name, value) = match arguments[at].split_once('=') {
+            Some((name, value)) => (name.to_string(), Some(value.to_string())),
+            None => (arguments[at].clone(), None),
+        };
+        if name == "--cls-token" {
+            let pool = value.as_deref() == Some("false");
+            arguments[at] = format!("--global-pool={pool}");
+        }
+        let Some((flag, takes, why)) = OFFICIAL.iter().find(|(flag, ..)| *flag == name) else {
+            at += 1;
+            continue;
+        };
+        let follows = *takes && value.is_none();
+        let value = value.or_else(|| arguments.get(at + 1).filter(|_| follows).cloned()).unwrap_or_default();
+        if *flag == "--world-size" && value != "1" {
+            return Err(Error::usage(format!("--world-size {value}: this version computes on one device; several come later")));
+        }
+        eprintln!("masque: {flag} has no effect: {why}");
+        arguments.drain(at..(at + 1 + usize::from(follows)).min(arguments.len()));
+    }
+    Ok(())
+}
+
 /// What was typed, with other flags in front of the user's: those of the run that --resume goes on with, then those of the preset.
 pub fn expand(arguments: Vec<String>) -> Result<Vec<String>> {
     let mut arguments: Vec<String> = arguments.into_iter().map(hyphens).collect();
+    let at = command_words(&arguments);
+    if at.first().is_some_and(|&at| ["pretrain", "finetune", "probe"].contains(&arguments[at].as_str())) {
+        official(&mut arguments)?;
+    }
     let at = command_words(&arguments);
     let words: Vec<&str> = at.iter().map(|&at| arguments[at].as_str()).collect();
     let (command, behind) = match words[..] {

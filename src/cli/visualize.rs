@@ -120,7 +120,7 @@ impl VisualizeArgs {
         let read = |path: &PathBuf| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             let name: String = if several { name.chars().take(LETTERS).collect() } else { String::new() };
-            Ok((name, fitted(decode::open(path)?, opened)?))
+            Ok((name, fitted(decode::open(path)?, opened).with_context(|| path.display().to_string())?))
         };
         self.images.iter().map(read).collect()
     }

@@ -1,8 +1,8 @@
 //! One picture becomes a row of a batch.
 
-use super::Dataset;
 use super::erase::Filling;
 use super::loader::{Erased, Filled, Loaded};
+use super::{Dataset, Picture};
 
 use super::transform::{Sample, Transform};
 use crate::error::{Context, Error, Result};
@@ -62,8 +62,12 @@ impl Recipe {
         let mut draws = self.rng.stream("sample", (place * ranks + rank) as u64);
         let (mut index, mut unread) = (self.images[place], Vec::new());
         loop {
-            let error = match self.read(index, &mut draws) {
-                Ok((sample, fill)) => return Ok(Made { index, sample: Some(sample), fill, unread }),
+            // What cannot be done to any image is no fault of this one: only one that cannot be read is passed over.
+            let error = match self.dataset.picture(index) {
+                Ok(picture) => {
+                    let (sample, fill) = self.finish(index, picture, &mut draws)?;
+                    return Ok(Made { index, sample: Some(sample), fill, unread });
+                }
                 Err(error) => error,
             };
             if self.strict {
@@ -80,8 +84,7 @@ impl Recipe {
         }
     }
 
-    fn read(&self, index: usize, draws: &mut Stream) -> Result<(Sample, Vec<f32>)> {
-        let picture = self.dataset.picture(index)?;
+    fn finish(&self, index: usize, picture: Picture, draws: &mut Stream) -> Result<(Sample, Vec<f32>)> {
         let sample = self.transform.apply(picture, draws).with_context(|| self.dataset.name(index))?;
         let channels = sample.pixels.len() / self.transform.side.pow(2).max(1);
         let numbers = match self.transform.erasing.map(|erasing| erasing.mode) {

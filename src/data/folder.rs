@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 /// Endings of the files that are images, in any case.
 pub const ENDINGS: [&str; 5] = ["jpg", "jpeg", "png", "bmp", "webp"];
 /// Endings of images that others read and this program does not.
-const UNREAD: [&str; 4] = ["ppm", "pgm", "tif", "tiff"];
+const UNREAD: [&str; 7] = ["ppm", "pgm", "tif", "tiff", "gif", "avif", "heic"];
 
 pub struct ImageFolder {
     root: PathBuf,

@@ -88,6 +88,16 @@ pub fn open(path: &Path, split: Split) -> Result<Arc<dyn Dataset>> {
     bail!("{shown} holds nothing that is known here; {UNDERSTOOD}")
 }
 
+/// Whether `path` is a folder of images for training that has none for validation.
+pub fn lacks_validation(path: &Path) -> bool {
+    let there = |split: Split| {
+        let mut names = split.names().iter().map(|name| path.join(name));
+        names.any(|place| place.is_dir() || place.with_extension("masque").is_file())
+    };
+    let cifar = ["", "cifar-10-batches-bin", "cifar-100-binary"].iter().any(|name| Version::of(&path.join(name)).is_some());
+    path.is_dir() && !there(Split::Val) && !cifar && open(path, Split::Train).is_ok()
+}
+
 const UNDERSTOOD: &str =
     "a folder with train/ and val/ of class folders, the binary CIFAR-10 or CIFAR-100, or train.masque and val.masque are understood";
 

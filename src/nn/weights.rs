@@ -177,7 +177,13 @@ pub fn load(params: &mut Params, vit: &VitConfig, file: &TensorFile, policy: Pol
     let wrong: Vec<String> = few(&plan.wrong, "; ").into_iter().chain(foreign).collect();
     ensure!(wrong.is_empty(), "{} does not fit the model{}: {}", file.source(), sizes(vit, &file), wrong.join("; "));
     if let Some(parts) = few(&plan.undecided, ", ") {
-        bail!("{} already has a head that fits the model ({parts}); say whether to keep it", file.source());
+        bail!("{} already has a head that fits the model ({parts}); say by --head keep or --head fresh what becomes of it", file.source());
+    }
+    for (id, source) in &plan.values {
+        if let Source::File(tensor) = source {
+            let finite = tensor.to_f32()?.iter().all(|x| x.is_finite());
+            ensure!(finite, "{}: {} holds numbers that are not finite; such weights are of no use", file.source(), params.name(*id));
+        }
     }
     for (id, source) in plan.values {
         let (name, shape) = (params.name(id).to_string(), params.value(id).shape());

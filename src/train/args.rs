@@ -10,7 +10,7 @@ use crate::formats::{self, TensorFile};
 use crate::optim::schedule;
 use clap::Args;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -227,7 +227,12 @@ impl RunArgs {
             Some(path) => {
                 let attempt = || format!("--resume {path}");
                 let file = formats::open(path).with_context(attempt)?;
-                checkpoint::check(&file).and_then(|()| checkpoint::header(&file)).with_context(attempt)?;
+                if checkpoint::settings(&file)?.is_empty() {
+                    return Err(Error::usage(format!(
+                        "--resume {path}: the file is no checkpoint of a run of masque; --init, --finetune and masque evaluate take the weights of others"
+                    )));
+                }
+                checkpoint::header(&file).and_then(|_| checkpoint::check(&file)).with_context(attempt)?;
                 start.from = Some((PathBuf::from(path), file));
             }
         }
@@ -249,6 +254,12 @@ fn numbered(name: &str) -> impl Iterator<Item = PathBuf> {
 pub fn settings(args: &impl Serialize) -> Result<Map<String, Value>> {
     let value = serde_json::to_value(args).context("the settings of a run")?;
     Ok(value.as_object().cloned().unwrap_or_default())
+}
+
+/// What a checkpoint and the images that a run goes on with have to agree in.
+pub fn data_of(command: &str, images: usize, classes: &[String]) -> Map<String, Value> {
+    let entries = [("command", json!(command)), ("train-images", json!(images)), ("classes", json!(classes))];
+    entries.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
 }
 
 /// The whole command with every setting.
@@ -313,13 +324,45 @@ pub fn compare(now: &Map<String, Value>, then: &Map<String, Value>, from: &Path)
 }
 
 impl Start {
+    /// Refuses a checkpoint of another command, of other images, or of settings that may not change; says what else differs.
+    pub fn check(&self, settings: &Map<String, Value>, data: &Map<String, Value>, say: &mut dyn FnMut(&str)) -> Result<()> {
+        self.notes.iter().for_each(|note| say(note));
+        let Some((path, file)) = &self.from else { return Ok(()) };
+        let (header, path) = (checkpoint::header(file)?, path.as_path());
+        let shown = path.display();
+        let (was, is) = (header.data.get("command"), data.get("command"));
+        if was != is {
+            let word = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or("another program").to_string();
+            return Err(Error::usage(format!(
+                "{shown} is of masque {}, not of masque {}; --finetune takes the encoder of another run",
+                word(was),
+                word(is)
+            )));
+        }
+        let notes = compare(settings, &header.settings, path)?;
+        for (key, what) in [("train-images", "training images"), ("classes", "classes")] {
+            let (was, is) = (header.data.get(key), data.get(key));
+            if was != is {
+                let short = |value: Option<&Value>| match value {
+                    Some(Value::Array(names)) => format!("{} classes", names.len()),
+                    other => other.map_or_else(|| "none".to_string(), Value::to_string),
+                };
+                return Err(Error::new(format!(
+                    "the {what} are not those that {shown} was made with ({} now, {} then, or in another order); the run cannot go on with them",
+                    short(is),
+                    short(was)
+                )));
+            }
+        }
+        notes.iter().for_each(|note| say(note));
+        Ok(())
+    }
+
     /// Opens the record, new or continued, and says where the run begins.
     pub fn record(&self, words: &[&str], settings: &Map<String, Value>, say: &mut dyn FnMut(&str)) -> Result<Record> {
-        self.notes.iter().for_each(|note| say(note));
         let command = command(words, settings);
         let Some((path, file)) = &self.from else { return Record::create(&self.folder, &command) };
         let header = checkpoint::header(file)?;
-        compare(settings, &header.settings, path)?.iter().for_each(|note| say(note));
         let place: Place = serde_json::from_value(Value::Object(header.progress)).with_context(|| path.display().to_string())?;
         say(&format!("going on from {} (epoch {}, update {})", path.display(), place.epoch, place.update));
         let here =
@@ -330,6 +373,6 @@ impl Start {
         for abandoned in Shelf::new(&self.folder, 1).set_aside(place.update)? {
             say(&format!("{} is of the run that is left here: it has been renamed", abandoned.display()));
         }
-        Record::resume(&self.folder, place.update)
+        Record::resume(&self.folder, place.update, &command)
     }
 }

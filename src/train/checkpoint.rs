@@ -6,7 +6,7 @@
 //!   optimizer.<state>.<key>    what the optimiser remembers (exp_avg, exp_avg_sq, mu)
 //!   ema.<key>                  the running averages, if there are any
 //!
-//! and in its header `masque.format`, `masque.settings` (the resolved flags), `masque.progress` (where the run stands), `masque.updates` (how many updates each
+//! and in its header `masque.format`, `masque.settings` (the resolved flags), `masque.data` (command, images, classes), `masque.progress` (where the run stands), `masque.updates` (how many updates each
 //! parameter has had) and `masque.checksum` (of all tensors). A file is written beside its place and renamed, so that a name always stands for a whole file.
 
 use crate::ensure;
@@ -27,18 +27,29 @@ const FORMAT: &str = "1";
 pub struct Header {
     pub settings: Map<String, Value>,
     pub progress: Map<String, Value>,
+    /// The command, how many training images there are, and the classes' names.
+    pub data: Map<String, Value>,
 }
 
 pub fn header(file: &TensorFile) -> Result<Header> {
     let source = file.source();
     let format = text(file, "masque.format")?;
     ensure!(format == FORMAT, "{source} is a checkpoint of format {format}, this program reads format {FORMAT}");
-    Ok(Header { settings: map(file, "masque.settings")?, progress: map(file, "masque.progress")? })
+    Ok(Header { settings: map(file, "masque.settings")?, progress: map(file, "masque.progress")?, data: map(file, "masque.data")? })
 }
 
 /// The settings of the run that a file comes from; none where it is not of a run of masque.
 pub fn settings(file: &TensorFile) -> Result<Map<String, Value>> {
     if file.metadata().contains_key("masque.settings") { map(file, "masque.settings") } else { Ok(Map::new()) }
+}
+
+/// The classes that a classifier's run learned; none where the file does not say.
+pub fn classes(file: &TensorFile) -> Result<Vec<String>> {
+    if !file.metadata().contains_key("masque.data") {
+        return Ok(Vec::new());
+    }
+    let names = map(file, "masque.data")?.get("classes").and_then(Value::as_array).cloned().unwrap_or_default();
+    Ok(names.iter().filter_map(|name| name.as_str().map(String::from)).collect())
 }
 
 fn text<'a>(file: &'a TensorFile, key: &str) -> Result<&'a str> {
@@ -72,6 +83,7 @@ pub fn save(path: &Path, header: &Header, params: &Params, optimizer: &dyn Optim
         ("masque.format".to_string(), FORMAT.to_string()),
         ("masque.settings".to_string(), json(&header.settings)),
         ("masque.progress".to_string(), json(&header.progress)),
+        ("masque.data".to_string(), json(&header.data)),
         ("masque.updates".to_string(), json(&updates)),
         ("masque.checksum".to_string(), sum_of(tensors.iter().map(|(_, tensor)| tensor))),
     ]);

@@ -1,6 +1,6 @@
 //! `masque finetune` and `masque probe`: a classifier from a pre-trained encoder, or from scratch.
 
-use super::args::{RunArgs, settings};
+use super::args::{RunArgs, data_of, settings};
 use super::evaluate::{Evaluation, evaluate, say_skipped};
 use super::feed::{Feed, Labels};
 use super::images::{CropArgs, ImagesArgs, Part};
@@ -54,12 +54,12 @@ pub struct ClassifierArgs {
     /// How an encoder starts from scratch
     #[arg(long, value_enum, default_value_t = StartName::Normal)]
     pub start: StartName,
-    /// Average the patches, then norm and head; without it the class token is read
+    /// Average the patches, then norm and head; =false, or --cls-token, reads the class token
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true", action = ArgAction::Set)]
     pub global_pool: bool,
-    /// Read the class token: the same as --global-pool=false
-    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
-    pub cls_token: bool,
+    /// What becomes of a head in --finetune that fits the model
+    #[arg(long, value_enum, default_value_t = HeadName::Ask)]
+    pub head: HeadName,
     /// Classes of the head [default: the dataset's]
     #[arg(long, value_name = "N")]
     pub nb_classes: Option<usize>,
@@ -78,6 +78,17 @@ pub enum StartName {
     Normal,
     /// As pre-training does: Xavier-uniform matrices, sines and cosines for positions; better for narrow models
     Xavier,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HeadName {
+    /// An error: the checkpoint is a fine-tuned one already
+    Ask,
+    /// It stays, as when images become larger
+    Keep,
+    /// It is drawn anew
+    Fresh,
 }
 
 impl ClassifierArgs {
@@ -103,7 +114,7 @@ impl ClassifierArgs {
         if !(0.0..1.0).contains(&drop_path) {
             return Err(Error::usage(format!("--drop-path {drop_path} is not in [0, 1)")));
         }
-        let pool = if self.global_pool && !self.cls_token { Pool::Mean } else { Pool::ClassToken };
+        let pool = if self.global_pool { Pool::Mean } else { Pool::ClassToken };
         Ok(ClassifierConfig { vit, classes, pool, probe })
     }
 
@@ -135,8 +146,16 @@ impl ClassifierArgs {
             return Err(Error::usage(format!("--head-std {} is not a number from 0 on", self.head_std)));
         }
         let file = weights::open(path, if self.finetune_ema { Which::Averages } else { Which::Trained })?;
-        let report = weights::load(&mut model.params, &model.model.vit.config, &file, Policy::Encoder(Head::Fresh))?;
+        let head = match self.head {
+            HeadName::Ask => Head::Ask,
+            HeadName::Keep => Head::Keep,
+            HeadName::Fresh => Head::Fresh,
+        };
+        let report = weights::load(&mut model.params, &model.model.vit.config, &file, Policy::Encoder(head))?;
         say(&report.text());
+        if report.has_head() {
+            return Ok(());
+        }
         for name in ["head.weight", "head.1.weight"] {
             let Ok(id) = model.params.find(name) else { continue };
             let shape = model.params.value(id).shape().to_vec();
@@ -259,6 +278,12 @@ impl FinetuneArgs {
         };
         let erasing = Erasing::new(self.reprob, self.remode.parse::<Filling>()?, self.recount)?;
         let erasing = Some(erasing).filter(|erasing| erasing.probability > 0.0);
+        if self.images.in_chans != 3 && (policy.is_some() || self.color_jitter.is_some() || self.three_augment) {
+            return Err(Error::usage(format!(
+                "--in-chans {}: colours are changed of images with 3 channels only; give --aa none and neither --color-jitter nor --three-augment",
+                self.images.in_chans
+            )));
+        }
         let cut = self.crop.training(side)?;
         let recipe = if self.three_augment {
             if policy.is_some() || erasing.is_some() {
@@ -438,6 +463,8 @@ impl Job<'_> {
         self.run.check_window(&loader)?;
         let mut step = Step::new(Box::new(model), optimizer, StepOptions { clip: self.run.clip_grad, accumulate: self.run.accum_iter });
         let mut ema = ema;
+        let data = data_of(self.word, self.sets.train.len(), self.sets.train.classes());
+        start.check(&self.settings, &data, say)?;
         let place = start.from.as_ref().map(|(_, file)| restore(file, &mut step, ema.as_mut())).transpose()?.unwrap_or_default();
         let run = Run {
             step,
@@ -449,6 +476,7 @@ impl Job<'_> {
             after: None,
             record: start.record(&[self.word], &self.settings, say)?,
             settings: self.settings,
+            data,
             options: self.run.options(),
             place,
             told: Default::default(),
@@ -491,7 +519,7 @@ impl Job<'_> {
         let accuracy = knn.classify(&known, &asked, self.sets.classes)?;
         say(&format!(
             "{} nearest of {} training images, temperature {}: acc@1 {:.2} % acc@5 {:.2} % on {} images",
-            knn.neighbours,
+            knn.neighbours.min(known.labels.len()),
             known.labels.len(),
             knn.temperature,
             accuracy[0],

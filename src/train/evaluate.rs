@@ -94,6 +94,13 @@ impl EvaluateArgs {
                 images.data_path.display()
             )));
         }
+        if let Some((learned, named)) = opened.classes.iter().zip(dataset.classes()).find(|(learned, named)| learned != named) {
+            return Err(Error::new(format!(
+                "{} learned the class {learned} where {} has {named}: their labels do not mean the same",
+                self.model.checkpoint.display(),
+                images.data_path.display()
+            )));
+        }
         let ratio = self.eval_crop_ratio.or_else(|| own("eval-crop-ratio")?.as_f64());
         let workers = self.num_workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
         let options = LoaderOptions { batch: self.batch_size, workers, strict: self.strict_data, ..LoaderOptions::default() };

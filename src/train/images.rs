@@ -3,7 +3,7 @@
 use crate::data::Dataset;
 use crate::data::cache::Cached;
 use crate::data::crop::{ASPECTS, Crop};
-use crate::data::open::{Split, open};
+use crate::data::open::{Split, lacks_validation, open};
 use crate::data::synthetic::{Glyphs, GlyphsConfig};
 use crate::data::transform::Transform;
 use crate::error::{Error, Result};
@@ -157,6 +157,11 @@ impl ImagesArgs {
         let own = if self.is_synthetic() { [vec![0.5; self.in_chans], vec![0.25; self.in_chans]] } else { IMAGENET.map(Vec::from) };
         let [mean, std] = own;
         [self.mean.clone().unwrap_or(mean), self.std.clone().unwrap_or(std)]
+    }
+
+    /// Whether there are images to train with and none to evaluate on.
+    pub fn lacks_validation(&self) -> bool {
+        !self.is_synthetic() && lacks_validation(&self.data_path)
     }
 
     /// With the statistics written out, as a checkpoint remembers them.

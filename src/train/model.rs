@@ -3,6 +3,7 @@
 use super::checkpoint;
 use crate::device::{Named, Precision};
 use crate::error::{Context, Error, Result};
+use crate::formats::{self, Checkpoint};
 use crate::methods::mae::{Mae, MaeArgs, MaeConfig};
 use crate::methods::supervised::Supervised;
 use crate::nn::Start;
@@ -14,6 +15,7 @@ use crate::nn::vit::{DropPath, Tokens, Vit, VitConfig};
 use crate::nn::weights::{self, Policy, Which};
 use crate::param::{Params, ParamsBuilder};
 use crate::rng::Rng;
+use crate::targets::pixels;
 use crate::tensor::Dtype;
 use clap::Args;
 use serde_json::{Map, Value};
@@ -49,6 +51,8 @@ pub struct Opened {
     pub model: Model,
     /// The settings of the run that made it; empty where the file is not masque's.
     pub settings: Map<String, Value>,
+    /// The classes that it learned; empty where the file does not say.
+    pub classes: Vec<String>,
     /// What was loaded, for a person.
     pub report: String,
 }
@@ -105,7 +109,7 @@ impl ModelArgs {
         };
         let report = weights::load(params, config, &stored, Policy::Strict)?.text();
         params.move_to(&device, self.precision.dtype())?;
-        Ok(Opened { model, settings, report })
+        Ok(Opened { model, settings, classes: checkpoint::classes(&stored)?, report })
     }
 
     /// The encoder: shapes are the file's, heads are the name's where one is known.
@@ -126,7 +130,9 @@ impl ModelArgs {
             return args.config(vit.image[0], vit.channels);
         }
         let decoder = contents.decoder()?.ok_or_else(|| Error::new("there is no decoder"))?;
-        // A published file does not say what its pixels were: the ones made for pictures are raw, as this takes them to be.
-        Ok(MaeConfig { encoder: vit, decoder, mask_ratio: 0.75, norm_pix: None })
+        // Where a file does not say what its pixels were, they are taken to be raw, as those of the models published for pictures are.
+        let args = if formats::is_pth(&self.checkpoint)? { Checkpoint::open(&self.checkpoint)?.args()? } else { None };
+        let normalised = args.as_ref().and_then(|args| args.get("norm_pix_loss")?.as_bool()).unwrap_or(false);
+        Ok(MaeConfig { encoder: vit, decoder, mask_ratio: 0.75, norm_pix: normalised.then_some(pixels::EPS) })
     }
 }

@@ -23,7 +23,7 @@ pub fn args(settings: &Map<String, Json>) -> Result<Value> {
 /// `optimizer` and `epoch` of a checkpoint of `masque pretrain mae`, and the micro-batches behind that epoch, which no program can resume in.
 pub fn optimizer(file: &TensorFile) -> Result<(Value, i64, u64)> {
     let source = file.source();
-    let Header { settings, progress } = checkpoint::header(file)?;
+    let Header { settings, progress, .. } = checkpoint::header(file)?;
     let updates = file.metadata().get("masque.updates").map_or("{}", String::as_str);
     let updates: BTreeMap<String, u64> =
         serde_json::from_str(updates).with_context(|| format!("{source}: masque.updates cannot be read"))?;

@@ -1,6 +1,6 @@
 //! `masque pretrain`: a method that learns from images alone.
 
-use super::args::{RunArgs, settings};
+use super::args::{RunArgs, data_of, settings};
 use super::feed::Feed;
 use super::images::{CropArgs, ImagesArgs, Part};
 use super::picture;
@@ -74,12 +74,11 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let start = args.run.start("pretrain-mae")?;
     let train = args.images.open(Part::Train)?;
     // Pre-training reads no labels and needs no other images; where there are some, they show how it generalises.
-    let validation = match args.images.open(Part::Val) {
-        Ok(validation) => Some(validation),
-        Err(error) => {
-            say(&format!("no evaluation: {}", error.chain()));
-            None
-        }
+    let validation = if args.images.lacks_validation() {
+        say(&format!("{} has no images for validation: nothing is evaluated", args.images.data_path.display()));
+        None
+    } else {
+        Some(args.images.open(Part::Val)?)
     };
     train.notes().iter().chain(validation.iter().flat_map(|set| set.notes())).for_each(|note| say(note));
 
@@ -111,10 +110,13 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let few = LoaderOptions { batch: SHOWN, order: Order::Sequential, workers: 0, ..loading };
     let after = pictures(Loader::new(shown, args.crop.evaluation(side)?, few), feed.clone());
     let settings = settings(&PretrainArgs { images: args.images.resolved(), ..args.clone() })?;
+    let images = train.len();
     let loader = Loader::new(train, args.crop.training(side)?, loading);
     args.run.check_window(&loader)?;
     let mut step = Step::new(Box::new(mae), Box::new(optimizer), options);
     let mut ema = ema;
+    let data = data_of("pretrain mae", images, &[]);
+    start.check(&settings, &data, say)?;
     let place = start.from.as_ref().map(|(_, file)| restore(file, &mut step, ema.as_mut())).transpose()?.unwrap_or_default();
     let run = Run {
         step,
@@ -132,6 +134,7 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         after: Some(after),
         record: start.record(&["pretrain", "mae"], &settings, say)?,
         settings,
+        data,
         options: args.run.options(),
         place,
         told: Default::default(),

@@ -16,10 +16,10 @@
 //! train_loss where the command is `masque pretrain`, and loss elsewhere.
 
 use super::events::{Events, Scalar};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::{ensure, formats};
 use serde_json::Value;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -69,6 +69,8 @@ impl Appender {
 }
 
 pub struct Record {
+    /// Held for as long as the run writes into its folder.
+    _lock: File,
     folder: PathBuf,
     /// In the order of `FILES`.
     files: [Appender; 4],
@@ -76,21 +78,36 @@ pub struct Record {
     loss: &'static str,
 }
 
+/// Makes sure that no other process writes into the folder.
+fn locked(folder: &Path) -> Result<File> {
+    let attempt = || format!("cannot write into {}", folder.display());
+    let file = File::options().create(true).truncate(false).write(true).open(folder.join(".lock")).with_context(attempt)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::new(format!(
+            "{} is being written by another process; wait for it, or choose another --output-dir",
+            folder.display()
+        ))),
+        Err(TryLockError::Error(error)) => Err(error).with_context(attempt),
+    }
+}
+
 impl Record {
     /// Begins a run folder with the full resolved command; rows of an earlier run are gone.
     pub fn create(folder: &Path, command: &str) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        let lock = locked(folder)?;
         write_text(&folder.join(COMMAND), &format!("{}\n", command.trim_end()))?;
         for name in FILES {
             Appender::create(folder.join(name))?;
         }
-        Self::open(folder, command)
+        Self::open(folder, command, lock)
     }
 
     /// Goes on with a run folder from a checkpoint at this update.
-    pub fn resume(folder: &Path, update: u64) -> Result<Self> {
-        let command = fs::read_to_string(folder.join(COMMAND))
-            .with_context(|| format!("{} is no run folder: its {COMMAND} cannot be read", folder.display()))?;
+    pub fn resume(folder: &Path, update: u64, command: &str) -> Result<Self> {
+        let lock = locked(folder)?;
+        write_text(&folder.join(COMMAND), &format!("{}\n", command.trim_end()))?;
         for name in FILES {
             let path = folder.join(name);
             let Some(text) = read_text(&path)? else { continue };
@@ -100,7 +117,7 @@ impl Record {
                 write_text(&path, &kept)?;
             }
         }
-        Self::open(folder, &command)
+        Self::open(folder, command, lock)
     }
 
     /// Whether a folder holds the rows of a run.
@@ -108,13 +125,19 @@ impl Record {
         [EPOCHS, STEPS].iter().any(|name| fs::metadata(folder.join(name)).is_ok_and(|file| file.len() > 0))
     }
 
-    fn open(folder: &Path, command: &str) -> Result<Self> {
+    fn open(folder: &Path, command: &str, lock: File) -> Result<Self> {
         let loss = if words(command).get(1).is_some_and(|word| word == "pretrain") { "train_loss" } else { "loss" };
         let steps = rows(&folder.join(STEPS))?.rows.into_iter().flat_map(|row| scalars_of_step(&row, loss));
         let epochs = rows(&folder.join(EPOCHS))?.rows.into_iter().flat_map(|row| scalars_of_epoch(&row));
         let scalars: Vec<Scalar> = steps.chain(epochs).collect();
         let [a, b, c, d] = FILES.map(|name| Appender::open(folder.join(name)));
-        Ok(Self { folder: folder.to_path_buf(), files: [a?, b?, c?, d?], events: Events::create(folder, now(), &scalars)?, loss })
+        Ok(Self {
+            _lock: lock,
+            folder: folder.to_path_buf(),
+            files: [a?, b?, c?, d?],
+            events: Events::create(folder, now(), &scalars)?,
+            loss,
+        })
     }
 
     pub fn folder(&self) -> &Path {
@@ -300,7 +323,10 @@ mod tests {
         let mut torn = File::options().append(true).open(folder.0.join(STEPS)).unwrap();
         torn.write_all(b"{\"update\":3,\"lo").unwrap();
 
-        let mut record = Record::resume(&folder.0, 3).unwrap();
+        let mut record = Record::resume(&folder.0, 3, "masque pretrain mae --epochs 4").unwrap();
+        assert_eq!(folder.text(COMMAND), "masque pretrain mae --epochs 4\n");
+        let error = Record::resume(&folder.0, 3, "masque").err().unwrap().chain();
+        assert!(error.contains("is being written by another process"), "{error}");
         record.step(&row(json!({"update": 4, "epoch": 2.0, "loss": 7.0, "lr": 0.1}))).unwrap();
         let updates: Vec<u64> = rows(&folder.0.join(STEPS)).unwrap().rows.iter().map(|row| row["update"].as_u64().unwrap()).collect();
         assert_eq!(updates, [1, 2, 3, 4]);
@@ -346,10 +372,11 @@ mod tests {
         let expected = [named(312, "train_loss", 0.25), named(312, "lr", 0.5), named(625, "lr", 0.5), named(4, "perf/test_acc1", 61.5)];
         assert_eq!(scalars(&events()), expected);
         drop(record);
-        let mut record = Record::resume(&folder.0, 1).unwrap();
+        let mut record = Record::resume(&folder.0, 1, "masque pretrain mae").unwrap();
         assert_eq!(scalars(&events()), expected[..2]);
         record.epoch(&row(json!({"test_acc5": 90.0, "epoch": 1, "update": 4}))).unwrap();
         assert_eq!(scalars(&events())[2..], [named(1, "perf/test_acc5", 90.0)]);
+        drop(record);
         Record::create(&folder.0, "masque finetune").unwrap().step(&row(json!({"update": 1, "epoch": 1, "loss": 2.0}))).unwrap();
         assert_eq!(scalars(&events()), [named(1000, "loss", 2.0)]);
     }
@@ -361,8 +388,6 @@ mod tests {
         fs::write(folder.0.join("file"), "").unwrap();
         let error = Record::create(&folder.0.join("file/run"), "masque pretrain mae").err().unwrap().chain();
         assert!(error.starts_with("cannot make the folder ") && error.contains("file/run"), "{error}");
-        let error = Record::resume(&folder.0, 3).err().unwrap().chain();
-        assert!(error.contains("is no run folder: its command.txt cannot be read"), "{error}");
         assert!(!Record::holds_run(&folder.0));
     }
 

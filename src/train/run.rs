@@ -110,6 +110,8 @@ pub struct Run<'a> {
     pub after: Option<After<'a>>,
     pub record: Record,
     pub settings: Map<String, Value>,
+    /// The command, the number of training images, the classes: what a checkpoint has to agree with.
+    pub data: Map<String, Value>,
     pub options: Options,
     pub place: Place,
     /// What has been said of images that could not be read.
@@ -341,7 +343,11 @@ impl Run<'_> {
 
     fn save_as(&mut self, path: &std::path::Path) -> Result<()> {
         let progress = serde_json::to_value(&self.place).context("the place of the run")?;
-        let header = Header { settings: self.settings.clone(), progress: progress.as_object().cloned().unwrap_or_default() };
+        let header = Header {
+            settings: self.settings.clone(),
+            progress: progress.as_object().cloned().unwrap_or_default(),
+            data: self.data.clone(),
+        };
         let ema = self.ema.as_ref();
         let (method, optimizer) = self.step.method_and_optimizer();
         checkpoint::save(path, &header, method.params(), optimizer, ema)
@@ -401,8 +407,17 @@ impl Run<'_> {
         if best.is_some() {
             self.save_as(&shelf.best())?;
         }
-        if every(self.options.save_epochs) && (self.is_good() || done == epochs) {
+        // Numbers of a whole evaluation say more than a last update that was skipped.
+        let judged = evaluation.is_some() && self.place.back_at.is_none() && !self.place.spoiled;
+        if every(self.options.save_epochs) && (self.is_good() || judged) {
             self.save()?;
+        }
+        if done == epochs && !self.is_good() && !judged {
+            report::write(self.record.folder())?;
+            bail!(
+                "the run ended with parameters that give no finite numbers, which are not kept; its last good checkpoint is in {}; try a smaller --lr or --clip-grad",
+                self.record.folder().display()
+            );
         }
         report::write(self.record.folder())?;
         Ok(evaluation)
