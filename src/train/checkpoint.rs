@@ -216,11 +216,13 @@ impl Shelf {
             // A file that cannot be removed harms nobody.
             let _ = std::fs::remove_file(self.path(update));
         }
-        for file in std::fs::read_dir(&self.folder).into_iter().flatten().flatten() {
-            let name = file.file_name().to_string_lossy().into_owned();
-            let ours = format!(".{}.", std::process::id());
-            if name.starts_with('.') && name.ends_with(".tmp") && name.contains(ENDING) && !name.contains(&ours) {
-                let _ = std::fs::remove_file(file.path());
+        let ours = format!(".{}.", std::process::id());
+        for folder in [self.folder.clone(), self.folder.join("pictures")] {
+            for file in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+                let name = file.file_name().to_string_lossy().into_owned();
+                if name.starts_with('.') && name.ends_with(".tmp") && !name.contains(&ours) {
+                    let _ = std::fs::remove_file(file.path());
+                }
             }
         }
     }
