@@ -269,9 +269,7 @@ pub fn command(words: &[&str], settings: &Map<String, Value>) -> String {
         let text = match value {
             Value::Null => continue,
             Value::String(text) => text.clone(),
-            Value::Array(values) => {
-                values.iter().map(|v| v.as_str().map_or_else(|| v.to_string(), String::from)).collect::<Vec<_>>().join(",")
-            }
+            Value::Array(values) => values.iter().map(shortest).collect::<Vec<_>>().join(","),
             other => other.to_string(),
         };
         all.push(format!("--{name}={text}"));
@@ -279,8 +277,14 @@ pub fn command(words: &[&str], settings: &Map<String, Value>) -> String {
     command_line(all.iter().map(String::as_str))
 }
 
+/// A number as it was typed: one that was an f32 has its digits, not those of the f64 it is stored as.
+fn shortest(value: &Value) -> String {
+    let narrow = value.as_f64().map(|x| (x as f32, x)).filter(|(narrow, x)| f64::from(*narrow) == *x);
+    narrow.map_or_else(|| value.to_string(), |(narrow, _)| narrow.to_string())
+}
+
 /// These say where and how a run is computed and stored, not what it computes.
-const FREE: [&str; 12] = [
+const FREE: [&str; 11] = [
     "output-dir",
     "resume",
     "save-freq",
@@ -292,7 +296,6 @@ const FREE: [&str; 12] = [
     "num-workers",
     "max-skips",
     "device",
-    "cache",
 ];
 
 /// These may not differ: the place in the epoch and the order of the images depend on them.
@@ -374,5 +377,29 @@ impl Start {
             say(&format!("{} is of the run that is left here: it has been renamed", abandoned.display()));
         }
         Record::resume(&self.folder, place.update, &command)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_a_command_have_the_digits_that_were_typed() {
+        let settings =
+            json!({ "mean": [0.485f32, 0.5f32], "betas": [0.9, 0.95], "lr": 2e-3, "resume": null, "flip": true, "model": "glyph_s" });
+        let text = command(&["finetune"], settings.as_object().unwrap());
+        assert_eq!(text, "masque finetune --mean=0.485,0.5 --betas=0.9,0.95 --lr=0.002 --flip=true --model=glyph_s");
+    }
+
+    #[test]
+    fn what_differs_is_refused_or_said() {
+        let map = |value: Value| value.as_object().cloned().unwrap();
+        let then = map(json!({ "seed": 1, "lr": 0.1, "keep": 3 }));
+        let compared = |now: Value| compare(&map(now), &then, Path::new("a.safetensors"));
+        assert!(compared(json!({ "seed": 1, "lr": 0.1, "keep": 9 })).unwrap().is_empty());
+        assert_eq!(compared(json!({ "seed": 1, "lr": 0.2 })).unwrap(), ["--lr is 0.2 from here on; the checkpoint was made with 0.1"]);
+        let refused = compared(json!({ "seed": 2 })).unwrap_err();
+        assert_eq!((refused.exit_code(), refused.chain().starts_with("--seed is 2 but a.safetensors was made with 1")), (2, true));
     }
 }

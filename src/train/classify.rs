@@ -427,11 +427,13 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// The model with its starting weights, on its device.
-    fn model(&self, config: ClassifierConfig, device: &Device, say: &mut dyn FnMut(&str)) -> Result<Supervised> {
+    /// The model on its device, with its starting weights; a run that is gone on with brings its own.
+    fn model(&self, config: ClassifierConfig, device: &Device, resumed: bool, say: &mut dyn FnMut(&str)) -> Result<Supervised> {
         let rng = Rng::new(self.run.seed);
         let mut model = Supervised::new(config, Dtype::F32, &rng)?;
-        self.classifier.load(&mut model, &rng, say)?;
+        if !resumed {
+            self.classifier.load(&mut model, &rng, say)?;
+        }
         model.params.move_to(device, self.run.precision.dtype())?;
         Ok(model)
     }
@@ -454,7 +456,7 @@ impl Job<'_> {
         }
         let start = self.run.start(self.word)?;
         let device = self.run.open_device()?;
-        let mut model = self.model(config, &device, say)?;
+        let mut model = self.model(config, &device, start.from.is_some(), say)?;
         let feed = self.feed(device, Some(labels));
         let validation = self.sets.in_order(false, self.crop.evaluation(self.images.input_size)?);
         let optimizer = optimizer(&model.params)?;
@@ -511,7 +513,7 @@ impl Job<'_> {
             return Err(Error::usage(format!("{flag} has no meaning with --knn, which trains and writes nothing; leave it out")));
         }
         let device = self.run.open_device()?;
-        let model = self.model(config, &device, say)?;
+        let model = self.model(config, &device, false, say)?;
         let feed = self.feed(device, None);
         let transform = self.crop.evaluation(self.images.input_size)?;
         let known = knn::features(&model, &self.sets.in_order(true, transform.clone()), &feed, say)?;

@@ -83,11 +83,11 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     train.notes().iter().chain(validation.iter().flat_map(|set| set.notes())).for_each(|note| say(note));
 
     let mut mae = Mae::new(config, Dtype::F32, &Rng::new(args.run.seed))?;
-    if let Some(path) = &args.init {
+    if let Some(path) = args.init.as_ref().filter(|_| start.from.is_none()) {
         let file = weights::open(path, Which::Trained)?;
         let policy = Policy::PreTraining { fresh_decoder: args.fresh_decoder };
         say(&weights::load(&mut mae.params, &mae.encoder.config, &file, policy)?.text());
-    } else if args.fresh_decoder {
+    } else if args.fresh_decoder && args.init.is_none() {
         return Err(Error::usage("--fresh-decoder says what --init may lack; give a checkpoint by --init PATH"));
     }
     mae.params.move_to(&device, args.run.precision.dtype())?;
