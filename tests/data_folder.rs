@@ -1,5 +1,8 @@
 //! Images in folders: every kind reads as Pillow reads it, what is damaged is named, and labels never shift.
 
+mod common;
+
+use common::Scratch;
 use masque::data::folder::ImageFolder;
 use masque::data::{Dataset, decode};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -38,31 +41,9 @@ fn fixture(name: &str) -> Vec<u8> {
     fs::read(fixtures().join(name)).unwrap()
 }
 
-/// A folder that goes when it is dropped.
-struct Scratch(PathBuf);
-
 impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("masque-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn write(&self, path: &str, bytes: &[u8]) {
-        let path = self.0.join(path);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, bytes).unwrap();
-    }
-
     fn refusal(&self) -> String {
         ImageFolder::open(&self.0).err().expect("the folder opens").chain()
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -239,7 +220,7 @@ fn a_messy_folder_is_read_or_refused_file_by_file_and_keeps_its_labels() {
 #[test]
 fn a_pipe_a_lost_link_and_a_lost_file_are_named_and_nothing_waits() {
     let folder = Scratch::new("pipe");
-    folder.write("a/gone.png", &fixture("one.png"));
+    folder.write("a/gone.png", fixture("one.png"));
     assert!(std::process::Command::new("mkfifo").arg(folder.0.join("a/pipe.jpg")).status().unwrap().success());
     symlink("nowhere.png", folder.0.join("a/link.png")).unwrap();
     let set = ImageFolder::open(&folder.0).unwrap();
@@ -278,10 +259,10 @@ fn files_are_walked_in_order_through_links_and_without_loops() {
 #[test]
 fn what_is_left_out_is_said_and_an_empty_class_shifts_no_label() {
     let folder = Scratch::new("notes");
-    folder.write("c/1.png", &fixture("one.png"));
+    folder.write("c/1.png", fixture("one.png"));
     folder.write("c/2.TIF", b"II*\0");
     folder.write("c/3.ppm", b"P6");
-    folder.write("stray.png", &fixture("one.png"));
+    folder.write("stray.png", fixture("one.png"));
     fs::create_dir_all(folder.0.join("a")).unwrap();
     fs::create_dir_all(folder.0.join("b")).unwrap();
     let set = ImageFolder::open(&folder.0).unwrap();
@@ -296,7 +277,7 @@ fn what_is_left_out_is_said_and_an_empty_class_shifts_no_label() {
 fn folders_that_are_no_set_are_refused_in_a_sentence() {
     let folder = Scratch::new("refused");
     assert!(folder.refusal().contains("holds no class folders"));
-    folder.write("1.png", &fixture("one.png"));
+    folder.write("1.png", fixture("one.png"));
     assert!(folder.refusal().contains("holds 1 images but no folders"), "{}", folder.refusal());
     fs::create_dir_all(folder.0.join("a/deep")).unwrap();
     assert!(folder.refusal().contains("the 1 class folders of") && folder.refusal().contains(".jpg, .jpeg"), "{}", folder.refusal());

@@ -1,32 +1,19 @@
 //! A set by its path: what lies there tells what it is, and both splits mean the same classes.
 
+mod common;
+
+use common::Scratch;
 use masque::data::Dataset;
 use masque::data::open::{Split, open, same_classes};
 use masque::data::packed::{Options, Storage, pack};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-/// A folder that goes when it is dropped.
-struct Scratch(PathBuf);
-
 impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("masque-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn write(&self, path: &str, bytes: &[u8]) {
-        let path = self.0.join(path);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, bytes).unwrap();
-    }
-
     fn image(&self, path: &str) {
         let image = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/images/one.png");
-        self.write(path, &fs::read(image).unwrap());
+        self.write(path, fs::read(image).unwrap());
     }
 
     fn open(&self, split: Split) -> Arc<dyn Dataset> {
@@ -45,14 +32,8 @@ impl Scratch {
                 let pixels = (0..3072).map(move |at| (at / 1024 * 80 + at % 32 + number + row) as u8);
                 (0..labels).map(label).chain(pixels).collect::<Vec<u8>>()
             };
-            self.write(file, &(0..rows).flat_map(row).collect::<Vec<u8>>());
+            self.write(file, (0..rows).flat_map(row).collect::<Vec<u8>>());
         }
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -90,7 +71,7 @@ fn cifar_10_reads_row_by_row() {
     let folder = Scratch::new("cifar10");
     folder.cifar(&CIFAR_10.map(|name| format!("cifar-10-batches-bin/{name}")).each_ref().map(String::as_str), 1, 3);
     folder.cifar(&["cifar-10-batches-bin/test_batch.bin"], 1, 2);
-    folder.write("cifar-10-batches-bin/batches.meta.txt", &lines(10));
+    folder.write("cifar-10-batches-bin/batches.meta.txt", lines(10));
     let (train, val) = (folder.open(Split::Train), folder.open(Split::Val));
     assert_eq!((train.len(), val.len()), (15, 2));
     assert_eq!((train.classes().len(), train.classes()[9].as_str()), (10, "class 9"));
@@ -108,7 +89,7 @@ fn cifar_10_reads_row_by_row() {
 fn cifar_100_gives_fine_labels() {
     let folder = Scratch::new("cifar100");
     folder.cifar(&["train.bin", "test.bin"], 2, 4);
-    folder.write("fine_label_names.txt", &lines(100));
+    folder.write("fine_label_names.txt", lines(100));
     let (train, val) = (folder.open(Split::Train), folder.open(Split::Val));
     assert_eq!((train.len(), val.len(), train.classes().len()), (4, 4, 100));
     assert_eq!((train.label(3), val.label(3)), (3, 4));
@@ -120,14 +101,14 @@ fn damaged_cifar_is_refused_by_name() {
     let folder = Scratch::new("cifar-bad");
     folder.cifar(&CIFAR_10, 1, 2);
     assert!(folder.refusal(Split::Train).contains("batches.meta.txt"), "{}", folder.refusal(Split::Train));
-    folder.write("batches.meta.txt", &lines(9));
+    folder.write("batches.meta.txt", lines(9));
     assert!(folder.refusal(Split::Train).contains("names 9 classes but there are 10"), "{}", folder.refusal(Split::Train));
-    folder.write("batches.meta.txt", &lines(10));
+    folder.write("batches.meta.txt", lines(10));
     assert!(folder.refusal(Split::Val).contains("test_batch.bin"), "{}", folder.refusal(Split::Val));
-    folder.write("data_batch_3.bin", &[0; 3073 * 2 - 1]);
+    folder.write("data_batch_3.bin", [0; 3073 * 2 - 1]);
     let error = folder.refusal(Split::Train);
     assert!(error.contains("data_batch_3.bin has 6145 bytes") && error.contains("rows of 3073"), "{error}");
-    folder.write("data_batch_3.bin", &[[0; 3073], [10; 3073]].concat());
+    folder.write("data_batch_3.bin", [[0; 3073], [10; 3073]].concat());
     assert!(folder.refusal(Split::Train).contains("label 10 in row 1"), "{}", folder.refusal(Split::Train));
     fs::remove_file(folder.0.join("data_batch_3.bin")).unwrap();
     assert!(folder.refusal(Split::Train).contains("data_batch_3.bin"), "{}", folder.refusal(Split::Train));

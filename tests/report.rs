@@ -1,33 +1,19 @@
 //! The page of a run, as a browser gets it.
 
+mod common;
+
+use common::Scratch;
 use masque::data::Picture;
 use masque::train::picture::{SheetRow, sheet};
 use masque::train::record::{Record, Row};
 use masque::train::report;
 use serde_json::{Value, json};
 use std::fs;
-use std::path::PathBuf;
 
-/// A run folder of its own; removed when the test is over.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("masque-report-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
+impl Scratch {
     fn page(&self) -> String {
         report::write(&self.0).unwrap();
         fs::read_to_string(self.0.join("report.html")).unwrap()
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -41,7 +27,7 @@ fn png(shade: u8) -> Vec<u8> {
 }
 
 /// A pre-training run of four epochs with a picture, a skipped update and an odd name.
-fn whole(folder: &Folder) -> Record {
+fn whole(folder: &Scratch) -> Record {
     let mut record =
         Record::create(&folder.0, "masque pretrain mae --epochs=4 --data-path='<i>pictures</i> & more' --batch-size=64").unwrap();
     for update in 1..=40u64 {
@@ -88,7 +74,7 @@ fn check_alone(page: &str) {
 
 #[test]
 fn a_page_is_whole_in_itself_and_shows_the_run() {
-    let folder = Folder::new("whole");
+    let folder = Scratch::new("report-whole");
     whole(&folder);
     let page = folder.page();
     check_alone(&page);
@@ -107,7 +93,7 @@ fn a_page_is_whole_in_itself_and_shows_the_run() {
 
 #[test]
 fn what_comes_from_files_is_escaped() {
-    let folder = Folder::new("escaped");
+    let folder = Scratch::new("report-escaped");
     whole(&folder);
     let page = folder.page();
     assert!(page.contains("&lt;script&gt;alert(1)&lt;/script&gt;") && page.contains("&lt;i&gt;pictures&lt;/i&gt; &amp; more"));
@@ -117,7 +103,7 @@ fn what_comes_from_files_is_escaped() {
 
 #[test]
 fn a_value_that_is_not_finite_is_a_gap_in_its_curve() {
-    let folder = Folder::new("gap");
+    let folder = Scratch::new("report-gap");
     whole(&folder);
     let page = folder.page();
     let loss = page.split("<figcaption>").find(|part| part.starts_with("Loss")).unwrap();
@@ -126,7 +112,7 @@ fn a_value_that_is_not_finite_is_a_gap_in_its_curve() {
 
 #[test]
 fn empty_logs_one_row_and_no_run_at_all_make_pages() {
-    let folder = Folder::new("empty");
+    let folder = Scratch::new("report-empty");
     let page = folder.page();
     check_alone(&page);
     assert!(page.contains("Nothing is recorded yet."));
@@ -146,7 +132,7 @@ fn empty_logs_one_row_and_no_run_at_all_make_pages() {
 
 #[test]
 fn the_best_and_the_last_accuracy_are_told_apart() {
-    let folder = Folder::new("best");
+    let folder = Scratch::new("report-best");
     let mut record = Record::create(&folder.0, "masque finetune --epochs 3").unwrap();
     for (epoch, accuracy) in [50.0, 61.25, 60.5].iter().enumerate() {
         let values = json!({"epoch": epoch, "update": epoch + 1, "test_acc1": accuracy, "test_acc5": 90.0, "test_loss": 1.0});
@@ -159,7 +145,7 @@ fn the_best_and_the_last_accuracy_are_told_apart() {
 
 #[test]
 fn damaged_files_are_left_out_and_said() {
-    let folder = Folder::new("damaged");
+    let folder = Scratch::new("report-damaged");
     drop(whole(&folder));
     let append = |name: &str, text: &str| {
         let path = folder.0.join(name);
@@ -167,8 +153,8 @@ fn damaged_files_are_left_out_and_said() {
     };
     append("steps.jsonl", "{\"update\":41,\"lo");
     append("log.jsonl", "{\"epoch\": 4, \"update\": 50, \"train_loss\": NaN, \"test_loss\": Infinity}\n[1, 2]\n");
-    fs::write(folder.0.join("secret.png"), png(1)).unwrap();
-    fs::write(folder.0.join("pictures/text.png"), "no picture").unwrap();
+    folder.write("secret.png", png(1));
+    folder.write("pictures/text.png", "no picture");
     for file in ["../secret.png", "secret.png", "pictures/text.png", "pictures/gone.png", "/etc/hostname"] {
         append("pictures.jsonl", &format!("{}\n", json!({"update": 40, "file": file, "caption": "x"})));
     }
@@ -181,7 +167,7 @@ fn damaged_files_are_left_out_and_said() {
 
 #[test]
 fn the_last_pictures_are_shown_and_a_few_earlier_ones() {
-    let folder = Folder::new("pictures");
+    let folder = Scratch::new("report-pictures");
     let mut record = Record::create(&folder.0, "masque pretrain mae").unwrap();
     for epoch in 0..30u64 {
         record.picture(epoch, &format!("reconstruction-{epoch:04}"), &format!("after epoch {epoch}"), &png(epoch as u8)).unwrap();
@@ -197,7 +183,7 @@ fn the_last_pictures_are_shown_and_a_few_earlier_ones() {
 
 #[test]
 fn a_page_that_cannot_be_written_is_one_sentence() {
-    let folder = Folder::new("unwritable");
+    let folder = Scratch::new("report-unwritable");
     fs::create_dir(folder.0.join("report.html")).unwrap();
     let error = report::write(&folder.0).unwrap_err().chain();
     assert!(error.starts_with("cannot write ") && error.contains("report.html") && !error.contains('\n'), "{error}");

@@ -90,7 +90,7 @@ fn a_run_killed_at_20_moments_ends_with_the_bits_of_an_unbroken_one() {
         command.args(["--resume", "auto"]);
         command
     });
-    assert!(text.contains("going on from"), "{text}");
+    assert!(text.contains("going on from") && text.contains("weights: ") && text.contains("report.html"), "{text}");
     let (whole_tensors, broken_tensors) = (last_tensors(&whole), last_tensors(&broken));
     assert!(whole_tensors.iter().any(|(name, _)| name.starts_with("optimizer.exp_avg_sq.")));
     assert!(whole_tensors.iter().any(|(name, _)| name.starts_with("ema.")));
@@ -266,20 +266,27 @@ fn a_run_goes_on_only_with_its_own_command_images_and_folder() {
     });
     assert!(code == Some(2) && text.contains("is of masque pretrain mae, not of masque finetune"), "{text}");
     // A run that is still going on keeps others out of its folder.
-    let mut first = masque("pretrain mae --model glyph_t --train-images 4096 --epochs 50", &base.join("busy")).spawn().unwrap();
+    let busy = base.join("busy");
+    let run = "pretrain mae --model glyph_t --train-images 4096 --epochs 50 --save-updates 1 --keep 1000";
+    let mut first = masque(run, &busy).spawn().unwrap();
     let started = Instant::now();
-    while checkpoints(&base.join("busy")).is_empty() {
+    while checkpoints(&busy).len() < 3 {
         assert!(started.elapsed() < Duration::from_secs(120), "the run does not begin");
         std::thread::sleep(Duration::from_millis(2));
     }
-    let (code, text) = fails({
-        let mut command = masque("pretrain mae", &base.join("busy"));
-        command.args(["--resume", "auto"]);
-        command
+    let refusals = ["auto".into(), busy.join("checkpoint-00000000.safetensors")].map(|from| {
+        let mut command = masque("pretrain mae", &busy);
+        command.arg("--resume").arg(from);
+        fails(command)
     });
     first.kill().unwrap();
     first.wait().unwrap();
-    assert!(code == Some(1) && text.contains("is being written by another process"), "{text}");
+    for (code, text) in refusals {
+        assert!(code == Some(1) && text.contains("is being written by another process"), "{text}");
+    }
+    // Nor do they touch what lies there.
+    let renamed = std::fs::read_dir(&busy).unwrap().flatten().filter(|file| file.file_name().to_string_lossy().ends_with(".old"));
+    assert_eq!(renamed.count(), 0);
 }
 
 #[test]

@@ -1,22 +1,21 @@
 //! `masque visualize` from the outside: a checkpoint and images in, one PNG or one sentence out.
 
+mod common;
+
+use common::Scratch;
 use masque::formats::{FileTensor, write_safetensors};
 use masque::methods::mae::{Mae, MaeConfig};
 use masque::nn::presets;
 use masque::rng::Rng;
 use masque::tensor::Dtype;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
-/// A folder with a checkpoint of an untrained model, `model.safetensors`, and an image of 70 x 40 pixels, `image.png`; removed when the test is over.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("masque-visualize-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
+impl Scratch {
+    /// With a checkpoint of an untrained model, `model.safetensors`, and an image of 70 x 40 pixels, `image.png`.
+    fn with_model(name: &str) -> Self {
+        let folder = Self::new(&format!("visualize-{name}"));
         let named = presets::named("glyph_s").unwrap();
         let config = MaeConfig { encoder: named.encoder(48).unwrap(), decoder: named.decoder, mask_ratio: 0.75, norm_pix: None };
         let mae = Mae::new(config, Dtype::F32, &Rng::new(1)).unwrap();
@@ -26,10 +25,10 @@ impl Folder {
         };
         let tensors: Vec<(String, FileTensor)> = mae.params.ids().map(stored).collect();
         let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
-        write_safetensors(path.join("model.safetensors"), tensors, &Default::default()).unwrap();
+        write_safetensors(folder.0.join("model.safetensors"), tensors, &Default::default()).unwrap();
         let image = image::RgbImage::from_fn(70, 40, |x, y| image::Rgb([3 * x as u8, 6 * y as u8, 90]));
-        image.save(path.join("image.png")).unwrap();
-        Self(path)
+        image.save(folder.0.join("image.png")).unwrap();
+        folder
     }
 
     /// Exit code and standard error.
@@ -41,19 +40,13 @@ impl Folder {
     }
 }
 
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 fn size(path: &Path) -> (u32, u32) {
     image::image_dimensions(path).unwrap()
 }
 
 #[test]
 fn panels_of_several_ratios_stand_in_rows_and_attention_below() {
-    let folder = Folder::new("panels");
+    let folder = Scratch::with_model("panels");
     assert_eq!(folder.run(&["image.png"]), (0, String::new()));
     let (width, height) = size(&folder.0.join("visualize.png"));
     assert_eq!(width, 4 * (192 + 8) + 8);
@@ -66,7 +59,7 @@ fn panels_of_several_ratios_stand_in_rows_and_attention_below() {
 
 #[test]
 fn a_seed_gives_its_masks_again() {
-    let folder = Folder::new("seed");
+    let folder = Scratch::with_model("seed");
     let picture = |seed: &str, output: &str| {
         assert_eq!(folder.run(&["image.png", "--seed", seed, "--output", output]).0, 0);
         fs::read(folder.0.join(output)).unwrap()
@@ -81,8 +74,8 @@ fn a_seed_gives_its_masks_again() {
 
 #[test]
 fn what_cannot_be_shown_is_one_sentence() {
-    let folder = Folder::new("errors");
-    fs::write(folder.0.join("text.png"), "no image").unwrap();
+    let folder = Scratch::with_model("errors");
+    folder.write("text.png", "no image");
     let cases: [(&[&str], i32, &str); 7] = [
         (&["missing.png"], 1, "missing.png"),
         (&["text.png"], 1, "text.png"),

@@ -6,12 +6,11 @@ use crate::formats;
 use crate::rng::Rng;
 use crate::targets::pixels;
 use crate::tensor::Tensor;
-use crate::train::images::{ImagesArgs, Part};
+use crate::train::images::{ImagesArgs, Part, spread};
 use crate::train::model::{Model, ModelArgs, Opened};
 use crate::train::picture::{SheetRow, sheet};
 use crate::train::visualize::{Normalised, attention_rows, panel_rows};
 use clap::Args;
-use serde_json::Value;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -60,8 +59,7 @@ impl VisualizeArgs {
             Model::Mae(_) => {}
             _ => self.needs_decoder(&opened)?,
         }
-        let of_run = self.of_run(&opened);
-        of_run.check()?;
+        let of_run = opened.images(None, [&self.mean, &self.std])?;
         let [mean, std] = of_run.statistics();
         let normalised = Normalised { mean: &mean, std: &std };
         let pictures = if self.images.is_empty() { self.unseen(&opened, &of_run)? } else { self.read(&opened)? };
@@ -99,22 +97,6 @@ impl VisualizeArgs {
         )))
     }
 
-    /// The images of the run that made the checkpoint; ImageNet's statistics where it does not say.
-    fn of_run(&self, opened: &Opened) -> ImagesArgs {
-        let own = |key: &str| opened.settings.get(key).filter(|value| !value.is_null());
-        let numbers = |key: &str| Some(own(key)?.as_array()?.iter().filter_map(Value::as_f64).map(|x| x as f32).collect());
-        ImagesArgs {
-            data_path: own("data-path").and_then(Value::as_str).map(PathBuf::from).unwrap_or_default(),
-            input_size: opened.side(),
-            in_chans: opened.vit().config.channels,
-            train_images: None,
-            val_images: None,
-            strict_data: false,
-            mean: self.mean.clone().or_else(|| numbers("mean")),
-            std: self.std.clone().or_else(|| numbers("std")),
-        }
-    }
-
     fn read(&self, opened: &Opened) -> Result<Vec<(String, Picture)>> {
         let several = self.images.len() > 1;
         let read = |path: &PathBuf| {
@@ -131,9 +113,8 @@ impl VisualizeArgs {
             let file = self.model.checkpoint.display();
             return Err(Error::usage(format!("{file} does not say what images it is for; name the images to show behind it")));
         }
-        let set = of_run.open(Part::Val)?;
-        let count = set.len().min(4);
-        (0..count).map(|i| Ok((String::new(), fitted(set.picture(i * set.len() / count)?, opened)?))).collect()
+        let set = spread(of_run.open(Part::Val)?, 4);
+        (0..set.len()).map(|index| Ok((String::new(), fitted(set.picture(index)?, opened)?))).collect()
     }
 
     fn rows(&self, opened: &Opened, pictures: &[(String, Picture)], normalised: Normalised) -> Result<Vec<SheetRow>> {

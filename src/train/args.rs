@@ -1,17 +1,14 @@
 //! The flags that all training commands share. Their names are the official ones; each struct is at once flag, default, help text and record.
 
-use super::checkpoint::{self, Shelf};
-use super::record::{Record, command_line};
-use super::run::{Options, Place, Schedule};
-use crate::data::loader::Loader;
+use super::record::command_line;
+use super::run::{Options, Schedule};
 use crate::device::{Device, Named, Precision};
 use crate::error::{Context, Error, Result};
-use crate::formats::{self, TensorFile};
 use crate::optim::schedule;
 use clap::Args;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
-use std::path::{Path, PathBuf};
+use serde_json::{Map, Value};
+use std::path::PathBuf;
 use std::time::Duration;
 
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
@@ -103,14 +100,6 @@ mod text {
     }
 }
 
-/// Where a run writes and what it goes on from.
-pub struct Start {
-    pub folder: PathBuf,
-    pub from: Option<(PathBuf, TensorFile)>,
-    /// What is to be said about it.
-    pub notes: Vec<String>,
-}
-
 impl RunArgs {
     /// What cannot be meant, as a sentence.
     pub fn check(&self) -> Result<()> {
@@ -158,18 +147,6 @@ impl RunArgs {
         Ok(device)
     }
 
-    /// Refuses an update of more batches than an epoch has.
-    pub fn check_window(&self, loader: &Loader) -> Result<()> {
-        let batches = loader.batches();
-        if batches < self.accum_iter {
-            return Err(Error::usage(format!(
-                "an epoch has {batches} batches of --batch-size {}, fewer than an update takes (--accum-iter {}); make one of them smaller",
-                self.batch_size, self.accum_iter
-            )));
-        }
-        Ok(())
-    }
-
     /// Images of an update.
     pub fn effective_batch(&self) -> usize {
         self.batch_size * self.accum_iter
@@ -195,59 +172,13 @@ impl RunArgs {
     }
 
     pub fn workers(&self) -> usize {
-        self.num_workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
-    }
-
-    /// Chooses the run's folder, and finds the checkpoint that it goes on from. `name` is what a new folder under runs/ is called.
-    pub fn start(&self, name: &str) -> Result<Start> {
-        let folder = match (&self.output_dir, self.resume.as_deref()) {
-            (Some(folder), _) => folder.clone(),
-            (None, Some("auto")) => numbered(name).take_while(|folder| folder.exists()).last().unwrap_or_else(|| first(name)),
-            (None, _) => numbered(name).find(|folder| !folder.exists()).unwrap_or_else(|| first(name)),
-        };
-        let mut start = Start { folder, from: None, notes: Vec::new() };
-        match self.resume.as_deref() {
-            None => {
-                let shelf = Shelf::new(&start.folder, self.keep);
-                if !shelf.updates().is_empty() || Record::holds_run(&start.folder) {
-                    return Err(Error::usage(format!(
-                        "--output-dir {}: the folder holds a run already; go on with it by --resume auto, or choose another folder",
-                        start.folder.display()
-                    )));
-                }
-            }
-            Some("auto") => {
-                let (newest, damaged) = Shelf::new(&start.folder, self.keep).newest();
-                start.notes = damaged;
-                start.from = newest;
-                if start.from.is_none() && !start.notes.is_empty() {
-                    start.notes.push("no checkpoint of the folder is whole: the run begins anew".into());
-                }
-            }
-            Some(path) => {
-                let attempt = || format!("--resume {path}");
-                let file = formats::open(path).with_context(attempt)?;
-                if checkpoint::settings(&file)?.is_empty() {
-                    return Err(Error::usage(format!(
-                        "--resume {path}: the file is no checkpoint of a run of masque; --init, --finetune and masque evaluate take the weights of others"
-                    )));
-                }
-                checkpoint::header(&file).and_then(|_| checkpoint::check(&file)).with_context(attempt)?;
-                start.from = Some((PathBuf::from(path), file));
-            }
-        }
-        Ok(start)
+        workers(self.num_workers)
     }
 }
 
-fn first(name: &str) -> PathBuf {
-    Path::new("runs").join(name)
-}
-
-/// runs/NAME, runs/NAME-2, runs/NAME-3 ...
-fn numbered(name: &str) -> impl Iterator<Item = PathBuf> {
-    let name = name.to_string();
-    std::iter::once(first(&name)).chain((2..10_000).map(move |i| first(&format!("{name}-{i}"))))
+/// Threads that read images: one a core where nothing was typed.
+pub fn workers(given: Option<usize>) -> usize {
+    given.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
 }
 
 /// Settings as they are stored in a checkpoint.
@@ -256,15 +187,9 @@ pub fn settings(args: &impl Serialize) -> Result<Map<String, Value>> {
     Ok(value.as_object().cloned().unwrap_or_default())
 }
 
-/// What a checkpoint and the images that a run goes on with have to agree in.
-pub fn data_of(command: &str, images: usize, classes: &[String]) -> Map<String, Value> {
-    let entries = [("command", json!(command)), ("train-images", json!(images)), ("classes", json!(classes))];
-    entries.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
-}
-
 /// The whole command with every setting.
-pub fn command(words: &[&str], settings: &Map<String, Value>) -> String {
-    let mut all: Vec<String> = std::iter::once("masque").chain(words.iter().copied()).map(String::from).collect();
+pub fn command(words: &str, settings: &Map<String, Value>) -> String {
+    let mut all: Vec<String> = std::iter::once("masque").chain(words.split(' ')).map(String::from).collect();
     for (name, value) in settings {
         let text = match value {
             Value::Null => continue,
@@ -283,123 +208,16 @@ fn shortest(value: &Value) -> String {
     narrow.map_or_else(|| value.to_string(), |(narrow, _)| narrow.to_string())
 }
 
-/// These say where and how a run is computed and stored, not what it computes.
-const FREE: [&str; 11] = [
-    "output-dir",
-    "resume",
-    "save-freq",
-    "save-updates",
-    "save-minutes",
-    "keep",
-    "eval-freq",
-    "log-freq",
-    "num-workers",
-    "max-skips",
-    "device",
-];
-
-/// These may not differ: the place in the epoch and the order of the images depend on them.
-const FIXED: [&str; 8] = ["batch-size", "accum-iter", "seed", "train-images", "model", "input-size", "in-chans", "repeated-aug"];
-
-/// What differs from the settings that a checkpoint was made with: an error where that cannot be, else a sentence each.
-pub fn compare(now: &Map<String, Value>, then: &Map<String, Value>, from: &Path) -> Result<Vec<String>> {
-    let shown = |value: Option<&Value>| match value {
-        None | Some(Value::Null) => "not given".to_string(),
-        Some(Value::String(text)) => text.clone(),
-        Some(other) => other.to_string(),
-    };
-    let mut notes = Vec::new();
-    for (name, value) in now {
-        let before = then.get(name);
-        if FREE.contains(&name.as_str()) || before.unwrap_or(&Value::Null) == value {
-            continue;
-        }
-        let (was, is) = (shown(before), shown(Some(value)));
-        if FIXED.contains(&name.as_str()) {
-            return Err(Error::usage(format!(
-                "--{name} is {is} but {} was made with {was}; a run goes on with the value it began with",
-                from.display()
-            )));
-        }
-        notes.push(format!("--{name} is {is} from here on; the checkpoint was made with {was}"));
-    }
-    Ok(notes)
-}
-
-impl Start {
-    /// Refuses a checkpoint of another command, of other images, or of settings that may not change; says what else differs.
-    pub fn check(&self, settings: &Map<String, Value>, data: &Map<String, Value>, say: &mut dyn FnMut(&str)) -> Result<()> {
-        self.notes.iter().for_each(|note| say(note));
-        let Some((path, file)) = &self.from else { return Ok(()) };
-        let (header, path) = (checkpoint::header(file)?, path.as_path());
-        let shown = path.display();
-        let (was, is) = (header.data.get("command"), data.get("command"));
-        if was != is {
-            let word = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or("another program").to_string();
-            return Err(Error::usage(format!(
-                "{shown} is of masque {}, not of masque {}; --finetune takes the encoder of another run",
-                word(was),
-                word(is)
-            )));
-        }
-        let notes = compare(settings, &header.settings, path)?;
-        for (key, what) in [("train-images", "training images"), ("classes", "classes")] {
-            let (was, is) = (header.data.get(key), data.get(key));
-            if was != is {
-                let short = |value: Option<&Value>| match value {
-                    Some(Value::Array(names)) => format!("{} classes", names.len()),
-                    other => other.map_or_else(|| "none".to_string(), Value::to_string),
-                };
-                return Err(Error::new(format!(
-                    "the {what} are not those that {shown} was made with ({} now, {} then, or in another order); the run cannot go on with them",
-                    short(is),
-                    short(was)
-                )));
-            }
-        }
-        notes.iter().for_each(|note| say(note));
-        Ok(())
-    }
-
-    /// Opens the record, new or continued, and says where the run begins.
-    pub fn record(&self, words: &[&str], settings: &Map<String, Value>, say: &mut dyn FnMut(&str)) -> Result<Record> {
-        let command = command(words, settings);
-        let Some((path, file)) = &self.from else { return Record::create(&self.folder, &command) };
-        let header = checkpoint::header(file)?;
-        let place: Place = serde_json::from_value(Value::Object(header.progress)).with_context(|| path.display().to_string())?;
-        say(&format!("going on from {} (epoch {}, update {})", path.display(), place.epoch, place.update));
-        let here =
-            path.parent().is_some_and(|parent| parent == self.folder || parent.canonicalize().ok() == self.folder.canonicalize().ok());
-        if !here {
-            return Record::create(&self.folder, &command);
-        }
-        for abandoned in Shelf::new(&self.folder, 1).set_aside(place.update)? {
-            say(&format!("{} is of the run that is left here: it has been renamed", abandoned.display()));
-        }
-        Record::resume(&self.folder, place.update, &command)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn numbers_of_a_command_have_the_digits_that_were_typed() {
         let settings =
             json!({ "mean": [0.485f32, 0.5f32], "betas": [0.9, 0.95], "lr": 2e-3, "resume": null, "flip": true, "model": "glyph_s" });
-        let text = command(&["finetune"], settings.as_object().unwrap());
+        let text = command("finetune", settings.as_object().unwrap());
         assert_eq!(text, "masque finetune --mean=0.485,0.5 --betas=0.9,0.95 --lr=0.002 --flip=true --model=glyph_s");
-    }
-
-    #[test]
-    fn what_differs_is_refused_or_said() {
-        let map = |value: Value| value.as_object().cloned().unwrap();
-        let then = map(json!({ "seed": 1, "lr": 0.1, "keep": 3 }));
-        let compared = |now: Value| compare(&map(now), &then, Path::new("a.safetensors"));
-        assert!(compared(json!({ "seed": 1, "lr": 0.1, "keep": 9 })).unwrap().is_empty());
-        assert_eq!(compared(json!({ "seed": 1, "lr": 0.2 })).unwrap(), ["--lr is 0.2 from here on; the checkpoint was made with 0.1"]);
-        let refused = compared(json!({ "seed": 2 })).unwrap_err();
-        assert_eq!((refused.exit_code(), refused.chain().starts_with("--seed is 2 but a.safetensors was made with 1")), (2, true));
     }
 }

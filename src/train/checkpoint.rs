@@ -6,8 +6,8 @@
 //!   optimizer.<state>.<key>    what the optimiser remembers (exp_avg, exp_avg_sq, mu)
 //!   ema.<key>                  the running averages, if there are any
 //!
-//! and in its header `masque.format`, `masque.settings` (the resolved flags), `masque.data` (command, images, classes), `masque.progress` (where the run stands), `masque.updates` (how many updates each
-//! parameter has had) and `masque.checksum` (of all tensors). A file is written beside its place and renamed, so that a name always stands for a whole file.
+//! and in its header `masque.format`, `masque.settings` (the resolved flags), `masque.data` (command, images, classes), `masque.progress` (where the run
+//! stands), `masque.updates` (how many updates each parameter has had) and `masque.checksum` (of all tensors). A file is written beside its place and renamed, so that a name always stands for a whole file.
 
 use crate::ensure;
 use crate::error::{Context, Error, Result};
@@ -169,6 +169,12 @@ impl Shelf {
 
     pub fn best(&self) -> PathBuf {
         self.folder.join(format!("best{ENDING}"))
+    }
+
+    /// The best weights, or the last where nothing was evaluated.
+    pub fn best_or_last(&self) -> PathBuf {
+        let last = || self.updates().first().map_or_else(|| self.folder.clone(), |&update| self.path(update));
+        if self.best().is_file() { self.best() } else { last() }
     }
 
     /// Updates at which there is a checkpoint, the newest first.

@@ -1,12 +1,12 @@
 //! `masque finetune` and `masque probe`: a classifier from a pre-trained encoder, or from scratch.
 
-use super::args::{RunArgs, data_of, settings};
+use super::args::{RunArgs, settings};
 use super::evaluate::{Evaluation, evaluate, say_skipped};
 use super::feed::{Feed, Labels};
 use super::images::{CropArgs, ImagesArgs, Part};
 use super::knn;
-use super::run::{Ended, Run, restore};
-use super::step::{Step, StepOptions};
+use super::run::Ended;
+use super::start::{Ready, Start};
 use crate::data::Dataset;
 use crate::data::erase::{Erasing, Filling};
 use crate::data::loader::{Loader, LoaderOptions, Order};
@@ -17,14 +17,13 @@ use crate::data::transform::Transform;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::methods::supervised::Supervised;
-use crate::nn::Start;
+use crate::nn;
 use crate::nn::classifier::{ClassifierConfig, Pool};
 use crate::nn::presets::{self, Family};
 use crate::nn::vit::{Position, Tokens, Vit, VitConfig};
 use crate::nn::weights::{self, Head, Policy, Which};
 use crate::optim::Optimizer;
 use crate::optim::adamw::AdamW;
-use crate::optim::ema::Ema;
 use crate::optim::groups::{self, Group, LayerDecay};
 use crate::optim::lars::Lars;
 use crate::param::{Params, ParamsBuilder};
@@ -176,7 +175,7 @@ fn start_like_mae(model: &mut Supervised, rng: &Rng) -> Result<()> {
     let mut b = ParamsBuilder::default();
     let tokens = Tokens::new(&mut b, &config)?;
     let normed = model.params.find("norm.weight").is_ok();
-    Vit::new(&mut b, config, tokens, normed, Start::Xavier)?;
+    Vit::new(&mut b, config, tokens, normed, nn::Start::Xavier)?;
     let fresh = b.build(model.params.dtype(), rng)?;
     fresh.ids().try_for_each(|id| model.params.set_value(model.params.find(fresh.name(id))?, fresh.value(id)))
 }
@@ -303,12 +302,7 @@ impl FinetuneArgs {
             }
         }
         let last = depth + 1;
-        let rule = LayerDecay {
-            weight_decay: self.run.weight_decay,
-            decay: self.layer_decay,
-            last,
-            no_decay: &["cls_token", "pos_embed", "dist_token"],
-        };
+        let rule = LayerDecay { weight_decay: self.run.weight_decay, decay: self.layer_decay, last, no_decay: &["cls_token", "pos_embed"] };
         let groups = rule.groups(params, |name| groups::vit_layer(name, last))?;
         let betas = match self.betas[..] {
             [first, second] if (0.0..1.0).contains(&first) && (0.0..1.0).contains(&second) => (first, second),
@@ -454,43 +448,27 @@ impl Job<'_> {
         if self.classifier.eval {
             return self.evaluate(config, say);
         }
-        let start = self.run.start(self.word)?;
+        let start = Start::of(self.run, self.word)?;
         let device = self.run.open_device()?;
-        let mut model = self.model(config, &device, start.from.is_some(), say)?;
-        let feed = self.feed(device, Some(labels));
-        let validation = self.sets.in_order(false, self.crop.evaluation(self.images.input_size)?);
-        let optimizer = optimizer(&model.params)?;
-        let ema = self.run.model_ema_decay.map(|decay| Ema::new(&mut model.params, decay)).transpose()?;
-        let loader = Loader::new(self.sets.train.clone(), transform, self.sets.loading);
-        self.run.check_window(&loader)?;
-        let mut step = Step::new(Box::new(model), optimizer, StepOptions { clip: self.run.clip_grad, accumulate: self.run.accum_iter });
-        let mut ema = ema;
-        let data = data_of(self.word, self.sets.train.len(), self.sets.train.classes());
-        start.check(&self.settings, &data, say)?;
-        let place = start.from.as_ref().map(|(_, file)| restore(file, &mut step, ema.as_mut())).transpose()?.unwrap_or_default();
-        let run = Run {
-            step,
-            loader: Arc::new(loader),
-            feed,
-            schedule: self.run.schedule(),
-            ema,
-            validation: Some(Arc::new(validation)),
+        let model = self.model(config, &device, start.from.is_some(), say)?;
+        let ready = Ready {
+            command: self.word,
+            optimizer: optimizer(&model.params)?,
+            method: Box::new(model),
+            loader: Loader::new(self.sets.train.clone(), transform, self.sets.loading),
+            validation: Some(self.sets.in_order(false, self.crop.evaluation(self.images.input_size)?)),
+            feed: self.feed(device, Some(labels)),
             after: None,
-            record: start.record(&[self.word], &self.settings, say)?,
             settings: self.settings,
-            data,
-            options: self.run.options(),
-            place,
-            told: Default::default(),
+            classes: self.sets.train.classes().to_vec(),
         };
-        say(&format!("run folder: {}", start.folder.display()));
-        run.run()
+        start.train(self.run, ready, say)
     }
 
     /// What `--eval --resume PATH` says of a checkpoint, whoever wrote it.
     fn evaluate(self, config: ClassifierConfig, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         let path = match self.run.resume.as_deref() {
-            Some("auto") => self.run.start(self.word)?.from.map(|(path, _)| path),
+            Some("auto") => Start::of(self.run, self.word)?.from.map(|(path, _)| path),
             path => path.map(PathBuf::from),
         };
         let missing = || Error::usage("--eval evaluates what --resume names; give a checkpoint by --resume PATH, or use masque evaluate");

@@ -1,5 +1,6 @@
 //! How good a model is on a set of images.
 
+use super::args::workers;
 use super::feed::Feed;
 use super::images::{ImagesArgs, Part, evaluation};
 use super::model::{Model, ModelArgs};
@@ -9,7 +10,6 @@ use crate::error::{Error, Result};
 use crate::methods::Method;
 use crate::rng::Rng;
 use clap::Args;
-use serde_json::Value;
 use std::path::PathBuf;
 
 /// `masque evaluate`; what is not given is what the checkpoint's own run had.
@@ -23,7 +23,7 @@ pub struct EvaluateArgs {
     /// Images of a batch
     #[arg(long, default_value_t = 64, value_name = "N")]
     pub batch_size: usize,
-    /// Use only the first so many images [default: all]
+    /// Use only so many images: the first built-in ones, or ones spread over a sorted set [default: all]
     #[arg(long, value_name = "N")]
     pub val_images: Option<usize>,
     /// Classes of the model, where the images show only the first of them
@@ -53,21 +53,14 @@ impl EvaluateArgs {
         }
         let opened = self.model.open()?;
         say(&opened.report);
-        let own = |key: &str| opened.settings.get(key).filter(|value| !value.is_null());
-        let numbers = |key: &str| Some(own(key)?.as_array()?.iter().filter_map(Value::as_f64).map(|x| x as f32).collect());
-        let data_path = self.data_path.clone().or_else(|| own("data-path")?.as_str().map(PathBuf::from));
-        let images = ImagesArgs {
-            data_path: data_path.ok_or_else(|| {
-                Error::usage(format!("{} does not say what images it is for; give them by --data-path", self.model.checkpoint.display()))
-            })?,
-            input_size: opened.side(),
-            in_chans: opened.vit().config.channels,
-            train_images: None,
-            val_images: self.val_images,
-            strict_data: self.strict_data,
-            mean: self.mean.clone().or_else(|| numbers("mean")),
-            std: self.std.clone().or_else(|| numbers("std")),
-        };
+        let images = opened.images(self.data_path.as_ref(), [&self.mean, &self.std])?;
+        if images.data_path.as_os_str().is_empty() {
+            return Err(Error::usage(format!(
+                "{} does not say what images it is for; give them by --data-path",
+                self.model.checkpoint.display()
+            )));
+        }
+        let images = ImagesArgs { val_images: self.val_images, strict_data: self.strict_data, ..images };
         images.check()?;
         let dataset = images.open(Part::Val)?;
         dataset.notes().iter().for_each(|note| say(note));
@@ -101,9 +94,13 @@ impl EvaluateArgs {
                 images.data_path.display()
             )));
         }
-        let ratio = self.eval_crop_ratio.or_else(|| own("eval-crop-ratio")?.as_f64());
-        let workers = self.num_workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
-        let options = LoaderOptions { batch: self.batch_size, workers, strict: self.strict_data, ..LoaderOptions::default() };
+        let ratio = self.eval_crop_ratio.or_else(|| opened.setting("eval-crop-ratio")?.as_f64());
+        let options = LoaderOptions {
+            batch: self.batch_size,
+            workers: workers(self.num_workers),
+            strict: self.strict_data,
+            ..LoaderOptions::default()
+        };
         let loader = Loader::new(dataset, evaluation(opened.side(), ratio)?, options);
         let [mean, std] = images.statistics();
         let feed = Feed { device: opened.params().device().clone(), mean, std, labels: None };

@@ -185,6 +185,12 @@ impl ImagesArgs {
     }
 }
 
+/// So many images of a set, from all of its parts.
+pub fn spread(dataset: Arc<dyn Dataset>, most: usize) -> Arc<dyn Dataset> {
+    let most = most.min(dataset.len());
+    Arc::new(Fewer { dataset, most, spread: true })
+}
+
 /// Some images of a set: the first, or as many spread over it where it is sorted by class.
 struct Fewer {
     dataset: Arc<dyn Dataset>,

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`pretrain`], [`classify`] | the commands that train, turned into a [`run`] |
 //! | [`args`], [`images`] | the flags that they share |
+//! | [`start`] | where a run writes, what it goes on from |
 //! | [`run`] | the one loop: where a run stands, what it does next, what it does when numbers are not finite |
 //! | [`step`] | forward, backward and update, recorded on a GPU and replayed |
 //! | [`feed`] | from bytes to what a step takes |
@@ -31,5 +32,6 @@ pub mod record;
 pub mod report;
 pub mod run;
 pub mod signals;
+pub mod start;
 pub mod step;
 pub mod visualize;

@@ -1,6 +1,7 @@
 //! A model out of a checkpoint, whoever wrote it: what it is stands in its settings, or is read off its tensors.
 
 use super::checkpoint;
+use super::images::ImagesArgs;
 use crate::device::{Named, Precision};
 use crate::error::{Context, Error, Result};
 use crate::formats::{self, Checkpoint};
@@ -77,6 +78,29 @@ impl Opened {
     /// Side of its images.
     pub fn side(&self) -> usize {
         self.vit().config.image[0]
+    }
+
+    /// What the run that made it had for a flag.
+    pub fn setting(&self, flag: &str) -> Option<&Value> {
+        self.settings.get(flag).filter(|value| !value.is_null())
+    }
+
+    /// The images that it is for: what was typed, else what its run had. The path is empty where neither says one.
+    pub fn images(&self, data_path: Option<&PathBuf>, [mean, std]: [&Option<Vec<f32>>; 2]) -> Result<ImagesArgs> {
+        let own = |flag: &str| Some(self.setting(flag)?.as_array()?.iter().filter_map(Value::as_f64).map(|x| x as f32).collect());
+        let path = || self.setting("data-path").and_then(Value::as_str).map(PathBuf::from);
+        let images = ImagesArgs {
+            data_path: data_path.cloned().or_else(path).unwrap_or_default(),
+            input_size: self.side(),
+            in_chans: self.vit().config.channels,
+            train_images: None,
+            val_images: None,
+            strict_data: false,
+            mean: mean.clone().or_else(|| own("mean")),
+            std: std.clone().or_else(|| own("std")),
+        };
+        images.check()?;
+        Ok(images)
     }
 }
 

@@ -1,18 +1,17 @@
 //! `masque pretrain`: a method that learns from images alone.
 
-use super::args::{RunArgs, data_of, settings};
+use super::args::{RunArgs, settings};
 use super::feed::Feed;
-use super::images::{CropArgs, ImagesArgs, Part};
+use super::images::{CropArgs, ImagesArgs, Part, spread};
 use super::picture;
-use super::run::{After, Ended, Run, restore};
-use super::step::{Step, StepOptions};
+use super::run::{After, Ended};
+use super::start::{Ready, Start};
 use super::visualize::{self, Normalised};
 use crate::data::loader::{Loader, LoaderOptions, Order};
 use crate::error::{Error, Result};
 use crate::methods::mae::{Mae, MaeArgs};
 use crate::nn::weights::{self, Policy, Which};
 use crate::optim::adamw::AdamW;
-use crate::optim::ema::Ema;
 use crate::optim::groups;
 use crate::rng::Rng;
 use crate::tensor::Dtype;
@@ -20,7 +19,6 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use std::any::Any;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -71,7 +69,7 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     args.images.check()?;
     let config = args.method.config(args.images.input_size, args.images.in_chans)?;
     let device = args.run.open_device()?;
-    let start = args.run.start("pretrain-mae")?;
+    let start = Start::of(&args.run, "pretrain-mae")?;
     let train = args.images.open(Part::Train)?;
     // Pre-training reads no labels and needs no other images; where there are some, they show how it generalises.
     let validation = if args.images.lacks_validation() {
@@ -92,9 +90,6 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     }
     mae.params.move_to(&device, args.run.precision.dtype())?;
     let optimizer = AdamW::new(groups::by_decay(&mae.params, args.run.weight_decay, &[]), BETAS, 1e-8)?;
-    let ema = args.run.model_ema_decay.map(|decay| Ema::new(&mut mae.params, decay)).transpose()?;
-    let options = StepOptions { clip: args.run.clip_grad, accumulate: args.run.accum_iter };
-
     let [mean, std] = args.images.statistics();
     let feed = Feed { device, mean, std, labels: None };
     let loading = LoaderOptions {
@@ -106,39 +101,20 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         ..LoaderOptions::default()
     };
     let side = args.images.input_size;
-    let shown = validation.clone().unwrap_or_else(|| train.clone());
+    let shown = spread(validation.clone().unwrap_or_else(|| train.clone()), SHOWN);
     let few = LoaderOptions { batch: SHOWN, order: Order::Sequential, workers: 0, ..loading };
     let after = pictures(Loader::new(shown, args.crop.evaluation(side)?, few), feed.clone());
-    let settings = settings(&PretrainArgs { images: args.images.resolved(), ..args.clone() })?;
-    let images = train.len();
-    let loader = Loader::new(train, args.crop.training(side)?, loading);
-    args.run.check_window(&loader)?;
-    let mut step = Step::new(Box::new(mae), Box::new(optimizer), options);
-    let mut ema = ema;
-    let data = data_of("pretrain mae", images, &[]);
-    start.check(&settings, &data, say)?;
-    let place = start.from.as_ref().map(|(_, file)| restore(file, &mut step, ema.as_mut())).transpose()?.unwrap_or_default();
-    let run = Run {
-        step,
-        loader: Arc::new(loader),
+    let in_order = |set| Ok(Loader::new(set, args.crop.evaluation(side)?, LoaderOptions { order: Order::Sequential, ..loading }));
+    let ready = Ready {
+        command: "pretrain mae",
+        method: Box::new(mae),
+        optimizer: Box::new(optimizer),
+        loader: Loader::new(train, args.crop.training(side)?, loading),
+        validation: validation.map(in_order).transpose()?,
         feed,
-        schedule: args.run.schedule(),
-        ema,
-        validation: match validation {
-            Some(set) => {
-                let in_order = LoaderOptions { order: Order::Sequential, ..loading };
-                Some(Arc::new(Loader::new(set, args.crop.evaluation(side)?, in_order)))
-            }
-            None => None,
-        },
         after: Some(after),
-        record: start.record(&["pretrain", "mae"], &settings, say)?,
-        settings,
-        data,
-        options: args.run.options(),
-        place,
-        told: Default::default(),
+        settings: settings(&PretrainArgs { images: args.images.resolved(), ..args.clone() })?,
+        classes: Vec::new(),
     };
-    say(&format!("run folder: {}", start.folder.display()));
-    run.run()
+    start.train(&args.run, ready, say)
 }

@@ -69,8 +69,6 @@ impl Appender {
 }
 
 pub struct Record {
-    /// Held for as long as the run writes into its folder.
-    _lock: File,
     folder: PathBuf,
     /// In the order of `FILES`.
     files: [Appender; 4],
@@ -78,8 +76,9 @@ pub struct Record {
     loss: &'static str,
 }
 
-/// Makes sure that no other process writes into the folder.
-fn locked(folder: &Path) -> Result<File> {
+/// Makes the folder, and sure that no other process writes into it for as long as the answer is held.
+pub fn lock(folder: &Path) -> Result<File> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
     let attempt = || format!("cannot write into {}", folder.display());
     let file = File::options().create(true).truncate(false).write(true).open(folder.join(".lock")).with_context(attempt)?;
     match file.try_lock() {
@@ -96,17 +95,15 @@ impl Record {
     /// Begins a run folder with the full resolved command; rows of an earlier run are gone.
     pub fn create(folder: &Path, command: &str) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-        let lock = locked(folder)?;
         write_text(&folder.join(COMMAND), &format!("{}\n", command.trim_end()))?;
         for name in FILES {
             Appender::create(folder.join(name))?;
         }
-        Self::open(folder, command, lock)
+        Self::open(folder, command)
     }
 
     /// Goes on with a run folder from a checkpoint at this update.
     pub fn resume(folder: &Path, update: u64, command: &str) -> Result<Self> {
-        let lock = locked(folder)?;
         write_text(&folder.join(COMMAND), &format!("{}\n", command.trim_end()))?;
         for name in FILES {
             let path = folder.join(name);
@@ -117,7 +114,7 @@ impl Record {
                 write_text(&path, &kept)?;
             }
         }
-        Self::open(folder, command, lock)
+        Self::open(folder, command)
     }
 
     /// Whether a folder holds the rows of a run.
@@ -125,19 +122,13 @@ impl Record {
         [EPOCHS, STEPS].iter().any(|name| fs::metadata(folder.join(name)).is_ok_and(|file| file.len() > 0))
     }
 
-    fn open(folder: &Path, command: &str, lock: File) -> Result<Self> {
+    fn open(folder: &Path, command: &str) -> Result<Self> {
         let loss = if words(command).get(1).is_some_and(|word| word == "pretrain") { "train_loss" } else { "loss" };
         let steps = rows(&folder.join(STEPS))?.rows.into_iter().flat_map(|row| scalars_of_step(&row, loss));
         let epochs = rows(&folder.join(EPOCHS))?.rows.into_iter().flat_map(|row| scalars_of_epoch(&row));
         let scalars: Vec<Scalar> = steps.chain(epochs).collect();
         let [a, b, c, d] = FILES.map(|name| Appender::open(folder.join(name)));
-        Ok(Self {
-            _lock: lock,
-            folder: folder.to_path_buf(),
-            files: [a?, b?, c?, d?],
-            events: Events::create(folder, now(), &scalars)?,
-            loss,
-        })
+        Ok(Self { folder: folder.to_path_buf(), files: [a?, b?, c?, d?], events: Events::create(folder, now(), &scalars)?, loss })
     }
 
     pub fn folder(&self) -> &Path {
@@ -325,8 +316,6 @@ mod tests {
 
         let mut record = Record::resume(&folder.0, 3, "masque pretrain mae --epochs 4").unwrap();
         assert_eq!(folder.text(COMMAND), "masque pretrain mae --epochs 4\n");
-        let error = Record::resume(&folder.0, 3, "masque").err().unwrap().chain();
-        assert!(error.contains("is being written by another process"), "{error}");
         record.step(&row(json!({"update": 4, "epoch": 2.0, "loss": 7.0, "lr": 0.1}))).unwrap();
         let updates: Vec<u64> = rows(&folder.0.join(STEPS)).unwrap().rows.iter().map(|row| row["update"].as_u64().unwrap()).collect();
         assert_eq!(updates, [1, 2, 3, 4]);
@@ -379,6 +368,16 @@ mod tests {
         drop(record);
         Record::create(&folder.0, "masque finetune").unwrap().step(&row(json!({"update": 1, "epoch": 1, "loss": 2.0}))).unwrap();
         assert_eq!(scalars(&events()), [named(1000, "loss", 2.0)]);
+    }
+
+    #[test]
+    fn a_folder_is_held_by_one_at_a_time() {
+        let folder = Folder::new("held");
+        let held = lock(&folder.0).unwrap();
+        let error = lock(&folder.0).unwrap_err().chain();
+        assert!(error.contains("is being written by another process"), "{error}");
+        drop(held);
+        lock(&folder.0).unwrap();
     }
 
     #[test]

@@ -356,7 +356,6 @@ impl Run<'_> {
     /// Evaluation, the row of the log, checkpoints.
     fn end_epoch(&mut self, progress: &mut Progress) -> Result<Option<Evaluation>> {
         let (epochs, shelf) = (self.options.epochs, self.shelf());
-        self.step.abandon();
         let place = &mut self.place;
         let (loss, lr) = (std::mem::take(&mut place.epoch_loss), std::mem::take(&mut place.epoch_lr));
         let mut line = row(json!({ "train_lr": lr.value(), "train_loss": loss.value() }));

@@ -42,7 +42,7 @@ pub struct Outcome {
     pub parts: Vec<(&'static str, f64)>,
     /// Length of the gradient before it was clipped.
     pub norm: f64,
-    /// False where loss or gradient were not finite: then nothing has changed.
+    /// False where loss or gradient were not finite: then no parameter has changed.
     pub taken: bool,
 }
 
@@ -149,11 +149,6 @@ impl Step {
             self.optimizer.step(params, lr)?;
         }
         Ok(Outcome { loss, parts: std::mem::take(&mut self.parts), norm, taken })
-    }
-
-    /// Forgets micro-batches that have had no update.
-    pub fn abandon(&mut self) {
-        self.losses.clear();
     }
 
     fn on_gpu(&mut self, gpu: &Gpu, batch: &Batch, rng: &Rng) -> Result<Seen> {

@@ -1,0 +1,248 @@
+//! How a run begins: where it writes, what it goes on from, and what a command has made ready for the loop.
+
+use super::args::{RunArgs, command};
+use super::checkpoint::{self, Shelf};
+use super::feed::Feed;
+use super::record::{self, Record};
+use super::run::{After, Ended, Place, Run, restore};
+use super::step::{Step, StepOptions};
+use crate::data::loader::Loader;
+use crate::error::{Context, Error, Result};
+use crate::formats::{self, TensorFile};
+use crate::methods::Method;
+use crate::optim::Optimizer;
+use crate::optim::ema::Ema;
+use serde_json::{Map, Value, json};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Where a run writes and what it goes on from.
+pub struct Start {
+    pub folder: PathBuf,
+    pub from: Option<(PathBuf, TensorFile)>,
+    /// What is to be said about it.
+    pub notes: Vec<String>,
+}
+
+/// What a command makes ready for the loop.
+pub struct Ready<'a> {
+    /// The command's words.
+    pub command: &'static str,
+    pub method: Box<dyn Method>,
+    pub optimizer: Box<dyn Optimizer>,
+    pub loader: Loader,
+    pub validation: Option<Loader>,
+    pub feed: Feed,
+    pub after: Option<After<'a>>,
+    pub settings: Map<String, Value>,
+    /// The classes that are learned; none where labels are not read.
+    pub classes: Vec<String>,
+}
+
+fn first(name: &str) -> PathBuf {
+    Path::new("runs").join(name)
+}
+
+/// runs/NAME, runs/NAME-2, runs/NAME-3 ...
+fn numbered(name: &str) -> impl Iterator<Item = PathBuf> {
+    let name = name.to_string();
+    std::iter::once(first(&name)).chain((2..10_000).map(move |i| first(&format!("{name}-{i}"))))
+}
+
+/// These say where and how a run is computed and stored, not what it computes.
+const FREE: [&str; 11] = [
+    "output-dir",
+    "resume",
+    "save-freq",
+    "save-updates",
+    "save-minutes",
+    "keep",
+    "eval-freq",
+    "log-freq",
+    "num-workers",
+    "max-skips",
+    "device",
+];
+
+/// These may not differ: the place in the epoch and the order of the images depend on them.
+const FIXED: [&str; 8] = ["batch-size", "accum-iter", "seed", "train-images", "model", "input-size", "in-chans", "repeated-aug"];
+
+/// What differs from the settings that a checkpoint was made with: an error where that cannot be, else a sentence each.
+pub fn compare(now: &Map<String, Value>, then: &Map<String, Value>, from: &Path) -> Result<Vec<String>> {
+    let shown = |value: Option<&Value>| match value {
+        None | Some(Value::Null) => "not given".to_string(),
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => other.to_string(),
+    };
+    let mut notes = Vec::new();
+    for (name, value) in now {
+        let before = then.get(name);
+        if FREE.contains(&name.as_str()) || before.unwrap_or(&Value::Null) == value {
+            continue;
+        }
+        let (was, is) = (shown(before), shown(Some(value)));
+        if FIXED.contains(&name.as_str()) {
+            return Err(Error::usage(format!(
+                "--{name} is {is} but {} was made with {was}; a run goes on with the value it began with",
+                from.display()
+            )));
+        }
+        notes.push(format!("--{name} is {is} from here on; the checkpoint was made with {was}"));
+    }
+    Ok(notes)
+}
+
+impl Start {
+    /// Chooses the run's folder, and finds the checkpoint that it goes on from. `name` is what a new folder under runs/ is called.
+    pub fn of(run: &RunArgs, name: &str) -> Result<Self> {
+        let folder = match (&run.output_dir, run.resume.as_deref()) {
+            (Some(folder), _) => folder.clone(),
+            (None, Some("auto")) => numbered(name).take_while(|folder| folder.exists()).last().unwrap_or_else(|| first(name)),
+            (None, _) => numbered(name).find(|folder| !folder.exists()).unwrap_or_else(|| first(name)),
+        };
+        let mut start = Start { folder, from: None, notes: Vec::new() };
+        match run.resume.as_deref() {
+            None => {
+                let shelf = Shelf::new(&start.folder, run.keep);
+                if !shelf.updates().is_empty() || Record::holds_run(&start.folder) {
+                    return Err(Error::usage(format!(
+                        "--output-dir {}: the folder holds a run already; go on with it by --resume auto, or choose another folder",
+                        start.folder.display()
+                    )));
+                }
+            }
+            Some("auto") => {
+                let (newest, damaged) = Shelf::new(&start.folder, run.keep).newest();
+                start.notes = damaged;
+                start.from = newest;
+                if start.from.is_none() && !start.notes.is_empty() {
+                    start.notes.push("no checkpoint of the folder is whole: the run begins anew".into());
+                }
+            }
+            Some(path) => {
+                let attempt = || format!("--resume {path}");
+                let file = formats::open(path).with_context(attempt)?;
+                if checkpoint::settings(&file)?.is_empty() {
+                    return Err(Error::usage(format!(
+                        "--resume {path}: the file is no checkpoint of a run of masque; --init, --finetune and masque evaluate take the weights of others"
+                    )));
+                }
+                checkpoint::header(&file).and_then(|_| checkpoint::check(&file)).with_context(attempt)?;
+                start.from = Some((PathBuf::from(path), file));
+            }
+        }
+        Ok(start)
+    }
+
+    /// Trains to the end, or until a signal asks to stop.
+    pub fn train(&self, run: &RunArgs, ready: Ready, say: &mut dyn FnMut(&str)) -> Result<Ended> {
+        let Ready { command, mut method, optimizer, loader, validation, feed, after, settings, classes } = ready;
+        let batches = loader.batches();
+        if batches < run.accum_iter {
+            return Err(Error::usage(format!(
+                "an epoch has {batches} batches of --batch-size {}, fewer than an update takes (--accum-iter {}); make one of them smaller",
+                run.batch_size, run.accum_iter
+            )));
+        }
+        let data = [("command", json!(command)), ("train-images", json!(loader.dataset().len())), ("classes", json!(classes))];
+        let data = data.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
+        self.check(&settings, &data, say)?;
+        // Nothing in the folder is read or changed while another process writes into it.
+        let _lock = record::lock(&self.folder)?;
+        let mut ema = run.model_ema_decay.map(|decay| Ema::new(method.params(), decay)).transpose()?;
+        let mut step = Step::new(method, optimizer, StepOptions { clip: run.clip_grad, accumulate: run.accum_iter });
+        let place = self.from.as_ref().map(|(_, file)| restore(file, &mut step, ema.as_mut())).transpose()?.unwrap_or_default();
+        let record = self.record(command, &settings, &place, say)?;
+        say(&format!("run folder: {}", self.folder.display()));
+        let run = Run {
+            step,
+            loader: Arc::new(loader),
+            feed,
+            schedule: run.schedule(),
+            ema,
+            validation: validation.map(Arc::new),
+            after,
+            record,
+            settings,
+            data,
+            options: run.options(),
+            place,
+            told: Default::default(),
+        };
+        let ended = run.run()?;
+        if ended.signal.is_none() {
+            say(&format!("weights: {}; report: {}", self.shelf().best_or_last().display(), self.folder.join("report.html").display()));
+        }
+        Ok(ended)
+    }
+
+    /// Refuses a checkpoint of another command, of other images, or of settings that may not change; says what else differs.
+    fn check(&self, settings: &Map<String, Value>, data: &Map<String, Value>, say: &mut dyn FnMut(&str)) -> Result<()> {
+        self.notes.iter().for_each(|note| say(note));
+        let Some((path, file)) = &self.from else { return Ok(()) };
+        let (header, path) = (checkpoint::header(file)?, path.as_path());
+        let shown = path.display();
+        let (was, is) = (header.data.get("command"), data.get("command"));
+        if was != is {
+            let word = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or("another program").to_string();
+            return Err(Error::usage(format!(
+                "{shown} is of masque {}, not of masque {}; --finetune takes the encoder of another run",
+                word(was),
+                word(is)
+            )));
+        }
+        let notes = compare(settings, &header.settings, path)?;
+        for (key, what) in [("train-images", "training images"), ("classes", "classes")] {
+            let (was, is) = (header.data.get(key), data.get(key));
+            if was != is {
+                let short = |value: Option<&Value>| match value {
+                    Some(Value::Array(names)) => format!("{} classes", names.len()),
+                    other => other.map_or_else(|| "none".to_string(), Value::to_string),
+                };
+                return Err(Error::new(format!(
+                    "the {what} are not those that {shown} was made with ({} now, {} then, or in another order); the run cannot go on with them",
+                    short(is),
+                    short(was)
+                )));
+            }
+        }
+        notes.iter().for_each(|note| say(note));
+        Ok(())
+    }
+
+    fn shelf(&self) -> Shelf {
+        Shelf::new(&self.folder, 1)
+    }
+
+    /// Opens the record, new or continued, and says where the run begins.
+    fn record(&self, words: &str, settings: &Map<String, Value>, place: &Place, say: &mut dyn FnMut(&str)) -> Result<Record> {
+        let command = command(words, settings);
+        let Some((path, _)) = &self.from else { return Record::create(&self.folder, &command) };
+        say(&format!("going on from {} (epoch {}, update {})", path.display(), place.epoch, place.update));
+        let here =
+            path.parent().is_some_and(|parent| parent == self.folder || parent.canonicalize().ok() == self.folder.canonicalize().ok());
+        if !here {
+            return Record::create(&self.folder, &command);
+        }
+        for abandoned in self.shelf().set_aside(place.update)? {
+            say(&format!("{} is of the run that is left here: it has been renamed", abandoned.display()));
+        }
+        Record::resume(&self.folder, place.update, &command)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_differs_is_refused_or_said() {
+        let map = |value: Value| value.as_object().cloned().unwrap();
+        let then = map(json!({ "seed": 1, "lr": 0.1, "keep": 3 }));
+        let compared = |now: Value| compare(&map(now), &then, Path::new("a.safetensors"));
+        assert!(compared(json!({ "seed": 1, "lr": 0.1, "keep": 9 })).unwrap().is_empty());
+        assert_eq!(compared(json!({ "seed": 1, "lr": 0.2 })).unwrap(), ["--lr is 0.2 from here on; the checkpoint was made with 0.1"]);
+        let refused = compared(json!({ "seed": 2 })).unwrap_err();
+        assert_eq!((refused.exit_code(), refused.chain().starts_with("--seed is 2 but a.safetensors was made with 1")), (2, true));
+    }
+}
