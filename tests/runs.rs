@@ -315,6 +315,19 @@ fn a_damaged_checkpoint_is_passed_over() {
         command
     });
     assert!(text.contains("is damaged") && text.contains("going on from") && text.contains("update 4"), "{text}");
+    // Where none is whole the run begins anew, and what is damaged is in nobody's way.
+    let whole = last_tensors(&folder);
+    for update in checkpoints(&folder) {
+        std::fs::write(folder.join(format!("checkpoint-{update:08}.safetensors")), "").unwrap();
+    }
+    let text = succeeds({
+        let mut command = masque(run, &folder);
+        command.args(["--resume", "auto"]);
+        command
+    });
+    assert!(text.contains("the run begins anew") && !text.contains("going on from"), "{text}");
+    assert_eq!(checkpoints(&folder), [0, 4, 8]);
+    assert!(whole == last_tensors(&folder));
 }
 
 #[test]

@@ -179,7 +179,8 @@ impl Shelf {
 
     /// Updates at which there is a checkpoint, the newest first.
     pub fn updates(&self) -> Vec<u64> {
-        let files = std::fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let entries = std::fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let files = entries.filter(|entry| entry.path().is_file());
         let number = |name: &str| name.strip_prefix(PREFIX)?.strip_suffix(ENDING)?.parse().ok();
         let mut updates: Vec<u64> = files.filter_map(|file| number(file.file_name().to_str()?)).collect();
         updates.sort_unstable_by(|a, b| b.cmp(a));
@@ -205,10 +206,10 @@ impl Shelf {
         (None, damaged)
     }
 
-    /// Renames the checkpoints behind an update, to which a run goes back: they are of another course.
-    pub fn set_aside(&self, update: u64) -> Result<Vec<PathBuf>> {
+    /// Renames the checkpoints from an update on: they are of another course than the one that is about to be taken.
+    pub fn set_aside(&self, first: u64) -> Result<Vec<PathBuf>> {
         let mut renamed = Vec::new();
-        for later in self.updates().into_iter().filter(|&later| later > update) {
+        for later in self.updates().into_iter().filter(|&later| later >= first) {
             let path = self.path(later);
             std::fs::rename(&path, path.with_extension("safetensors.old")).with_context(|| format!("renaming {}", path.display()))?;
             renamed.push(path);

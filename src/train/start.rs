@@ -214,19 +214,28 @@ impl Start {
         Shelf::new(&self.folder, 1)
     }
 
+    /// Puts the checkpoints from an update on out of the way.
+    fn leave(&self, first: u64, say: &mut dyn FnMut(&str)) -> Result<()> {
+        for abandoned in self.shelf().set_aside(first)? {
+            say(&format!("{} is of the run that is left here: it has been renamed", abandoned.display()));
+        }
+        Ok(())
+    }
+
     /// Opens the record, new or continued, and says where the run begins.
     fn record(&self, words: &str, settings: &Map<String, Value>, place: &Place, say: &mut dyn FnMut(&str)) -> Result<Record> {
         let command = command(words, settings);
-        let Some((path, _)) = &self.from else { return Record::create(&self.folder, &command) };
+        let Some((path, _)) = &self.from else {
+            self.leave(0, say)?;
+            return Record::create(&self.folder, &command);
+        };
         say(&format!("going on from {} (epoch {}, update {})", path.display(), place.epoch, place.update));
         let here =
             path.parent().is_some_and(|parent| parent == self.folder || parent.canonicalize().ok() == self.folder.canonicalize().ok());
         if !here {
             return Record::create(&self.folder, &command);
         }
-        for abandoned in self.shelf().set_aside(place.update)? {
-            say(&format!("{} is of the run that is left here: it has been renamed", abandoned.display()));
-        }
+        self.leave(place.update + 1, say)?;
         Record::resume(&self.folder, place.update, &command)
     }
 }
