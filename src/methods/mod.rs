@@ -2,6 +2,7 @@
 
 pub mod mae;
 pub mod supervised;
+pub mod teacher;
 
 use crate::error::Result;
 use crate::nn::vit::Vit;
@@ -11,12 +12,18 @@ use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use std::any::Any;
+use std::borrow::Cow;
+use teacher::Cost;
 
 /// What a step of training sees.
 #[derive(Clone)]
 pub struct Batch {
     /// Normalised, [B, C, H, W].
     pub images: Tensor,
+    /// What a teacher sees, where that is another view of the same images; else it sees these.
+    pub teacher_images: Option<Tensor>,
+    /// What the teacher answers, where that is known before the pass; see [`Method::prepare`].
+    pub teacher_output: Option<Tensor>,
     /// What a classifier is to answer: a probability for each class, f32 [B, classes]. Smoothing and mixing are in them already.
     pub targets: Option<Tensor>,
     /// The class of each image, for evaluation; empty where nobody asks.
@@ -25,22 +32,35 @@ pub struct Batch {
 
 impl Batch {
     pub fn of_images(images: Tensor) -> Self {
-        Self { images, targets: None, labels: Vec::new() }
+        Self { images, teacher_images: None, teacher_output: None, targets: None, labels: Vec::new() }
+    }
+
+    /// What a teacher sees of it.
+    pub fn for_teacher(&self) -> &Tensor {
+        self.teacher_images.as_ref().unwrap_or(&self.images)
     }
 }
 
 /// A loss and the named parts it is the sum of: numbers on the model's device, which nobody has to wait for.
 pub struct Loss {
     pub total: Var,
-    pub parts: Vec<(&'static str, Tensor)>,
+    pub parts: Vec<(Cow<'static, str>, Tensor)>,
     /// What the batch says about the columns of a batch norm, to be learned by [`Method::learn`] after the pass.
     pub statistics: Option<Statistics>,
 }
 
 impl Loss {
     pub fn single(name: &'static str, total: Var) -> Self {
-        let parts = vec![(name, total.value().clone())];
+        let parts = vec![(name.into(), total.value().clone())];
         Self { total, parts, statistics: None }
+    }
+
+    /// The sum of named terms, each with its weight.
+    pub fn sum(terms: Vec<(impl Into<Cow<'static, str>>, f64, Var)>) -> Result<Self> {
+        let weighted: Vec<(f64, &Var)> = terms.iter().map(|(_, weight, term)| (*weight, term)).collect();
+        let total = Var::weighted_sum(&weighted)?;
+        let parts = terms.into_iter().map(|(name, _, term)| (name.into(), term.value().clone())).collect();
+        Ok(Self { total, parts, statistics: None })
     }
 }
 
@@ -73,6 +93,16 @@ pub trait Method: Any {
         Ok(())
     }
 
-    /// Multiply-accumulates of a forward pass for one image, and of the part of them that is trained.
+    /// Multiply-accumulates of a forward pass for one image, without a teacher's, and of the part of them that is trained.
     fn macs(&self) -> [u64; 2];
+
+    /// What its teacher costs; None where there is none.
+    fn teacher_cost(&self) -> Option<Cost> {
+        None
+    }
+
+    /// Before a pass, and never recorded: finds out what need not be computed in it, such as a teacher's answers that are known already.
+    fn prepare(&self, _batch: &mut Batch, _rng: &Rng) -> Result<()> {
+        Ok(())
+    }
 }

@@ -250,6 +250,12 @@ impl Vit {
         Ok((x, rows.expect("class rows were requested")))
     }
 
+    /// Block `i` alone.
+    pub fn block(&self, s: &Scope, x: &Var, i: usize) -> Result<Var> {
+        ensure!(i < self.blocks.len(), "block {i} was asked for but there are {}", self.blocks.len());
+        self.blocks[i].forward(s, x)
+    }
+
     /// The first `count` blocks and no more.
     pub fn first_blocks(&self, s: &Scope, x: &Var, count: usize) -> Result<Var> {
         ensure!(count <= self.blocks.len(), "block {count} was asked for but there are {}", self.blocks.len());

@@ -36,12 +36,13 @@ impl Feed {
         let mut images = self.images(&loaded, &Augment { mix: mixed.whole(), ..Augment::default() })?;
         mixed.finish(&mut images)?;
         let targets = Tensor::from_slice(&[batch, *classes], &mixed.targets(&loaded.labels, *classes)?)?;
-        Ok(Batch { images, targets: Some(targets.on(&self.device)?), labels: loaded.labels })
+        Ok(Batch { targets: Some(targets.on(&self.device)?), labels: loaded.labels, ..Batch::of_images(images) })
     }
 
     /// A batch to be judged by.
     pub fn evaluation(&self, loaded: Loaded) -> Result<Batch> {
-        Ok(Batch { images: self.images(&loaded, &Augment::default())?, targets: None, labels: loaded.labels })
+        let images = self.images(&loaded, &Augment::default())?;
+        Ok(Batch { labels: loaded.labels, ..Batch::of_images(images) })
     }
 
     fn images(&self, loaded: &Loaded, augment: &Augment) -> Result<Tensor> {

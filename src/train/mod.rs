@@ -34,4 +34,5 @@ pub mod run;
 pub mod signals;
 pub mod start;
 pub mod step;
+pub mod teacher;
 pub mod visualize;

@@ -113,7 +113,8 @@ impl ModelArgs {
         let settings = checkpoint::settings(&stored)?;
         let file = names::to_official(&stored)?.file;
         let contents = Contents::of(&file)?;
-        let vit = self.vit(&contents, &settings).with_context(|| format!("{}: give its name by --model", shown()))?;
+        let vit =
+            encoder_of(&contents, &settings, self.model.as_deref()).with_context(|| format!("{}: give its name by --model", shown()))?;
         let mut model = if contents.decoder.is_some() {
             Model::Mae(Box::new(Mae::new(self.mae(&contents, &settings, vit)?, Dtype::F32, &Rng::new(0))?))
         } else if let Some(classes) = contents.classes {
@@ -136,18 +137,6 @@ impl ModelArgs {
         Ok(Opened { model, settings, classes: checkpoint::classes(&stored)?, report })
     }
 
-    /// The encoder: shapes are the file's, heads are the name's where one is known.
-    fn vit(&self, contents: &Contents, settings: &Map<String, Value>) -> Result<VitConfig> {
-        let name = self.model.as_deref().or_else(|| settings.get("model").and_then(Value::as_str));
-        let Some(name) = name else { return contents.vit() };
-        let grid = contents.grid.ok_or_else(|| Error::new("its position table is of no square grid"))?;
-        let side = grid.checked_mul(contents.patch).ok_or_else(|| Error::new("its position table is too large"))?;
-        let named = presets::named(name)?;
-        let fixed = contents.decoder.is_some();
-        let config = if fixed { named.encoder(side)? } else { named.classifier(side, 0.0)? };
-        Ok(VitConfig { patch: contents.patch, channels: contents.channels, drop_path: DropPath::Constant(0.0), ..config })
-    }
-
     fn mae(&self, contents: &Contents, settings: &Map<String, Value>, vit: VitConfig) -> Result<MaeConfig> {
         if settings.contains_key("mask-ratio") {
             let args: MaeArgs = serde_json::from_value(Value::Object(settings.clone())).context("the settings of the checkpoint")?;
@@ -159,4 +148,16 @@ impl ModelArgs {
         let normalised = args.as_ref().and_then(|args| args.get("norm_pix_loss")?.as_bool()).unwrap_or(false);
         Ok(MaeConfig { encoder: vit, decoder, mask_ratio: 0.75, norm_pix: normalised.then_some(pixels::EPS) })
     }
+}
+
+/// The encoder of a file: shapes are its tensors', heads are the name's where one is typed or stands in its settings, else those of the published size.
+pub fn encoder_of(contents: &Contents, settings: &Map<String, Value>, name: Option<&str>) -> Result<VitConfig> {
+    let name = name.or_else(|| settings.get("model").and_then(Value::as_str));
+    let Some(name) = name else { return contents.vit() };
+    let grid = contents.grid.ok_or_else(|| Error::new("its position table is of no square grid"))?;
+    let side = grid.checked_mul(contents.patch).ok_or_else(|| Error::new("its position table is too large"))?;
+    let named = presets::named(name)?;
+    let fixed = contents.decoder.is_some();
+    let config = if fixed { named.encoder(side)? } else { named.classifier(side, 0.0)? };
+    Ok(VitConfig { patch: contents.patch, channels: contents.channels, drop_path: DropPath::Constant(0.0), ..config })
 }

@@ -8,7 +8,9 @@ use super::run::{After, Ended};
 use super::start::{Ready, Start};
 use super::visualize::{self, Normalised};
 use crate::data::loader::{Loader, LoaderOptions, Order};
+use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::methods::Method;
 use crate::methods::mae::{Mae, MaeArgs};
 use crate::nn::weights::{self, Policy, Which};
 use crate::optim::adamw::AdamW;
@@ -17,15 +19,14 @@ use crate::rng::Rng;
 use crate::tensor::Dtype;
 use clap::Args;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::any::Any;
 use std::path::PathBuf;
 
+/// What all pre-training commands share.
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct PretrainArgs {
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub method: MaeArgs,
+pub struct CommonArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub run: RunArgs,
@@ -35,12 +36,45 @@ pub struct PretrainArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub crop: CropArgs,
+}
+
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PretrainArgs {
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub method: MaeArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub common: CommonArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub init: InitArgs,
+}
+
+/// What a whole pre-training model starts from.
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct InitArgs {
     /// Start from the weights of this checkpoint: a whole model of masque or of MAE's programs (.pth, .safetensors) [default: from scratch]
     #[arg(long, value_name = "PATH")]
     pub init: Option<PathBuf>,
     /// --init may be an encoder alone: the decoder starts from scratch
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
     pub fresh_decoder: bool,
+}
+
+impl InitArgs {
+    pub fn load(&self, mae: &mut Mae, say: &mut dyn FnMut(&str)) -> Result<()> {
+        if let Some(path) = &self.init {
+            let file = weights::open(path, Which::Trained)?;
+            let policy = Policy::PreTraining { fresh_decoder: self.fresh_decoder };
+            say(&weights::load(&mut mae.params, &mae.encoder.config, &file, policy)?.text());
+        } else if self.fresh_decoder {
+            return Err(Error::usage("--fresh-decoder says what --init may lack; give a checkpoint by --init PATH"));
+        }
+        Ok(())
+    }
 }
 
 /// Images that the pictures of a run show.
@@ -64,57 +98,92 @@ fn pictures<'a>(shown: Loader, feed: Feed) -> After<'a> {
 /// Betas of MAE's AdamW.
 const BETAS: (f64, f64) = (0.9, 0.95);
 
-pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
-    args.run.check()?;
-    args.images.check()?;
-    let config = args.method.config(args.images.input_size, args.images.in_chans)?;
-    let device = args.run.open_device()?;
-    let start = Start::of(&args.run, "pretrain-mae")?;
-    let train = args.images.open(Part::Train)?;
-    // Pre-training reads no labels and needs no other images; where there are some, they show how it generalises.
-    let validation = if args.images.lacks_validation() {
-        say(&format!("{} has no images for validation: nothing is evaluated", args.images.data_path.display()));
-        None
-    } else {
-        Some(args.images.open(Part::Val)?)
-    };
-    train.notes().iter().chain(validation.iter().flat_map(|set| set.notes())).for_each(|note| say(note));
+/// A pre-training command: what is its own.
+pub struct Job<'a> {
+    /// The command's words.
+    pub command: &'static str,
+    /// What a new folder under runs/ is called.
+    pub folder: &'static str,
+    pub common: &'a CommonArgs,
+    pub settings: Map<String, Value>,
+}
 
-    let mut mae = Mae::new(config, Dtype::F32, &Rng::new(args.run.seed))?;
-    if let Some(path) = args.init.as_ref().filter(|_| start.from.is_none()) {
-        let file = weights::open(path, Which::Trained)?;
-        let policy = Policy::PreTraining { fresh_decoder: args.fresh_decoder };
-        say(&weights::load(&mut mae.params, &mae.encoder.config, &file, policy)?.text());
-    } else if args.fresh_decoder && args.init.is_none() {
-        return Err(Error::usage("--fresh-decoder says what --init may lack; give a checkpoint by --init PATH"));
+/// What a method is made with.
+pub struct Making<'a> {
+    pub device: Device,
+    /// Whether a checkpoint brings the weights.
+    pub resumed: bool,
+    pub say: &'a mut dyn FnMut(&str),
+}
+
+impl Job<'_> {
+    /// Trains what `make` makes, on its device.
+    pub fn train(self, make: impl FnOnce(Making) -> Result<Box<dyn Method>>, say: &mut dyn FnMut(&str)) -> Result<Ended> {
+        let CommonArgs { run, images, crop } = self.common;
+        run.check()?;
+        images.check()?;
+        let device = run.open_device()?;
+        let start = Start::of(run, self.folder)?;
+        let train = images.open(Part::Train)?;
+        // Pre-training reads no labels and needs no other images; where there are some, they show how it generalises.
+        let validation = if images.lacks_validation() {
+            say(&format!("{} has no images for validation: nothing is evaluated", images.data_path.display()));
+            None
+        } else {
+            Some(images.open(Part::Val)?)
+        };
+        train.notes().iter().chain(validation.iter().flat_map(|set| set.notes())).for_each(|note| say(note));
+
+        let mut method = make(Making { device: device.clone(), resumed: start.from.is_some(), say: &mut *say })?;
+        let optimizer = AdamW::new(groups::by_decay(method.params(), run.weight_decay, &[]), BETAS, 1e-8)?;
+        let [mean, std] = images.statistics();
+        let feed = Feed { device, mean, std, labels: None };
+        let loading = LoaderOptions {
+            batch: run.batch_size,
+            order: Order::Shuffled,
+            workers: run.workers(),
+            seed: run.seed,
+            strict: images.strict_data,
+            ..LoaderOptions::default()
+        };
+        let side = images.input_size;
+        let shown = spread(validation.clone().unwrap_or_else(|| train.clone()), SHOWN);
+        let few = LoaderOptions { batch: SHOWN, order: Order::Sequential, workers: 0, ..loading };
+        let after = pictures(Loader::new(shown, crop.evaluation(side)?, few), feed.clone());
+        let in_order = |set| Ok(Loader::new(set, crop.evaluation(side)?, LoaderOptions { order: Order::Sequential, ..loading }));
+        let ready = Ready {
+            command: self.command,
+            method,
+            optimizer: Box::new(optimizer),
+            loader: Loader::new(train, crop.training(side)?, loading),
+            validation: validation.map(in_order).transpose()?,
+            feed,
+            after: Some(after),
+            settings: self.settings,
+            classes: Vec::new(),
+        };
+        start.train(run, ready, say)
     }
-    mae.params.move_to(&device, args.run.precision.dtype())?;
-    let optimizer = AdamW::new(groups::by_decay(&mae.params, args.run.weight_decay, &[]), BETAS, 1e-8)?;
-    let [mean, std] = args.images.statistics();
-    let feed = Feed { device, mean, std, labels: None };
-    let loading = LoaderOptions {
-        batch: args.run.batch_size,
-        order: Order::Shuffled,
-        workers: args.run.workers(),
-        seed: args.run.seed,
-        strict: args.images.strict_data,
-        ..LoaderOptions::default()
+}
+
+impl CommonArgs {
+    /// With the statistics written out, as a checkpoint remembers them.
+    pub fn resolved(&self) -> Self {
+        Self { images: self.images.resolved(), ..self.clone() }
+    }
+}
+
+pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
+    let common = &args.common;
+    let config = args.method.config(common.images.input_size, common.images.in_chans)?;
+    let settings = settings(&PretrainArgs { common: common.resolved(), ..args.clone() })?;
+    let make = |making: Making| -> Result<Box<dyn Method>> {
+        let mut mae = Mae::new(config, Dtype::F32, &Rng::new(common.run.seed))?;
+        if !making.resumed {
+            args.init.load(&mut mae, making.say)?;
+        }
+        mae.params.move_to(&making.device, common.run.precision.dtype())?;
+        Ok(Box::new(mae))
     };
-    let side = args.images.input_size;
-    let shown = spread(validation.clone().unwrap_or_else(|| train.clone()), SHOWN);
-    let few = LoaderOptions { batch: SHOWN, order: Order::Sequential, workers: 0, ..loading };
-    let after = pictures(Loader::new(shown, args.crop.evaluation(side)?, few), feed.clone());
-    let in_order = |set| Ok(Loader::new(set, args.crop.evaluation(side)?, LoaderOptions { order: Order::Sequential, ..loading }));
-    let ready = Ready {
-        command: "pretrain mae",
-        method: Box::new(mae),
-        optimizer: Box::new(optimizer),
-        loader: Loader::new(train, args.crop.training(side)?, loading),
-        validation: validation.map(in_order).transpose()?,
-        feed,
-        after: Some(after),
-        settings: settings(&PretrainArgs { images: args.images.resolved(), ..args.clone() })?,
-        classes: Vec::new(),
-    };
-    start.train(&args.run, ready, say)
+    Job { command: "pretrain mae", folder: "pretrain-mae", common, settings }.train(make, say)
 }

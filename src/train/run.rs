@@ -116,6 +116,24 @@ pub struct Run<'a> {
     pub place: Place,
     /// What has been said of images that could not be read.
     pub told: HashSet<String>,
+    /// Time since the last row of `steps.jsonl`, and of this epoch.
+    pub spent: [Spent; 2],
+}
+
+/// Time that updates took, the teacher's apart.
+#[derive(Clone, Copy, Default)]
+pub struct Spent {
+    updates: u64,
+    student: f64,
+    teacher: f64,
+}
+
+impl Spent {
+    fn add(&mut self, all: f64, teacher: f64) {
+        self.updates += 1;
+        self.teacher += teacher;
+        self.student += all - teacher;
+    }
 }
 
 /// How a run ended.
@@ -169,13 +187,13 @@ impl Run<'_> {
         let (batches, window) = (self.batches(), self.window());
         let signals = Signals::listen()?;
         let started = Instant::now();
-        let macs = self.step.method().macs();
+        let (macs, teacher) = (self.step.method().macs(), self.step.method().teacher_cost().map_or(0, |cost| cost.macs));
         let mut progress = Progress::new(Plan {
             updates: self.updates(),
             before: self.place.update,
             epochs: self.options.epochs as f64,
             images_per_update: (self.loader.batch() as u64 * window) as usize,
-            flops_per_image: 2.0 * (macs[0] + 2 * macs[1]) as f64,
+            flops_per_image: 2.0 * (macs[0] + 2 * macs[1] + teacher) as f64,
         });
         if self.place.epoch >= self.options.epochs {
             progress.line(&format!("all of the {} epochs are done already; a greater --epochs goes on", self.options.epochs));
@@ -251,18 +269,32 @@ impl Run<'_> {
         let s = self.schedule;
         let lr = schedule::mae_cosine(at, s.peak, s.min, s.warmup, self.options.epochs as f64);
         let rng = Rng::new(self.options.seed);
+        let before = self.step.method().teacher_cost();
+        let mut apart = self.feed.device.gpu().is_none();
+        let mut seconds = 0.0;
         for _ in 0..window {
             let loaded = coming.next().ok_or_else(|| Error::new("the epoch ended before its last batch"))??;
             let rng = rng.at(place.epoch * batches + place.micro);
-            let batch = self.feed.training(loaded, &mut rng.stream("mixing", 0))?;
+            let mut batch = self.feed.training(loaded, &mut rng.stream("mixing", 0))?;
+            let started = Instant::now();
+            self.step.method().prepare(&mut batch, &rng)?;
+            apart |= batch.teacher_output.is_some();
             let loss = self.step.add(&batch, &rng)?;
+            seconds += started.elapsed().as_secs_f64();
             place.micro += 1;
             if loss.is_finite() {
                 place.epoch_loss.add(loss);
                 place.epoch_lr.add(lr);
             }
         }
+        let started = Instant::now();
         let outcome = self.step.finish(lr)?;
+        seconds += started.elapsed().as_secs_f64();
+        let cost = self.step.method().teacher_cost();
+        // Within recorded work the two cannot be told apart: then the eager updates before it speak for all.
+        if let Some((before, after)) = before.zip(cost).filter(|(before, after)| apart || after.passes > before.passes) {
+            self.spent.iter_mut().for_each(|spent| spent.add(seconds, after.seconds - before.seconds));
+        }
         place.update += 1;
         let epoch = place.epoch as f64 + place.micro as f64 / batches as f64;
         if outcome.taken {
@@ -286,6 +318,14 @@ impl Run<'_> {
             let mut row = row(json!({ "update": place.update, "epoch": epoch, "loss": mean, "lr": lr, "grad_norm": outcome.norm }));
             row.extend(outcome.parts.iter().map(|(name, value)| (format!("loss_{name}"), json!(value))));
             row.extend(progress.images_per_s().map(|rate| ("images_per_s".to_string(), json!(rate))));
+            let spent = std::mem::take(&mut self.spent[0]);
+            if spent.updates > 0 {
+                let milliseconds = |seconds: f64| json!(1e3 * seconds / spent.updates as f64);
+                row.extend([
+                    ("teacher_ms".to_string(), milliseconds(spent.teacher)),
+                    ("student_ms".to_string(), milliseconds(spent.student)),
+                ]);
+            }
             self.record.step(&row)?;
         }
         Ok(())
@@ -381,6 +421,16 @@ impl Run<'_> {
             }
             self.place.spoiled = !found.loss.is_finite();
             evaluation = Some(found);
+        }
+        let spent = std::mem::take(&mut self.spent[1]);
+        if let Some(cost) = self.step.method().teacher_cost() {
+            if spent.updates > 0 {
+                line.insert("teacher_s".into(), json!(spent.teacher));
+                line.insert("student_s".into(), json!(spent.student));
+            }
+            let [forward, trained] = self.step.method().macs();
+            line.insert("teacher_flops_per_image".into(), json!(2 * cost.macs));
+            line.insert("student_flops_per_image".into(), json!(2 * (forward + 2 * trained)));
         }
         line.insert("epoch".into(), json!(number));
         line.insert("n_parameters".into(), json!(self.step.method().params().count_trained()));

@@ -168,6 +168,7 @@ impl Start {
             options: run.options(),
             place,
             told: Default::default(),
+            spent: Default::default(),
         };
         let ended = run.run()?;
         if ended.signal.is_none() {

@@ -15,6 +15,7 @@ use crate::param::ParamId;
 use crate::rng::Rng;
 use crate::tape::Tape;
 use crate::tensor::{Device, Tensor};
+use std::borrow::Cow;
 
 /// Passes before one is recorded: memory is allocated in the first, and the second shows that nothing more is asked for.
 const WARM_UP: usize = 2;
@@ -39,7 +40,7 @@ pub struct Outcome {
     /// Mean over the micro-batches.
     pub loss: f64,
     /// What the loss is the sum of, where it is more than one thing.
-    pub parts: Vec<(&'static str, f64)>,
+    pub parts: Vec<(Cow<'static, str>, f64)>,
     /// Length of the gradient before it was clipped.
     pub norm: f64,
     /// False where loss or gradient were not finite: then no parameter has changed.
@@ -49,7 +50,7 @@ pub struct Outcome {
 /// What a forward pass leaves behind: numbers on the device.
 struct Seen {
     loss: Tensor,
-    parts: Vec<(&'static str, Tensor)>,
+    parts: Vec<(Cow<'static, str>, Tensor)>,
     statistics: Option<Statistics>,
 }
 
@@ -58,14 +59,14 @@ pub struct Step {
     optimizer: Box<dyn Optimizer>,
     options: StepOptions,
     /// On a GPU: where each batch is put.
-    place: Option<(Tensor, Option<Tensor>)>,
+    place: Option<Batch>,
     passes: usize,
     /// What the last walk gave a gradient.
     reached: Vec<ParamId>,
     recorded: Option<(Graph, Seen)>,
     /// Of the micro-batches since the last update.
     losses: Vec<f64>,
-    parts: Vec<(&'static str, f64)>,
+    parts: Vec<(Cow<'static, str>, f64)>,
 }
 
 impl Step {
@@ -125,7 +126,7 @@ impl Step {
         self.losses.push(loss);
         if seen.parts.len() > 1 {
             let share = 1.0 / self.options.accumulate as f64;
-            let parts = seen.parts.iter().map(|(name, part)| Ok((*name, part.read()?[0] * share))).collect::<Result<Vec<_>>>()?;
+            let parts = seen.parts.iter().map(|(name, part)| Ok((name.clone(), part.read()?[0] * share))).collect::<Result<Vec<_>>>()?;
             match first {
                 true => self.parts = parts,
                 false => self.parts.iter_mut().zip(parts).for_each(|(sum, part)| sum.1 += part.1),
@@ -199,16 +200,28 @@ impl Step {
     fn place(&mut self, gpu: &Gpu, batch: &Batch) -> Result<Batch> {
         if self.place.is_none() {
             let empty = |like: &Tensor| Tensor::empty_on(&Device::Gpu(gpu.clone()), like.shape(), like.dtype());
-            self.place = Some((empty(&batch.images)?, batch.targets.as_ref().map(empty).transpose()?));
+            let maybe = |like: &Option<Tensor>| like.as_ref().map(empty).transpose();
+            self.place = Some(Batch {
+                teacher_images: maybe(&batch.teacher_images)?,
+                teacher_output: maybe(&batch.teacher_output)?,
+                targets: maybe(&batch.targets)?,
+                ..Batch::of_images(empty(&batch.images)?)
+            });
         }
-        let (images, targets) = self.place.as_mut().expect("made above");
-        put(gpu, images, &batch.images, "images")?;
-        match (targets.as_mut(), &batch.targets) {
-            (Some(own), Some(targets)) => put(gpu, own, targets, "targets")?,
-            (None, None) => {}
-            _ => crate::bail!("a step on {} is recorded for batches with targets or for batches without", gpu.name()),
+        let own = self.place.as_mut().expect("made above");
+        put(gpu, &mut own.images, &batch.images, "images")?;
+        for (own, given, what) in [
+            (&mut own.teacher_images, &batch.teacher_images, "images for a teacher"),
+            (&mut own.teacher_output, &batch.teacher_output, "answers of a teacher"),
+            (&mut own.targets, &batch.targets, "targets"),
+        ] {
+            match (own, given) {
+                (Some(own), Some(given)) => put(gpu, own, given, what)?,
+                (None, None) => {}
+                _ => crate::bail!("a step on {} is recorded for batches with {what} or for batches without", gpu.name()),
+            }
         }
-        Ok(Batch { images: images.clone(), targets: targets.clone(), labels: batch.labels.clone() })
+        Ok(Batch { labels: batch.labels.clone(), ..own.clone() })
     }
 }
 

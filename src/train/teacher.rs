@@ -1,0 +1,124 @@
+//! The teacher of a run: its flags, opening it from a checkpoint of anybody's, and whether it fits the student.
+
+use super::checkpoint;
+use super::model::encoder_of;
+use crate::device::{Device, Precision};
+use crate::error::{Context, Error, Result};
+use crate::methods::teacher::{Network, Teacher};
+use crate::nn::Start;
+use crate::nn::classifier::{Classifier, ClassifierConfig, Pool};
+use crate::nn::contents::Contents;
+use crate::nn::decoder::{Decoder, DecoderTokens};
+use crate::nn::names;
+use crate::nn::vit::{Tokens, Vit, VitConfig};
+use crate::nn::weights::{self, Head, Policy, Which};
+use crate::param::ParamsBuilder;
+use crate::rng::Rng;
+use crate::tensor::Dtype;
+use clap::{ArgAction, Args};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct TeacherArgs {
+    /// The teacher's checkpoint: of masque, a .pth or a .safetensors
+    #[arg(long, alias = "teacher-model-path", value_name = "PATH")]
+    pub teacher_path: Option<PathBuf>,
+    /// The teacher's name, where its file does not say it and its sizes are no published ones [default: read off the file]
+    #[arg(long, alias = "model-teacher", value_name = "NAME")]
+    pub teacher_model: Option<String>,
+    /// Take the running average of the teacher's weights
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
+    pub teacher_ema: bool,
+}
+
+/// What a method needs of its teacher.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Wanted {
+    /// The blocks; head and decoder are left out.
+    Encoder,
+    /// Blocks and MAE's decoder.
+    Autoencoder,
+    /// Blocks and head.
+    Classifier,
+}
+
+impl TeacherArgs {
+    /// The teacher on its device, every tensor that is wanted in place.
+    pub fn open(&self, wanted: Wanted, device: &Device, precision: Precision, say: &mut dyn FnMut(&str)) -> Result<Teacher> {
+        let path = self.teacher_path.as_ref().ok_or_else(|| {
+            let make = if wanted == Wanted::Classifier { "finetune" } else { "pretrain mae" };
+            Error::usage(format!("a teacher is needed: give its checkpoint by --teacher-path PATH; masque {make} makes one"))
+        })?;
+        let shown = path.display().to_string();
+        let attempt = || format!("--teacher-path {shown}");
+        let stored = weights::open(path, if self.teacher_ema { Which::Averages } else { Which::Trained }).with_context(attempt)?;
+        let settings = checkpoint::settings(&stored).with_context(attempt)?;
+        let file = names::to_official(&stored).with_context(attempt)?.file;
+        let contents = Contents::of(&file).with_context(attempt)?;
+        let name = self.teacher_model.as_deref();
+        let vit = encoder_of(&contents, &settings, name).with_context(|| format!("{}: give its name by --teacher-model", attempt()))?;
+        let mut b = ParamsBuilder::default();
+        let (network, policy) = match wanted {
+            Wanted::Encoder => {
+                let tokens = Tokens::new(&mut b, &vit)?;
+                (
+                    Network::Encoder(Vit::new(&mut b, vit, tokens, file.contains("norm.weight"), Start::Normal)?),
+                    Policy::Encoder(Head::Fresh),
+                )
+            }
+            Wanted::Autoencoder => {
+                let decoder = contents.decoder().with_context(attempt)?;
+                let decoder = decoder.ok_or_else(|| {
+                    Error::new(format!("{}: it has no decoder, whose predictions are asked for; take a whole MAE checkpoint", attempt()))
+                })?;
+                let tokens = Tokens::new(&mut b, &vit)?;
+                let decoder_tokens = DecoderTokens::new(&mut b, &decoder, &vit)?;
+                let vit = Vit::new(&mut b, vit, tokens, true, Start::Normal)?;
+                let decoder = Decoder::new(&mut b, &decoder, &vit.config, decoder_tokens, Start::Normal)?;
+                (Network::Autoencoder(vit, decoder), Policy::Strict)
+            }
+            Wanted::Classifier => {
+                let classes = contents.classes.ok_or_else(|| {
+                    Error::new(format!("{}: it has no head, so it teaches no classes; fine-tune it first by masque finetune", attempt()))
+                })?;
+                let pool = if contents.pooled { Pool::Mean } else { Pool::ClassToken };
+                let config = ClassifierConfig { vit, classes, pool, probe: contents.probe };
+                (Network::Classifier(Classifier::new(&mut b, config)?), Policy::Strict)
+            }
+        };
+        let params = b.build(Dtype::F32, &Rng::new(0))?;
+        let mut teacher = Teacher::new(shown.clone(), params, network);
+        let config = teacher.vit().clone();
+        say(&format!("teacher {}", weights::load(&mut teacher.params, &config, &stored, policy).with_context(attempt)?.text()));
+        teacher.params.move_to(device, precision.dtype())?;
+        Ok(teacher)
+    }
+}
+
+/// Refuses a teacher that cannot see the student's images patch by patch. `same_grid`: it is shown, or compared at, the student's patches.
+pub fn check_sees(teacher: &Teacher, student: &VitConfig, same_grid: bool) -> Result<()> {
+    let (own, name) = (teacher.vit(), &teacher.name);
+    if own.channels != student.channels {
+        return Err(Error::new(format!(
+            "the teacher {name} takes images of {} channels, the student's have {}; take a teacher for such images",
+            own.channels, student.channels
+        )));
+    }
+    if own.image != student.image {
+        let [h, w] = own.image;
+        return Err(Error::new(format!(
+            "the teacher {name} takes images of {h} x {w} pixels, the student sees {} x {}; give --input-size {h} or another teacher",
+            student.image[0], student.image[1]
+        )));
+    }
+    if same_grid && own.grid() != student.grid() {
+        let ([h, w], [rows, columns]) = (own.grid(), student.grid());
+        return Err(Error::new(format!(
+            "the teacher {name} cuts an image into {h} x {w} patches of {}, the student into {rows} x {columns} of {}; both have to share the grid: give --patch-size {} or another teacher",
+            own.patch, student.patch, own.patch
+        )));
+    }
+    Ok(())
+}
