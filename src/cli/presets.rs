@@ -2,225 +2,11 @@
 //!
 //! Without --preset and --data-path a training command takes the preset for the built-in images, so that it is a job of a minute on any machine.
 
+use super::recipes::{Preset, all};
 use crate::error::{Error, Result};
 use crate::formats;
 use crate::train::record;
 use std::path::{Path, PathBuf};
-
-pub struct Preset {
-    pub name: String,
-    /// The command that it is for.
-    pub command: &'static str,
-    pub about: String,
-    pub flags: Vec<(&'static str, String)>,
-}
-
-/// Size in names of presets, the program's name, what a person calls it, the patch.
-const SIZES: [(&str, &str, &str, usize); 5] = [
-    ("t", "tiny", "Tiny", 16),
-    ("s", "small", "Small", 16),
-    ("b", "base", "Base", 16),
-    ("l", "large", "Large", 16),
-    ("h", "huge", "Huge", 14),
-];
-
-fn preset(name: impl Into<String>, command: &'static str, about: impl Into<String>, flags: &[(&'static str, &str)]) -> Preset {
-    let flags = flags.iter().map(|(flag, value)| (*flag, value.to_string())).collect();
-    Preset { name: name.into(), command, about: about.into(), flags }
-}
-
-/// What all recipes for the built-in images share.
-const GLYPHS: [(&str, &str); 7] = [
-    ("model", "glyph_s"),
-    ("data-path", "synthetic"),
-    ("input-size", "48"),
-    ("eval-crop-ratio", "1"),
-    ("batch-size", "64"),
-    ("eval-freq", "1"),
-    ("save-freq", "1"),
-];
-
-fn glyphs(name: &'static str, command: &'static str, about: &'static str, more: &[(&'static str, &str)]) -> Preset {
-    preset(name, command, about, &[&GLYPHS, more].concat())
-}
-
-pub fn all() -> Vec<Preset> {
-    let mut all = vec![
-        glyphs(
-            "glyphs-pretrain",
-            "pretrain mae",
-            "built-in images: MAE of a small ViT, some two minutes on two cores",
-            &[
-                ("epochs", "24"),
-                ("warmup-epochs", "1"),
-                ("lr", "3e-3"),
-                ("eval-freq", "2"),
-                ("weight-decay", "0.05"),
-                ("mask-ratio", "0.75"),
-                ("norm-pix-loss", "true"),
-                ("norm-pix-eps", "0.01"),
-                ("crop", "whole"),
-            ],
-        ),
-        glyphs(
-            "glyphs-finetune",
-            "finetune",
-            "built-in images: fine-tuning on 2000 labels, ten epochs; give the encoder by --finetune",
-            &[&GLYPHS_LABELLED[..], &[("layer-decay", "0.75"), ("head-std", "0.01")]].concat(),
-        ),
-        glyphs(
-            "glyphs-scratch",
-            "finetune",
-            "built-in images: the same steps from scratch",
-            &[&GLYPHS_LABELLED[..], &[("layer-decay", "1"), ("start", "xavier")]].concat(),
-        ),
-        glyphs(
-            "glyphs-probe",
-            "probe",
-            "built-in images: a linear head on 2000 labels",
-            &[
-                ("train-images", "2000"),
-                ("epochs", "60"),
-                ("warmup-epochs", "6"),
-                ("lr", "15"),
-                ("weight-decay", "0"),
-                ("global-pool", "true"),
-                ("crop", "whole"),
-                ("eval-freq", "20"),
-                ("save-freq", "20"),
-            ],
-        ),
-    ];
-    for (letter, size, called, patch) in SIZES {
-        let pretrained = format!("mae_vit_{size}_patch{patch}");
-        for (ending, epochs, target) in [("800ep", "800", true), ("1600ep", "1600", true), ("800ep-pixels", "800", false)] {
-            all.push(preset(
-                format!("mae-vit-{letter}-{ending}"),
-                "pretrain mae",
-                format!(
-                    "ImageNet: MAE of ViT-{called}, {epochs} epochs, batch 4096, {} pixels{}",
-                    if target { "normalised" } else { "raw" },
-                    if "tsb".contains(letter) && letter != "b" { " (MAE's recipe for a size it does not publish)" } else { "" }
-                ),
-                &[
-                    ("model", &pretrained),
-                    ("batch-size", "64"),
-                    ("accum-iter", "64"),
-                    ("epochs", epochs),
-                    ("warmup-epochs", "40"),
-                    ("blr", "1.5e-4"),
-                    ("weight-decay", "0.05"),
-                    ("mask-ratio", "0.75"),
-                    ("norm-pix-loss", if target { "true" } else { "false" }),
-                    ("input-size", "224"),
-                    ("crop-min", "0.2"),
-                ],
-            ));
-        }
-        let model = format!("vit_{size}_patch{patch}");
-        let common = |epochs, blr, layer_decay, drop_path| {
-            vec![
-                ("model", model.as_str()),
-                ("batch-size", "32"),
-                ("accum-iter", "32"),
-                ("epochs", epochs),
-                ("warmup-epochs", "5"),
-                ("blr", blr),
-                ("min-lr", "1e-6"),
-                ("weight-decay", "0.05"),
-                ("layer-decay", layer_decay),
-                ("drop-path", drop_path),
-                ("mixup", "0.8"),
-                ("cutmix", "1.0"),
-                ("smoothing", "0.1"),
-                ("aa", "rand-m9-mstd0.5-inc1"),
-                ("input-size", "224"),
-            ]
-        };
-        let (epochs, blr, decay, drop) = match letter {
-            "t" | "s" | "b" => ("100", "5e-4", "0.65", "0.1"),
-            "l" => ("50", "1e-3", "0.75", "0.2"),
-            _ => ("50", "1e-3", "0.75", "0.3"),
-        };
-        let unpublished = if matches!(letter, "t" | "s") { " (the recipe of Base)" } else { "" };
-        all.push(preset(
-            format!("mae-vit-{letter}-finetune"),
-            "finetune",
-            format!("ImageNet: fine-tuning ViT-{called} pre-trained on normalised pixels, batch 1024{unpublished}"),
-            &[&common(epochs, blr, decay, drop)[..], &[("reprob", "0.25")]].concat(),
-        ));
-        let drop = if letter == "h" { "0.2" } else { "0.1" };
-        let epochs = if matches!(letter, "t" | "s" | "b") { "100" } else { "50" };
-        all.push(preset(
-            format!("mae-vit-{letter}-finetune-paper"),
-            "finetune",
-            format!("ImageNet: the paper's Table 9, for ViT-{called} pre-trained on raw pixels, batch 1024{unpublished}"),
-            &[&common(epochs, "1e-3", "0.75", drop)[..], &[("reprob", "0")]].concat(),
-        ));
-        all.push(preset(
-            format!("mae-vit-{letter}-linprobe"),
-            "probe",
-            format!("ImageNet: linear probing of ViT-{called}, LARS, batch 16384{unpublished}"),
-            &[
-                ("model", &model),
-                ("batch-size", "512"),
-                ("accum-iter", "32"),
-                ("epochs", "90"),
-                ("warmup-epochs", "10"),
-                ("blr", "0.1"),
-                ("weight-decay", "0"),
-                ("global-pool", "false"),
-                ("input-size", "224"),
-                ("crop", "once"),
-            ],
-        ));
-        let (epochs, drop) = if matches!(letter, "l" | "h") { ("200", "0.2") } else { ("300", "0.1") };
-        all.push(preset(
-            format!("mae-vit-{letter}-scratch"),
-            "finetune",
-            format!("ImageNet: ViT-{called} from scratch, the paper's Table 11, batch 4096{unpublished}"),
-            &[
-                ("model", &model),
-                ("batch-size", "64"),
-                ("accum-iter", "64"),
-                ("epochs", epochs),
-                ("warmup-epochs", "20"),
-                ("blr", "1e-4"),
-                ("min-lr", "0"),
-                ("weight-decay", "0.3"),
-                ("betas", "0.9,0.95"),
-                ("layer-decay", "1"),
-                ("drop-path", drop),
-                ("mixup", "0.8"),
-                ("cutmix", "1.0"),
-                ("smoothing", "0.1"),
-                ("aa", "rand-m9-mstd0.5-inc1"),
-                ("reprob", "0"),
-                ("model-ema-decay", "0.9999"),
-                ("input-size", "224"),
-            ],
-        ));
-    }
-    all
-}
-
-/// Fine-tuning on the built-in images, without what depends on the encoder.
-const GLYPHS_LABELLED: [(&str, &str); 14] = [
-    ("train-images", "2000"),
-    ("epochs", "10"),
-    ("warmup-epochs", "1"),
-    ("lr", "4e-3"),
-    ("min-lr", "0"),
-    ("weight-decay", "0.05"),
-    ("head-lr-scale", "8"),
-    ("drop-path", "0"),
-    ("smoothing", "0.1"),
-    ("aa", "none"),
-    ("reprob", "0"),
-    ("crop", "shift"),
-    ("shift", "3"),
-    ("global-pool", "true"),
-];
 
 impl Preset {
     /// The command that it stands for.
@@ -240,6 +26,9 @@ pub fn find(name: &str) -> Result<Preset> {
     let hint = near.map_or(String::new(), |near| format!("; did you mean {near}?"));
     Err(Error::usage(format!("preset {name:?} is unknown{hint}; masque presets lists them")))
 }
+
+/// The commands that take recipes, and the recipe that each takes where no other and no images are named.
+const COMMANDS: [(&str, &str); 3] = [("pretrain mae", "glyphs-pretrain"), ("finetune", "glyphs-finetune"), ("probe", "glyphs-probe")];
 
 /// Underscores in the names of flags become hyphens.
 fn hyphens(argument: String) -> String {
@@ -307,17 +96,14 @@ fn official(arguments: &mut Vec<String>) -> Result<()> {
 pub fn expand(arguments: Vec<String>) -> Result<Vec<String>> {
     let mut arguments: Vec<String> = arguments.into_iter().map(hyphens).collect();
     let at = command_words(&arguments);
-    if at.first().is_some_and(|&at| ["pretrain", "finetune", "probe"].contains(&arguments[at].as_str())) {
+    if at.first().is_some_and(|&at| COMMANDS.iter().any(|(command, _)| command.split(' ').next() == Some(arguments[at].as_str()))) {
         official(&mut arguments)?;
     }
     let at = command_words(&arguments);
     let words: Vec<&str> = at.iter().map(|&at| arguments[at].as_str()).collect();
-    let (command, behind) = match words[..] {
-        ["pretrain", "mae"] => ("pretrain mae", at[1] + 1),
-        ["finetune", ..] => ("finetune", at[0] + 1),
-        ["probe", ..] => ("probe", at[0] + 1),
-        _ => return Ok(arguments),
-    };
+    let named = |(command, _): &&(&'static str, _)| command.split(' ').eq(words.iter().take(command.split(' ').count()).copied());
+    let Some(&(command, usual)) = COMMANDS.iter().find(named) else { return Ok(arguments) };
+    let behind = at[command.split(' ').count() - 1] + 1;
     // The last one counts, as everywhere.
     let given = |flag: &str| {
         let at = arguments.iter().rposition(|argument| argument == flag || argument.starts_with(&format!("{flag}=")))?;
@@ -334,10 +120,8 @@ pub fn expand(arguments: Vec<String>) -> Result<Vec<String>> {
         Some((_, name, _)) if name.is_empty() => return Err(Error::usage("--preset needs a name; masque presets lists them")),
         Some((_, name, _)) => Some(name.clone()),
         None if resumed.is_some() || given("--data-path").is_some_and(|(_, path, _)| path != "synthetic") => None,
-        None if command == "pretrain mae" => Some("glyphs-pretrain".into()),
-        None if command == "probe" => Some("glyphs-probe".into()),
-        None if given("--finetune").is_some() => Some("glyphs-finetune".into()),
-        None => Some("glyphs-scratch".into()),
+        None if command == "finetune" && given("--finetune").is_none() => Some("glyphs-scratch".into()),
+        None => Some(usual.into()),
     };
     let only_base_rate = given("--blr").is_some() && given("--lr").is_none();
     let mut flags = resumed.unwrap_or_default();

@@ -1,0 +1,54 @@
+//! The recipes: what was published for each method, and one of each kind for the built-in images.
+
+mod mae;
+
+pub struct Preset {
+    pub name: String,
+    /// The command that it is for.
+    pub command: &'static str,
+    pub about: String,
+    pub flags: Vec<(&'static str, String)>,
+}
+
+fn preset(name: impl Into<String>, command: &'static str, about: impl Into<String>, flags: &[(&'static str, &str)]) -> Preset {
+    let flags = flags.iter().map(|(flag, value)| (*flag, value.to_string())).collect();
+    Preset { name: name.into(), command, about: about.into(), flags }
+}
+
+/// What all recipes for the built-in images share.
+const GLYPHS: [(&str, &str); 7] = [
+    ("model", "glyph_s"),
+    ("data-path", "synthetic"),
+    ("input-size", "48"),
+    ("eval-crop-ratio", "1"),
+    ("batch-size", "64"),
+    ("eval-freq", "1"),
+    ("save-freq", "1"),
+];
+
+fn glyphs(name: &'static str, command: &'static str, about: &'static str, more: &[(&'static str, &str)]) -> Preset {
+    preset(name, command, about, &[&GLYPHS, more].concat())
+}
+
+/// Every recipe there is.
+pub fn all() -> Vec<Preset> {
+    [mae::all()].into_iter().flatten().collect()
+}
+
+/// Fine-tuning on the built-in images, without what depends on the encoder.
+const GLYPHS_LABELLED: [(&str, &str); 14] = [
+    ("train-images", "2000"),
+    ("epochs", "10"),
+    ("warmup-epochs", "1"),
+    ("lr", "4e-3"),
+    ("min-lr", "0"),
+    ("weight-decay", "0.05"),
+    ("head-lr-scale", "8"),
+    ("drop-path", "0"),
+    ("smoothing", "0.1"),
+    ("aa", "none"),
+    ("reprob", "0"),
+    ("crop", "shift"),
+    ("shift", "3"),
+    ("global-pool", "true"),
+];
