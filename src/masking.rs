@@ -9,6 +9,8 @@
 //!
 //! Equal noises keep raster order (-0 equals +0), so a mask is a function of its noise on every machine.
 //!
+//! Block masking does the same with units of 2 x 2 patches, whose patches share a noise.
+//!
 //! Attention-guided masking keeps the K patches to which a query attends most: s[j] = mean over heads of A[h, e + j], A the query's softmax over all keys
 //! and e the tokens in front. Equal scores go to the smaller index.
 //!
@@ -106,6 +108,37 @@ fn random_on(gpu: &Gpu, noise: &Tensor, keep: usize) -> Result<Mask> {
         _ => gpu.launch("random_mask_v2_f32", sorting(b, l), args.int(l.next_power_of_two()))?,
     }
     Ok(Mask { kept, shuffle, restore, hidden })
+}
+
+/// The units of `side` x `side` patches that a grid falls into: the unit of each patch, u32 [B, L], in raster order of units and patches.
+pub fn units(batch: usize, [rows, columns]: [usize; 2], side: usize) -> Result<Tensor> {
+    ensure!(
+        side > 0 && rows.is_multiple_of(side) && columns.is_multiple_of(side) && rows * columns > 0,
+        "a grid of {rows} x {columns} patches does not fall into units of {side} x {side}"
+    );
+    let row = |r: usize| (0..columns).map(move |c| (r / side * (columns / side) + c / side) as u32);
+    let one: Vec<u32> = (0..rows).flat_map(row).collect();
+    Tensor::from_slice(&[batch, rows * columns], &one.repeat(batch))
+}
+
+/// Keeps whole units: those with the smallest `noise` [B, U], a patch beside the others of its unit, which `units` [B, L] names. `keep` counts patches.
+pub fn blocks(noise: &Tensor, units: &Tensor, keep: usize) -> Result<Mask> {
+    let (&[b, u], &[images, l]) = (noise.shape(), units.shape()) else {
+        crate::bail!("mask: noise is {noise:?} and units are {units:?} but [B, U] and [B, L] are needed")
+    };
+    ensure!(b == images && u > 0 && l.is_multiple_of(u), "mask: noise {noise:?} is not for units {units:?}");
+    let each = l / u;
+    ensure!(keep.is_multiple_of(each), "mask: {keep} patches are no whole number of units of {each}");
+    let mut spread = noise.alike(&[b, l], Dtype::F32)?;
+    if let Some(gpu) = noise.gpu() {
+        let args = Args::new().out(&mut spread).input(noise).input(units).int(b * l).int(u).int(l).int(1);
+        gpu.launch("gather_fwd_v1_f32", Launch::new((b * l).div_ceil(8), 256), args.fault())?;
+    } else {
+        let (noise, units) = (noise.data::<f32>(), units.data::<u32>());
+        ensure!(units.iter().all(|&unit| (unit as usize) < u), "mask: units {units:?} are more than the {u} that have noise");
+        spread.data_mut::<f32>().iter_mut().zip(units).enumerate().for_each(|(i, (own, &unit))| *own = noise[i / l * u + unit as usize]);
+    }
+    random(&spread, keep)
 }
 
 /// Bytes of a key in the shared memory of a block that sorts.
@@ -274,6 +307,17 @@ mod tests {
         let none = random(&[0.2, 0.1], 1, 2, 0).unwrap();
         assert_eq!((none.kept.numel(), none.hidden.data()), (0, &[1.0f32, 1.0][..]));
         assert_eq!(random(&[], 0, 4, 2).unwrap().kept.shape(), [0, 2]);
+    }
+
+    #[test]
+    fn blocks_keep_whole_units_in_the_order_of_their_noise() {
+        let units = units(1, [4, 4], 2).unwrap();
+        assert_eq!(units.data::<u32>(), [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]);
+        let noise = Tensor::from_slice(&[1, 4], &[0.3f32, 0.9, 0.8, 0.1]).unwrap();
+        let mask = blocks(&noise, &units, 8).unwrap();
+        assert_eq!(mask.kept.data::<u32>(), [10, 11, 14, 15, 0, 1, 4, 5]);
+        assert!(blocks(&noise, &units, 6).unwrap_err().to_string().contains("6 patches are no whole number of units of 4"));
+        assert!(super::units(1, [3, 4], 2).unwrap_err().to_string().contains("3 x 4 patches does not fall into units of 2 x 2"));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Hide 75 % of the patches, encode the rest alone, let a small decoder with mask tokens paint the hidden ones, and compare pixels there.
 //! Speed: not measured for this method as a whole yet; `masque measure step` times its training step.
 
+use super::masks::{KeepRounding, Masking, Masks};
 use super::{Batch, Loss, Method};
 use crate::error::{Error, Result};
 use crate::masking::{self, Mask};
@@ -30,6 +31,14 @@ pub struct MaeArgs {
     /// Part of the patches that is hidden
     #[arg(long, default_value_t = 0.75, allow_negative_numbers = true, value_name = "RATIO")]
     pub mask_ratio: f64,
+    /// Which patches are hidden
+    #[arg(long, value_enum, default_value_t = Masking::Random)]
+    #[serde(default)]
+    pub masking: Masking,
+    /// How the number of patches that are kept comes from the ratio
+    #[arg(long, value_enum, default_value_t = KeepRounding::Floor)]
+    #[serde(default)]
+    pub keep_rounding: KeepRounding,
     /// Compare with pixels that are normalised patch by patch
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
     pub norm_pix_loss: bool,
@@ -67,15 +76,16 @@ impl MaeArgs {
         if width == 0 || heads == 0 || !width.is_multiple_of(4) || !width.is_multiple_of(heads) {
             return usage(format!("--decoder-dim {width} has to be a multiple of 4 and of --decoder-heads {heads}"));
         }
-        let (patches, ratio) = (encoder.patches(), self.mask_ratio);
-        let kept = masking::len_keep(patches, ratio).map_err(|error| Error::usage(format!("--mask-ratio: {}", error.chain())))?;
-        if kept == 0 || kept == patches {
-            return usage(format!("--mask-ratio {ratio} keeps {kept} of {patches} patches; at least one has to be kept and one hidden"));
-        }
+        self.masks(&encoder)?;
         if !(self.norm_pix_eps.is_finite() && self.norm_pix_eps > 0.0) {
             return usage(format!("--norm-pix-eps {} is not a number above 0", self.norm_pix_eps));
         }
-        Ok(MaeConfig { encoder, decoder, mask_ratio: ratio, norm_pix: self.norm_pix_loss.then_some(self.norm_pix_eps) })
+        Ok(MaeConfig { encoder, decoder, mask_ratio: self.mask_ratio, norm_pix: self.norm_pix_loss.then_some(self.norm_pix_eps) })
+    }
+
+    /// What makes the masks of training.
+    pub fn masks(&self, encoder: &VitConfig) -> Result<Masks> {
+        Masks::new(self.masking, encoder, self.mask_ratio, self.keep_rounding)
     }
 }
 
@@ -91,26 +101,42 @@ pub struct Mae {
     pub params: Params,
     pub encoder: Vit,
     pub decoder: Decoder,
-    decoder_config: DecoderConfig,
     mask_ratio: f64,
+    masks: Masks,
     norm_pix: Option<f64>,
 }
 
 impl Mae {
     pub fn new(c: MaeConfig, dtype: Dtype, rng: &Rng) -> Result<Self> {
+        Ok(Self::with(c, dtype, rng, |_| Ok(()))?.0)
+    }
+
+    /// One among whose parameters there are others, behind its own.
+    pub fn with<T>(c: MaeConfig, dtype: Dtype, rng: &Rng, more: impl FnOnce(&mut ParamsBuilder) -> Result<T>) -> Result<(Self, T)> {
         let mut b = ParamsBuilder::default();
         let tokens = Tokens::new(&mut b, &c.encoder)?;
         let decoder_tokens = DecoderTokens::new(&mut b, &c.decoder, &c.encoder)?;
         let encoder = Vit::new(&mut b, c.encoder, tokens, true, Start::Xavier)?;
         let decoder = Decoder::new(&mut b, &c.decoder, &encoder.config, decoder_tokens, Start::Xavier)?;
-        Ok(Self {
-            params: b.build(dtype, rng)?,
-            encoder,
-            decoder,
-            decoder_config: c.decoder,
-            mask_ratio: c.mask_ratio,
-            norm_pix: c.norm_pix,
-        })
+        let (more, config) = (more(&mut b)?, &encoder.config);
+        let masks = Masks::random(config, masking::len_keep(config.patches(), c.mask_ratio)?);
+        let (mask_ratio, norm_pix) = (c.mask_ratio, c.norm_pix);
+        Ok((Self { params: b.build(dtype, rng)?, encoder, decoder, mask_ratio, masks, norm_pix }, more))
+    }
+
+    /// The same with other masks in training.
+    pub fn with_masks(self, masks: Masks) -> Self {
+        Self { masks, ..self }
+    }
+
+    /// The mask of a batch to learn from.
+    pub fn training_mask(&self, images: &Tensor, rng: &Rng) -> Result<Mask> {
+        self.masks.draw(images, (&self.encoder, &self.params), rng)
+    }
+
+    /// Patches that are kept of an image to learn from.
+    pub fn kept_each(&self) -> usize {
+        self.masks.kept_each()
     }
 
     /// The random mask of a batch of this size.
@@ -159,7 +185,7 @@ impl Method for Mae {
     fn loss(&self, tape: &Tape, batch: &Batch, rng: &Rng) -> Result<Loss> {
         let s = Scope::new(tape, &self.params).with_noise(rng);
         let images = batch.images.on(self.params.device())?;
-        let mask = self.mask(images.shape()[0], rng)?;
+        let mask = self.training_mask(&images, rng)?;
         let latent = self.encoder.forward(&s, &images, Some(&mask.kept))?; // [B, 1 + K, C]
         let pred = self.decoder.forward(&s, &latent, &mask.restore)?; // [B, L, P]
         Ok(Loss::single("pixels", self.reconstruction(&pred, &images, &mask)?))
@@ -170,8 +196,10 @@ impl Method for Mae {
     }
 
     fn macs(&self) -> [u64; 2] {
-        let kept = masking::len_keep(self.encoder.config.patches(), self.mask_ratio).unwrap_or(0);
-        let all = flops::vit_macs(&self.encoder.config, kept) + flops::decoder_macs(&self.decoder_config, &self.encoder.config, kept);
-        [all, all]
+        let kept = self.kept_each();
+        let looked =
+            if self.masks.kind() == Masking::Saliency { flops::vit_macs(&self.encoder.config, self.encoder.config.patches()) } else { 0 };
+        let all = flops::vit_macs(&self.encoder.config, kept) + flops::decoder_macs(&self.decoder.config, &self.encoder.config, kept);
+        [looked + all, all]
     }
 }

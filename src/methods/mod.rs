@@ -1,6 +1,8 @@
 //! Floor 6: one file a method, each reading like its paper's method section.
 
+pub mod dmae;
 pub mod mae;
+pub mod masks;
 pub mod supervised;
 pub mod teacher;
 

@@ -34,6 +34,7 @@ impl DecoderTokens {
 }
 
 pub struct Decoder {
+    pub config: DecoderConfig,
     tokens: DecoderTokens,
     extra: usize,
     patches: usize,
@@ -56,6 +57,7 @@ impl Decoder {
             drop_path: 0.0,
         };
         Ok(Self {
+            config: c.clone(),
             tokens,
             extra: encoder.extra(),
             patches: encoder.patches(),

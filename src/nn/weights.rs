@@ -136,6 +136,14 @@ fn is_decoder(name: &str) -> bool {
     name == "mask_token" || name.starts_with("decoder_")
 }
 
+/// Projections of a student to its teacher's width, which are of use in pre-training alone.
+fn is_projection(name: &str) -> bool {
+    name.starts_with(PROJECTIONS)
+}
+
+/// In front of the names of those projections.
+pub const PROJECTIONS: &str = "aligned_feature_projection_heads.";
+
 fn is_head(name: &str) -> bool {
     ["head.", "head_dist.", "fc_norm."].iter().any(|start| name.starts_with(start))
 }
@@ -273,6 +281,7 @@ impl<'a> Plan<'a> {
         let pools = params.find("norm.weight").is_err();
         for name in file.names().filter(|name| params.find(name).is_err()) {
             match policy {
+                _ if is_projection(name) => self.report.unexpected.push(name.to_string()),
                 Policy::Encoder(_) if is_decoder(name) || (pools && name.starts_with("norm.")) => {
                     self.report.unexpected.push(name.to_string());
                 }

@@ -176,9 +176,10 @@ impl CommonArgs {
 pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let common = &args.common;
     let config = args.method.config(common.images.input_size, common.images.in_chans)?;
+    let masks = args.method.masks(&config.encoder)?;
     let settings = settings(&PretrainArgs { common: common.resolved(), ..args.clone() })?;
     let make = |making: Making| -> Result<Box<dyn Method>> {
-        let mut mae = Mae::new(config, Dtype::F32, &Rng::new(common.run.seed))?;
+        let mut mae = Mae::new(config, Dtype::F32, &Rng::new(common.run.seed))?.with_masks(masks);
         if !making.resumed {
             args.init.load(&mut mae, making.say)?;
         }
