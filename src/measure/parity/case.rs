@@ -78,16 +78,16 @@ impl Case {
         labels.into_iter().map(|label| u32::try_from(label).with_context(|| format!("{name} holds {label}"))).collect()
     }
 
-    /// The weights, without their prefix.
-    pub fn weights(&self) -> impl Iterator<Item = (&str, &FileTensor)> {
-        self.file.tensors().iter().filter_map(|(name, tensor)| Some((name.strip_prefix("w/")?, tensor)))
+    /// The weights of a model, `w/`, or of its teacher, `tw/`, without that prefix.
+    pub fn weights(&self, prefix: &str) -> impl Iterator<Item = (&str, &FileTensor)> {
+        self.file.tensors().iter().filter_map(move |(name, tensor)| Some((name.strip_prefix(prefix)?, tensor)))
     }
 
-    /// Refuses a model larger than the weights that the file holds, before anything is allocated; a part is sizes to be multiplied.
-    pub fn check_size(&self, parts: &[&[usize]]) -> Result<()> {
+    /// Refuses a model larger than the weights that the file holds under a prefix, before anything is allocated; a part is sizes to be multiplied.
+    pub fn check_size(&self, prefix: &str, parts: &[&[usize]]) -> Result<()> {
         let product = |part: &&[usize]| part.iter().fold(1u128, |product, &size| product.saturating_mul(size as u128));
         let wanted = parts.iter().map(product).fold(0u128, u128::saturating_add);
-        let held: u128 = self.weights().map(|(_, tensor)| tensor.numel() as u128).sum();
+        let held: u128 = self.weights(prefix).map(|(_, tensor)| tensor.numel() as u128).sum();
         ensure!(wanted <= held, "the model described has at least {wanted} weights, the file holds {held}");
         Ok(())
     }

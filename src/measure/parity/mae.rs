@@ -6,11 +6,11 @@ use super::steps::{self, Place, Subject};
 use super::vit::encoder_config;
 use crate::ensure;
 use crate::error::Result;
-use crate::masking;
+use crate::masking::{self, Mask};
 use crate::methods::mae::{Mae, MaeConfig};
 use crate::nn::Scope;
 use crate::nn::decoder::DecoderConfig;
-use crate::nn::vit::Position;
+use crate::nn::vit::{Position, VitConfig};
 use crate::optim::groups::{self, Group};
 use crate::param::Params;
 use crate::rng::Rng;
@@ -24,9 +24,9 @@ struct Autoencoder<'a> {
     mae: Mae,
 }
 
-pub fn run(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()> {
-    let (model, options) = (case.part("model")?, case.part("options")?);
-    let encoder = encoder_config(&model, Position::SinCos)?;
+/// The autoencoder that a description means, whose weights the file holds under a prefix.
+pub fn autoencoder(case: &Case, model: &Fields, prefix: &str) -> Result<(VitConfig, DecoderConfig)> {
+    let encoder = encoder_config(model, Position::SinCos)?;
     let decoder = DecoderConfig {
         width: model.size("decoder_embed_dim")?,
         depth: model.size("decoder_depth")?,
@@ -34,7 +34,7 @@ pub fn run(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()> {
     };
     let (w, d, values) = (encoder.width, decoder.width, encoder.patch_values());
     let (hidden, decoder_hidden) = (encoder.block(0).hidden, (d as f64 * encoder.mlp_ratio) as usize);
-    case.check_size(&[
+    let parts: [&[usize]; 8] = [
         &[encoder.positions(), w],
         &[encoder.positions(), d],
         &[values, w],
@@ -43,7 +43,15 @@ pub fn run(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()> {
         &[encoder.depth, 2, w, hidden],
         &[decoder.depth, 4, d, d],
         &[decoder.depth, 2, d, decoder_hidden],
-    ])?;
+    ];
+    case.check_size(prefix, &parts)?;
+    Ok((encoder, decoder))
+}
+
+/// The student that a case describes.
+pub fn config(case: &Case) -> Result<MaeConfig> {
+    let (model, options) = (case.part("model")?, case.part("options")?);
+    let (encoder, decoder) = autoencoder(case, &model, "w/")?;
     let patches = encoder.patches();
     let mask_ratio = options.number("mask_ratio")?;
     let kept = masking::len_keep(patches, mask_ratio)?;
@@ -52,9 +60,31 @@ pub fn run(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()> {
         ensure!(theirs == ours, "{field} is {ours} but options.{field} is {theirs}");
     }
     let norm_pix = options.flag_or("norm_pix_loss", model.flag_or("norm_pix_loss", false)?)?;
-    let mut mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio, norm_pix: norm_pix.then_some(pixels::EPS) }, dtype, &Rng::new(0))?;
-    steps::load(case, &mut mae.params)?;
+    Ok(MaeConfig { encoder, decoder, mask_ratio, norm_pix: norm_pix.then_some(pixels::EPS) })
+}
+
+pub fn run(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()> {
+    let mut mae = Mae::new(config(case)?, dtype, &Rng::new(0))?;
+    steps::load(case, "w/", &mut mae.params)?;
     steps::run(case, &mut Autoencoder { case, mae }, record)
+}
+
+/// The mask of a batch from the noise that the file holds, recorded.
+pub fn mask(case: &Case, mae: &Mae, images: &Tensor, at: &Place, record: &mut Record) -> Result<Mask> {
+    let noise = case.floats(&at.input("noise"))?;
+    let mask = mae.mask(images.shape()[0], &Rng::replaying(BTreeMap::from([("mask".to_string(), noise)])))?;
+    let indices = [("ids_keep", &mask.kept), ("ids_shuffle", &mask.shuffle), ("ids_restore", &mask.restore), ("mask", &mask.hidden)];
+    indices.into_iter().for_each(|(name, tensor)| record.tensor(at.output(name), tensor));
+    Ok(mask)
+}
+
+/// The groups of an autoencoder's parameters.
+pub fn groups(params: &Params, depth: usize, optim: &Fields) -> Result<Vec<Vec<Group>>> {
+    let weight_decay = optim.number_or("weight_decay", 0.0)?;
+    if optim.has("layer_decay") {
+        return Ok(vec![steps::layer_groups(params, optim.number("layer_decay")?, weight_decay, depth)?]);
+    }
+    Ok(vec![groups::by_decay(params, weight_decay, &[])])
 }
 
 impl Subject for Autoencoder<'_> {
@@ -65,10 +95,7 @@ impl Subject for Autoencoder<'_> {
     fn loss(&mut self, tape: &Tape, at: &Place, record: &mut Record) -> Result<Var> {
         let (mae, extra) = (&self.mae, self.mae.encoder.config.extra());
         let images = self.case.images(&at.input("images"), mae.params.dtype())?;
-        let noise = self.case.floats(&at.input("noise"))?;
-        let mask = mae.mask(images.shape()[0], &Rng::replaying(BTreeMap::from([("mask".to_string(), noise)])))?;
-        let indices = [("ids_keep", &mask.kept), ("ids_shuffle", &mask.shuffle), ("ids_restore", &mask.restore), ("mask", &mask.hidden)];
-        indices.into_iter().for_each(|(name, tensor)| record.tensor(at.output(name), tensor));
+        let mask = mask(self.case, mae, &images, at, record)?;
 
         let off = Tape::off();
         let all = mae.encoder.embed(&Scope::new(&off, &mae.params), &images, None)?;
@@ -88,11 +115,6 @@ impl Subject for Autoencoder<'_> {
     }
 
     fn groups(&mut self, optim: &Fields) -> Result<Vec<Vec<Group>>> {
-        let weight_decay = optim.number_or("weight_decay", 0.0)?;
-        if optim.has("layer_decay") {
-            let depth = self.mae.encoder.config.depth;
-            return Ok(vec![steps::layer_groups(&self.mae.params, optim.number("layer_decay")?, weight_decay, depth)?]);
-        }
-        Ok(vec![groups::by_decay(&self.mae.params, weight_decay, &[])])
+        groups(&self.mae.params, self.mae.encoder.config.depth, optim)
     }
 }

@@ -44,18 +44,18 @@ impl Place {
     }
 }
 
-/// Loads the weights of the file; fixed tables must already have its numbers.
-pub fn load(case: &Case, params: &mut Params) -> Result<()> {
+/// Loads the weights that the file holds under `w/`, or `tw/` of a teacher; fixed tables must already have its numbers.
+pub fn load(case: &Case, prefix: &str, params: &mut Params) -> Result<()> {
     for id in params.ids().filter(|&id| params.role(id) == Role::Frozen) {
         let name = params.name(id);
-        let Ok(stored) = case.file.get(&format!("w/{name}")) else { continue };
+        let Ok(stored) = case.file.get(&format!("{prefix}{name}")) else { continue };
         let ours = params.value(id);
         if stored.shape() == ours.shape() {
             let differing = stored.to_f64()?.iter().zip(ours.to_f64()).filter(|(a, b)| **a != *b).count();
             ensure!(differing == 0, "the table {name} differs from the file's in {differing} of {} values", ours.numel());
         }
     }
-    params.load(case.weights())?;
+    params.load(case.weights(prefix))?;
     params.move_to(&case.device, params.dtype())
 }
 

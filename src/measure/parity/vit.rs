@@ -55,7 +55,10 @@ pub fn run(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()> {
     let vit = encoder_config(&model, Position::Learned)?;
     let classes = model.size("num_classes")?;
     let (w, hidden) = (vit.width, vit.block(0).hidden);
-    case.check_size(&[&[vit.positions(), w], &[vit.patch_values(), w], &[vit.depth, 4, w, w], &[vit.depth, 2, w, hidden], &[classes, w]])?;
+    case.check_size(
+        "w/",
+        &[&[vit.positions(), w], &[vit.patch_values(), w], &[vit.depth, 4, w, w], &[vit.depth, 2, w, hidden], &[classes, w]],
+    )?;
     if probe {
         let fixed = options.number_or("bn_eps", 1e-6)? == 1e-6 && options.number_or("bn_momentum", 0.1)? == 0.1;
         ensure!(fixed && !options.flag_or("bn_affine", false)?, "a probe's batch norm has eps 1e-6, momentum 0.1 and no weights");
@@ -64,7 +67,7 @@ pub fn run(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()> {
     let mut builder = ParamsBuilder::default();
     let classifier = Classifier::new(&mut builder, ClassifierConfig { vit, classes, pool, probe })?;
     let mut params = builder.build(dtype, &Rng::new(0))?;
-    steps::load(case, &mut params)?;
+    steps::load(case, "w/", &mut params)?;
     if probe {
         Classifier::train_head_only(&mut params);
     }
