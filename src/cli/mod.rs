@@ -12,7 +12,7 @@ use crate::measure::{info, kernels, loading, ops, parity, step};
 use crate::tensor::Dtype;
 use crate::train::evaluate::EvaluateArgs;
 use crate::train::run::Ended;
-use crate::train::{classify, pretrain};
+use crate::train::{classify, dmae, pretrain};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -72,6 +72,9 @@ enum Pretrain {
     /// MAE: hide most patches of an image, reconstruct their pixels
     #[command(args_override_self = true, allow_negative_numbers = true)]
     Mae(Box<pretrain::PretrainArgs>),
+    /// DMAE: MAE whose features follow those of a larger MAE that sees the same few patches
+    #[command(args_override_self = true, allow_negative_numbers = true)]
+    Dmae(Box<dmae::DmaePretrainArgs>),
 }
 
 #[derive(Subcommand)]
@@ -170,12 +173,16 @@ fn command() -> clap::Command {
         let help = "A published recipe, or one for the built-in images, in front of the other flags; masque presets lists them";
         let command = command.after_help(
             "The defaults above are those of the official programs. Without --preset and --data-path the flags of a preset for the built-in images stand in \
-             front of yours (glyphs-pretrain, glyphs-finetune, glyphs-scratch, glyphs-probe); with --resume those of the run that is gone on with.",
+             front of yours (glyphs-...: masque presets lists them); with --resume those of the run that is gone on with.",
         );
         command.arg(clap::Arg::new("preset").long("preset").value_name("NAME").help(help))
     };
     Cli::command()
-        .mut_subcommand("pretrain", |c| c.mut_subcommand("mae", |c| named(defaults(c, &[("crop_min", "0.2"), ("eval_freq", "20")]))))
+        .mut_subcommand("pretrain", |c| {
+            let images = &[("crop_min", "0.2"), ("eval_freq", "20")];
+            c.mut_subcommand("mae", |c| named(defaults(c, images)))
+                .mut_subcommand("dmae", |c| named(defaults(defaults(c, images), &[("warmup_epochs", "20"), ("save_freq", "5")])))
+        })
         .mut_subcommand("finetune", |c| {
             named(defaults(c, &[("epochs", "50"), ("warmup_epochs", "5"), ("min_lr", "1e-6"), ("save_freq", "1")]))
         })
@@ -218,6 +225,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
 fn execute(command: Command) -> Result<ExitCode> {
     match command {
         Command::Pretrain(Pretrain::Mae(args)) => return Ok(ended(pretrain::mae(&args, &mut |line| say(line))?)),
+        Command::Pretrain(Pretrain::Dmae(args)) => return Ok(ended(dmae::dmae(&args, &mut |line| say(line))?)),
         Command::Finetune(args) => return Ok(ended(classify::finetune(&args, &mut |line| say(line))?)),
         Command::Probe(args) => return Ok(ended(classify::probe(&args, &mut |line| say(line))?)),
         Command::Evaluate(args) => args.run(&mut |line| say(line)).map(|_| ())?,

@@ -18,6 +18,7 @@ pub mod args;
 pub mod chart;
 pub mod checkpoint;
 pub mod classify;
+pub mod dmae;
 pub mod evaluate;
 pub mod events;
 pub mod feed;

@@ -11,6 +11,7 @@ use crate::data::loader::{Loader, LoaderOptions, Order};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::methods::Method;
+use crate::methods::dmae::Dmae;
 use crate::methods::mae::{Mae, MaeArgs};
 use crate::nn::weights::{self, Policy, Which};
 use crate::optim::adamw::AdamW;
@@ -83,7 +84,9 @@ const SHOWN: usize = 6;
 /// Draws the panels of a few unseen images after each evaluation.
 fn pictures<'a>(shown: Loader, feed: Feed) -> After<'a> {
     Box::new(move |method, record, place| {
-        let Some(mae) = (method as &dyn Any).downcast_ref::<Mae>() else { return Ok(()) };
+        let method = method as &dyn Any;
+        let distilled = || method.downcast_ref::<Dmae>().map(|dmae| &dmae.mae);
+        let Some(mae) = method.downcast_ref::<Mae>().or_else(distilled) else { return Ok(()) };
         let Some(loaded) = shown.epoch(0, 0).next() else { return Ok(()) };
         let images = feed.evaluation(loaded?)?.images;
         let normalised = Normalised { mean: &feed.mean, std: &feed.std };
