@@ -34,10 +34,10 @@ pub struct DmaeArgs {
     #[serde(flatten)]
     pub mae: MaeArgs,
     /// Blocks of the student that are aligned, from 0 [default: three quarters up: 8 of 12, 17 of 24]
-    #[arg(long, value_delimiter = ',', num_args = 1.., value_name = "I,J")]
+    #[arg(long, value_delimiter = ',', action = clap::ArgAction::Set, num_args = 1.., value_name = "I,J")]
     pub aligned_blks_indices: Option<Vec<usize>>,
     /// The teacher's blocks they are aligned with, in the same order [default: the student's where those are given, else three quarters up]
-    #[arg(long, value_delimiter = ',', num_args = 1.., value_name = "I,J")]
+    #[arg(long, value_delimiter = ',', action = clap::ArgAction::Set, num_args = 1.., value_name = "I,J")]
     pub teacher_aligned_blks_indices: Option<Vec<usize>>,
     /// Distance between features
     #[arg(long, value_enum, ignore_case = true, default_value_t = Func::L1)]
@@ -52,13 +52,13 @@ pub struct DmaeArgs {
     #[arg(long, value_enum, default_value_t = Projection::Fc1Layer)]
     pub aligned_feature_projection_mode: Projection,
     /// The widths it goes from and to, as a check [default: those of student and teacher]
-    #[arg(long, value_delimiter = ',', num_args = 1..=2, value_name = "FROM,TO")]
+    #[arg(long, value_delimiter = ',', action = clap::ArgAction::Set, num_args = 1..=2, value_name = "FROM,TO")]
     pub aligned_feature_projection_dim: Option<Vec<usize>>,
     /// What the decoder is to reconstruct
     #[arg(long, value_enum, default_value_t = Target::OriginalImg)]
     pub student_reconstruction_target: Target,
     /// Weights of the image and of the teacher's prediction in their weighted sum
-    #[arg(long, value_delimiter = ',', num_args = 1..=2, default_values_t = [0.5, 0.5], value_name = "W0,W1")]
+    #[arg(long, value_delimiter = ',', action = clap::ArgAction::Set, num_args = 1..=2, default_values_t = [0.5, 0.5], value_name = "W0,W1")]
     pub target_sum_weights: Vec<f64>,
     /// Run all of the teacher, as the released program does, and not only up to its last aligned block: the same loss in more time
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]

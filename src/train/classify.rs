@@ -202,7 +202,7 @@ pub struct FinetuneArgs {
     #[arg(long, default_value_t = 0.75, value_name = "FACTOR")]
     pub layer_decay: f64,
     /// Betas of AdamW
-    #[arg(long, value_delimiter = ',', num_args = 1..=2, default_values_t = [0.9, 0.999], value_name = "B1,B2")]
+    #[arg(long, value_delimiter = ',', action = ArgAction::Set, num_args = 1..=2, default_values_t = [0.9, 0.999], value_name = "B1,B2")]
     pub betas: Vec<f64>,
     /// The head learns this many times as fast
     #[arg(long, default_value_t = 1.0, value_name = "FACTOR")]
@@ -238,7 +238,7 @@ pub struct FinetuneArgs {
     #[arg(long, default_value_t = 0.0, value_name = "ALPHA")]
     pub cutmix: f64,
     /// Sides of CutMix's box as parts of the image's, in the place of --cutmix
-    #[arg(long, value_delimiter = ',', num_args = 1..=2, value_name = "LEAST,MOST")]
+    #[arg(long, value_delimiter = ',', action = ArgAction::Set, num_args = 1..=2, value_name = "LEAST,MOST")]
     pub cutmix_minmax: Option<Vec<f64>>,
     /// Probability of mixing a batch
     #[arg(long, default_value_t = 1.0, value_name = "PROBABILITY")]

@@ -36,10 +36,10 @@ pub struct DmaePretrainArgs {
     #[arg(long, value_name = "PATH")]
     pub student_init_weights: Option<PathBuf>,
     /// See --student-init-weights
-    #[arg(long, value_delimiter = ',', num_args = 1.., value_name = "WORD")]
+    #[arg(long, value_delimiter = ',', action = clap::ArgAction::Set, num_args = 1.., value_name = "WORD")]
     pub load_weights_keywords: Option<Vec<String>>,
     /// Parameters whose names contain one of these stay as they start
-    #[arg(long, value_delimiter = ',', num_args = 1.., value_name = "WORD")]
+    #[arg(long, value_delimiter = ',', action = clap::ArgAction::Set, num_args = 1.., value_name = "WORD")]
     pub freeze_keywords: Option<Vec<String>>,
 }
 

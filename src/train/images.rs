@@ -34,10 +34,10 @@ pub struct ImagesArgs {
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
     pub strict_data: bool,
     /// Means of the channels that are subtracted [default: ImageNet's; 0.5 for the built-in images]
-    #[arg(long, value_delimiter = ',', value_name = "R,G,B")]
+    #[arg(long, value_delimiter = ',', action = clap::ArgAction::Set, value_name = "R,G,B")]
     pub mean: Option<Vec<f32>>,
     /// Deviations of the channels [default: ImageNet's; 0.25 for the built-in images]
-    #[arg(long, value_delimiter = ',', value_name = "R,G,B")]
+    #[arg(long, value_delimiter = ',', action = clap::ArgAction::Set, value_name = "R,G,B")]
     pub std: Option<Vec<f32>>,
 }
 

@@ -91,7 +91,13 @@ impl TeacherArgs {
         let params = b.build(Dtype::F32, &Rng::new(0))?;
         let mut teacher = Teacher::new(shown.clone(), params, network);
         let config = teacher.vit().clone();
-        say(&format!("teacher {}", weights::load(&mut teacher.params, &config, &stored, policy).with_context(attempt)?.text()));
+        let mut report = weights::load(&mut teacher.params, &config, &stored, policy).with_context(attempt)?;
+        if wanted == Wanted::Encoder {
+            // Head and decoder are left out on purpose.
+            report.unexpected.clear();
+            report.dropped.clear();
+        }
+        say(&format!("teacher {}", report.text()));
         teacher.params.move_to(device, precision.dtype())?;
         Ok(teacher)
     }
