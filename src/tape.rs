@@ -116,6 +116,11 @@ impl Tape {
         Self(None)
     }
 
+    /// How many results and parameters it holds; 0 where nothing is recorded.
+    pub fn recorded(&self) -> usize {
+        self.0.as_ref().map_or(0, |recording| recording.borrow().nodes.len())
+    }
+
     /// A tensor whose gradient is wanted.
     pub fn leaf(&self, value: Tensor) -> Var {
         self.push("leaf", Vec::new(), value, Kind::Leaf)

@@ -2,10 +2,13 @@
 
 use masque::device::memory::taken_from_system;
 use masque::methods::mae::{Mae, MaeConfig};
+use masque::methods::teacher::{Network, Teacher};
 use masque::methods::{Batch, Method};
 use masque::nn::decoder::DecoderConfig;
-use masque::nn::vit::VitConfig;
+use masque::nn::vit::{Tokens, Vit, VitConfig};
+use masque::nn::{Scope, Start};
 use masque::optim::{Optimizer, adamw::AdamW, groups};
+use masque::param::ParamsBuilder;
 use masque::rng::Rng;
 use masque::tape::Tape;
 use masque::tensor::{Dtype, Tensor};
@@ -71,6 +74,24 @@ fn five_steps() -> ((usize, usize), usize, usize) {
     ((after.0 - before.0, after.1 - before.1), LARGE_REQUESTS.load(Relaxed) - large, after.0)
 }
 
+/// What the pool takes for a pass over 8 images, on a tape or off it, of a teacher so deep; the pool may not have been filled by anything larger.
+fn pass(depth: usize, on_tape: bool) -> usize {
+    let mut b = ParamsBuilder::default();
+    let config = VitConfig::new(256, 8, 64, depth, 4);
+    let tokens = Tokens::new(&mut b, &config).unwrap();
+    let vit = Vit::new(&mut b, config, tokens, true, Start::Xavier).unwrap();
+    let teacher = Teacher::new("a teacher", b.build(Dtype::F32, &Rng::new(0)).unwrap(), Network::Encoder(vit));
+    let images = Tensor::from_slice(&[8, 3, 256, 256], &Rng::new(1).normal("images", 8 * 3 * 256 * 256)).unwrap();
+    let before = taken_from_system().0;
+    if on_tape {
+        let tape = Tape::new();
+        teacher.encoder().unwrap().forward(&Scope::new(&tape, &teacher.params), &images, None).unwrap();
+    } else {
+        teacher.features(&images, None, &[depth - 1]).unwrap();
+    }
+    taken_from_system().0 - before
+}
+
 /// One test, because the counters belong to the whole process.
 #[test]
 fn a_step_in_steady_state_takes_nothing_from_the_system() {
@@ -82,4 +103,9 @@ fn a_step_in_steady_state_takes_nothing_from_the_system() {
     let (grown, large, both) = with(2);
     assert!(large <= grown.1, "{large} large requests, of which {} by the pool", grown.1);
     assert!(both <= 2 * one, "two threads took {both} bytes where one took {one}");
+    // A teacher's pass keeps nothing of its blocks: ten need what two need. On a tape each of them would stay.
+    let shallow = pass(2, false);
+    let (deep, kept) = (pass(10, false), pass(10, true));
+    assert!(shallow > 0 && deep * 10 < shallow, "10 blocks took {deep} bytes more than the {shallow} of 2");
+    assert!(kept > 4 * shallow, "on a tape 10 blocks took only {kept} bytes more than {shallow}");
 }
