@@ -7,8 +7,10 @@ use crate::data::open::{Split, lacks_validation, open};
 use crate::data::synthetic::{Glyphs, GlyphsConfig};
 use crate::data::transform::Transform;
 use crate::error::{Error, Result};
+use crate::rng::Rng;
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -27,6 +29,10 @@ pub struct ImagesArgs {
     /// Use only so many training images: the first built-in ones, or ones spread over a sorted set [default: all]
     #[arg(long, value_name = "N")]
     pub train_images: Option<usize>,
+    /// Use only this part of each class's training images, always the same ones [default: all]
+    #[arg(long, value_name = "PART")]
+    #[serde(default)]
+    pub data_fraction: Option<f64>,
     /// Use only so many validation images, in the same way [default: all]
     #[arg(long, value_name = "N")]
     pub val_images: Option<usize>,
@@ -140,6 +146,9 @@ impl ImagesArgs {
                 return Err(Error::usage(format!("{flag} 0: at least one image is needed; leave the flag out for all of them")));
             }
         }
+        if let Some(part) = self.data_fraction.filter(|part| !(*part > 0.0 && *part <= 1.0)) {
+            return Err(Error::usage(format!("--data-fraction {part} is not a part above 0 and up to 1")));
+        }
         for (flag, given) in [("--mean", &self.mean), ("--std", &self.std)] {
             let wrong = given.iter().flatten().find(|x| !x.is_finite() || (flag == "--std" && **x <= 0.0));
             if let Some(wrong) = wrong {
@@ -178,8 +187,13 @@ impl ImagesArgs {
             open(&self.data_path, if part == Part::Train { Split::Train } else { Split::Val })?
         };
         let most = if part == Part::Train { self.train_images } else { self.val_images };
-        Ok(match most.filter(|most| *most < dataset.len()) {
-            Some(most) => Arc::new(Fewer { spread: !self.is_synthetic(), dataset, most }),
+        let dataset: Arc<dyn Dataset> = match most.filter(|most| *most < dataset.len()) {
+            Some(most) if self.is_synthetic() => Arc::new(Fewer { dataset, images: (0..most).collect() }),
+            Some(most) => spread(dataset, most),
+            None => dataset,
+        };
+        Ok(match self.data_fraction.filter(|_| part == Part::Train) {
+            Some(fraction) => Arc::new(Fewer { images: of_each_class(&*dataset, fraction), dataset }),
             None => dataset,
         })
     }
@@ -187,26 +201,34 @@ impl ImagesArgs {
 
 /// So many images of a set, from all of its parts.
 pub fn spread(dataset: Arc<dyn Dataset>, most: usize) -> Arc<dyn Dataset> {
-    let most = most.min(dataset.len());
-    Arc::new(Fewer { dataset, most, spread: true })
+    let (most, len) = (most.min(dataset.len()), dataset.len());
+    let images = (0..most).map(|index| (index as u128 * len as u128 / most as u128) as usize).collect();
+    Arc::new(Fewer { dataset, images })
 }
 
-/// Some images of a set: the first, or as many spread over it where it is sorted by class.
+/// This part of the images of each class, at least one, drawn the same way in every run.
+fn of_each_class(dataset: &dyn Dataset, fraction: f64) -> Vec<usize> {
+    let mut classes: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+    (0..dataset.len()).for_each(|index| classes.entry(dataset.label(index)).or_default().push(index));
+    let mut chosen = Vec::new();
+    for (class, mut images) in classes {
+        let count = ((images.len() as f64 * fraction).round() as usize).max(1);
+        Rng::new(0).stream("data fraction", class.into()).shuffle(&mut images);
+        chosen.extend(&images[..count]);
+    }
+    chosen.sort_unstable();
+    chosen
+}
+
+/// Some images of a set.
 struct Fewer {
     dataset: Arc<dyn Dataset>,
-    most: usize,
-    spread: bool,
-}
-
-impl Fewer {
-    fn place(&self, index: usize) -> usize {
-        if self.spread { (index as u128 * self.dataset.len() as u128 / self.most as u128) as usize } else { index }
-    }
+    images: Vec<usize>,
 }
 
 impl Dataset for Fewer {
     fn len(&self) -> usize {
-        self.most
+        self.images.len()
     }
 
     fn classes(&self) -> &[String] {
@@ -214,15 +236,15 @@ impl Dataset for Fewer {
     }
 
     fn label(&self, index: usize) -> u32 {
-        self.dataset.label(self.place(index))
+        self.dataset.label(self.images[index])
     }
 
     fn name(&self, index: usize) -> String {
-        self.dataset.name(self.place(index))
+        self.dataset.name(self.images[index])
     }
 
     fn picture(&self, index: usize) -> Result<crate::data::Picture> {
-        self.dataset.picture(self.place(index))
+        self.dataset.picture(self.images[index])
     }
 
     fn notes(&self) -> &[String] {
@@ -230,6 +252,26 @@ impl Dataset for Fewer {
     }
 
     fn encoded(&self, index: usize) -> Result<Option<Vec<u8>>> {
-        self.dataset.encoded(self.place(index))
+        self.dataset.encoded(self.images[index])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fraction_is_taken_of_each_class_and_always_the_same() {
+        let set = Glyphs::new(GlyphsConfig { len: 400, ..GlyphsConfig::of(true) }).unwrap();
+        let counts = |chosen: &[usize]| {
+            let mut counts = [0; 20];
+            chosen.iter().for_each(|&index| counts[set.label(index) as usize] += 1);
+            counts
+        };
+        let (all, half) = (counts(&(0..400).collect::<Vec<_>>()), of_each_class(&set, 0.5));
+        counts(&half).iter().zip(all).for_each(|(&half, all)| assert!(half.abs_diff(all.div_ceil(2)) <= 1, "{half} of {all}"));
+        assert_eq!(half, of_each_class(&set, 0.5));
+        assert!(counts(&of_each_class(&set, 1e-9)).iter().all(|&count| count == 1));
+        assert!(half.windows(2).all(|pair| pair[0] < pair[1]));
     }
 }

@@ -94,6 +94,7 @@ impl Opened {
             input_size: self.side(),
             in_chans: self.vit().config.channels,
             train_images: None,
+            data_fraction: None,
             val_images: None,
             strict_data: false,
             mean: mean.clone().or_else(|| own("mean")),

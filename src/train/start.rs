@@ -65,7 +65,8 @@ const FREE: [&str; 11] = [
 ];
 
 /// These may not differ: the place in the epoch and the order of the images depend on them.
-const FIXED: [&str; 8] = ["batch-size", "accum-iter", "seed", "train-images", "model", "input-size", "in-chans", "repeated-aug"];
+const FIXED: [&str; 9] =
+    ["batch-size", "accum-iter", "seed", "train-images", "data-fraction", "model", "input-size", "in-chans", "repeated-aug"];
 
 /// What differs from the settings that a checkpoint was made with: an error where that cannot be, else a sentence each.
 pub fn compare(now: &Map<String, Value>, then: &Map<String, Value>, from: &Path) -> Result<Vec<String>> {
