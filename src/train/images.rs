@@ -264,7 +264,7 @@ mod tests {
     fn a_fraction_is_taken_of_each_class_and_always_the_same() {
         let set = Glyphs::new(GlyphsConfig { len: 400, ..GlyphsConfig::of(true) }).unwrap();
         let counts = |chosen: &[usize]| {
-            let mut counts = [0; 20];
+            let mut counts = [0usize; 20];
             chosen.iter().for_each(|&index| counts[set.label(index) as usize] += 1);
             counts
         };
