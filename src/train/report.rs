@@ -186,6 +186,15 @@ impl Facts {
         if let Some(seconds) = self.seconds() {
             tile("Time", clock(seconds), if seconds < 3600.0 { "minutes : seconds" } else { "hours : minutes : seconds" }.to_string());
         }
+        let share = |what: &str| {
+            let sum = |who: &str| {
+                Some(self.epochs.iter().filter_map(|row| number(row, &format!("{who}_{what}"))).sum::<f64>()).filter(|sum| *sum > 0.0)
+            };
+            Some(100.0 * sum("teacher")? / (sum("teacher")? + sum("student")?))
+        };
+        if let (Some(time), Some(flops)) = (share("s"), share("flops_per_image")) {
+            tile("Teacher", format!("{time:.0} %"), format!("of a step's time; {flops:.0} % of its FLOPs"));
+        }
         if let Some(count) = self.epochs.iter().rev().find_map(|row| number(row, "n_parameters")) {
             let (scale, unit) = if count >= 1e9 {
                 (1e9, " G")
@@ -221,6 +230,11 @@ impl Facts {
             chart("Parts of the loss", parts.iter().map(part).collect(), false),
             chart("Learning rate", vec![series("learning rate", self.of_steps("lr"), false)], true),
             chart("Images per second", vec![series("images/s", self.of_steps("images_per_s"), false)], true),
+            chart(
+                "Milliseconds of an update",
+                vec![series("student", self.of_steps("student_ms"), false), series("teacher", self.of_steps("teacher_ms"), false)],
+                false,
+            ),
             chart("Length of the gradient", vec![series("gradient", self.of_steps("grad_norm"), false)], true),
         ];
         all.into_iter().flatten().collect()

@@ -134,6 +134,11 @@ impl Spent {
         self.teacher += teacher;
         self.student += all - teacher;
     }
+
+    fn text(&self) -> String {
+        let [teacher, all] = [self.teacher, self.teacher + self.student].map(|seconds| 1e3 * seconds / self.updates as f64);
+        format!("the teacher took {teacher:.2} of {all:.2} ms an update, {:.0} %", 100.0 * teacher / all)
+    }
 }
 
 /// How a run ended.
@@ -425,6 +430,9 @@ impl Run<'_> {
         let spent = std::mem::take(&mut self.spent[1]);
         if let Some(cost) = self.step.method().teacher_cost() {
             if spent.updates > 0 {
+                if done == epochs {
+                    progress.line(&spent.text());
+                }
                 line.insert("teacher_s".into(), json!(spent.teacher));
                 line.insert("student_s".into(), json!(spent.student));
             }
