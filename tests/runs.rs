@@ -1,61 +1,13 @@
 //! Whole runs of the program: killed and resumed, stopped, refused.
 
+#[path = "common/runs.rs"]
+mod runs;
+
+use runs::{checkpoints, fails, folder, last_tensors, masque, rows, said, succeeds};
 use serde_json::Value;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
-
-/// An empty folder of this test's own.
-fn folder(name: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("runs").join(name);
-    let _ = std::fs::remove_dir_all(&folder);
-    std::fs::create_dir_all(&folder).unwrap();
-    folder
-}
-
-fn masque(arguments: &str, output: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_masque"));
-    command.args(arguments.split_whitespace()).args(["--output-dir".as_ref(), output.as_os_str()]).args(["--threads", "2"]);
-    command.stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null());
-    command
-}
-
-fn said(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
-}
-
-#[track_caller]
-fn succeeds(mut command: Command) -> String {
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{:?} {}", output.status, said(&output));
-    said(&output)
-}
-
-/// The exit code and what was said.
-fn fails(mut command: Command) -> (Option<i32>, String) {
-    let output = command.output().unwrap();
-    (output.status.code(), said(&output))
-}
-
-fn rows(path: PathBuf) -> Vec<Value> {
-    std::fs::read_to_string(&path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-/// Updates at which there is a checkpoint, in order.
-fn checkpoints(folder: &Path) -> Vec<u64> {
-    let names = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|file| file.file_name().into_string().unwrap());
-    let mut updates: Vec<u64> =
-        names.filter_map(|name| name.strip_prefix("checkpoint-")?.strip_suffix(".safetensors")?.parse().ok()).collect();
-    updates.sort_unstable();
-    updates
-}
-
-/// All tensors of a folder's last checkpoint: model, optimiser state, averages.
-fn last_tensors(folder: &Path) -> Vec<(String, Vec<u8>)> {
-    let last = checkpoints(folder).pop().unwrap();
-    let file = masque::formats::open(folder.join(format!("checkpoint-{last:08}.safetensors"))).unwrap();
-    file.tensors().iter().map(|(name, tensor)| (name.clone(), tensor.bytes().to_vec())).collect()
-}
 
 /// 96 updates in two epochs, a checkpoint after each.
 const TINY: &str = "pretrain mae --model glyph_t --train-images 388 --val-images 8 --batch-size 4 --accum-iter 2 --epochs 2 --crop shift \

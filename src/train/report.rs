@@ -233,7 +233,7 @@ impl Facts {
             chart(
                 "Milliseconds of an update",
                 vec![series("student", self.of_steps("student_ms"), false), series("teacher", self.of_steps("teacher_ms"), false)],
-                false,
+                true,
             ),
             chart("Length of the gradient", vec![series("gradient", self.of_steps("grad_norm"), false)], true),
         ];

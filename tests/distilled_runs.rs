@@ -1,0 +1,154 @@
+//! Runs with a teacher: chained, resumed, on the emulated device, refused.
+
+#[path = "common/runs.rs"]
+mod runs;
+
+use runs::{checkpoints, fails, folder, last_tensors, masque, rows, said, succeeds};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// A small MAE that has learned a little, in a folder of a test's own.
+fn teacher(name: &str) -> (PathBuf, PathBuf) {
+    let base = folder(name);
+    let few = "pretrain mae --train-images 64 --val-images 8 --batch-size 16 --epochs 1 --warmup-epochs 0";
+    succeeds(masque(few, &base.join("teacher")));
+    let path = base.join("teacher/best.safetensors");
+    (base, path)
+}
+
+fn with_teacher(arguments: &str, teacher: &Path, output: &Path) -> Command {
+    let mut command = masque(arguments, output);
+    command.arg("--teacher-path").arg(teacher);
+    command
+}
+
+const FEW: &str = "--train-images 64 --val-images 16 --batch-size 8 --epochs 2 --warmup-epochs 0.5 --log-freq 1";
+
+#[test]
+fn a_student_of_dmae_is_distilled_finetuned_and_shown() {
+    let (base, teacher) = teacher("dmae-chain");
+    let text = succeeds(with_teacher(&format!("pretrain dmae {FEW}"), &teacher, &base.join("dmae")));
+    assert!(text.contains("aligned, from 0: 1 with 2") && text.contains("the teacher took"), "{text}");
+    let log = rows(base.join("dmae/log.jsonl"));
+    for key in ["teacher_s", "student_s", "teacher_flops_per_image", "student_flops_per_image", "train_loss", "test_loss"] {
+        assert!(log[1][key].as_f64().unwrap() > 0.0, "{key} {log:?}");
+    }
+    let steps = rows(base.join("dmae/steps.jsonl"));
+    for key in ["loss_pixels", "loss_align_block1", "teacher_ms", "student_ms"] {
+        assert!(steps[0][key].as_f64().unwrap() > 0.0, "{key} {steps:?}");
+    }
+    let sum = ["loss_pixels", "loss_align_block1"].map(|key| steps[0][key].as_f64().unwrap()).iter().sum::<f64>();
+    assert!((sum - steps[0]["loss"].as_f64().unwrap()).abs() < 1e-5 * sum);
+    let student = base.join("dmae/best.safetensors");
+    let report = std::fs::read_to_string(base.join("dmae/report.html")).unwrap();
+    assert!(report.contains("of its FLOPs") && report.contains("Milliseconds of an update"));
+    let text = succeeds({
+        let mut command = masque(&format!("finetune --model glyph_t {FEW}"), &base.join("fine"));
+        command.arg("--finetune").arg(&student);
+        command
+    });
+    assert!(text.contains("of no use here: ") && text.contains("aligned_feature_projection_heads.0"), "{text}");
+    let mut shown = Command::new(env!("CARGO_BIN_EXE_masque"));
+    let shown = shown.arg("visualize").arg(&student).arg("--output").arg(base.join("shown.png")).output().unwrap();
+    assert!(shown.status.success(), "{}", said(&shown));
+    // The student of one run is the teacher of the next, of any size.
+    let text = succeeds(with_teacher(
+        &format!("pretrain dmae {FEW} --model glyph_s --teacher-aligned-blks-indices 0"),
+        &student,
+        &base.join("next"),
+    ));
+    assert!(text.contains("1 with 0"), "{text}");
+}
+
+#[test]
+fn a_distilled_run_that_is_stopped_ends_with_the_bits_of_an_unbroken_one() {
+    let (base, teacher) = teacher("dmae-resumed");
+    let run = format!("pretrain dmae {FEW} --masking block --save-updates 3 --keep 9");
+    succeeds(with_teacher(&run, &teacher, &base.join("whole")));
+    succeeds(with_teacher(&run, &teacher, &base.join("broken")));
+    for update in checkpoints(&base.join("broken")).into_iter().filter(|&update| update > 3) {
+        std::fs::remove_file(base.join(format!("broken/checkpoint-{update:08}.safetensors"))).unwrap();
+    }
+    let mut command = masque("pretrain dmae", &base.join("broken"));
+    command.args(["--resume", "auto"]);
+    let text = succeeds(command);
+    assert!(text.contains("update 3"), "{text}");
+    assert!(last_tensors(&base.join("whole")) == last_tensors(&base.join("broken")));
+}
+
+#[cfg(feature = "emulated")]
+#[test]
+fn distillation_on_the_emulated_device_gives_the_losses_of_the_cpu() {
+    let (base, teacher) = teacher("distilled-emulated");
+    let few = "--train-images 24 --val-images 8 --batch-size 4 --log-freq 1 --epochs 1 --warmup-epochs 0 --lr 1e-3";
+    for (number, command) in ["pretrain dmae", "pretrain dmae --masking saliency --accum-iter 2"].into_iter().enumerate() {
+        let losses = |device: &str| -> Vec<f64> {
+            let folder = base.join(format!("{device}-{number}"));
+            succeeds(with_teacher(&format!("{command} {few} --device {device}"), &teacher, &folder));
+            rows(folder.join("steps.jsonl")).iter().map(|row| row["loss"].as_f64().unwrap()).collect()
+        };
+        let (cpu, emulated) = (losses("cpu"), losses("emulated"));
+        assert!(cpu.len() >= 3 && cpu.len() == emulated.len(), "{command}: {cpu:?} {emulated:?}");
+        for (cpu, emulated) in cpu.iter().zip(&emulated) {
+            assert!((cpu - emulated).abs() <= 2e-4 * cpu, "{command}: {emulated} is not {cpu}");
+        }
+    }
+}
+
+#[test]
+fn a_teacher_or_a_flag_that_cannot_be_meant_is_one_sentence() {
+    let (base, teacher) = teacher("distilled-refused");
+    let refused = |arguments: &str, code: i32, parts: &[&str]| {
+        let (found, text) = fails(with_teacher(&format!("{arguments} {FEW}"), &teacher, &base.join("none")));
+        let last = text.lines().last().unwrap_or_default();
+        assert!(found == Some(code) && last.starts_with("masque: ") && !text.contains("panicked"), "{arguments}: {found:?} {text}");
+        parts.iter().for_each(|part| assert!(last.contains(part), "{arguments}: {last} lacks {part}"));
+    };
+    for (arguments, code, parts) in [
+        ("pretrain dmae --input-size 64", 1, &["images of 48 x 48 pixels", "64 x 64", "--input-size 48"][..]),
+        ("pretrain dmae --patch-size 16", 1, &["6 x 6 patches of 8", "3 x 3 of 16", "--patch-size 8"]),
+        ("pretrain dmae --in-chans 1", 1, &["images of 3 channels", "have 1"]),
+        ("pretrain dmae --aligned-blks-indices 3", 2, &["--aligned-blks-indices 3", "blocks 0 to 2"]),
+        ("pretrain dmae --teacher-aligned-blks-indices 4", 2, &["--teacher-aligned-blks-indices 4", "blocks 0 to 3"]),
+        ("pretrain dmae --aligned-blks-indices 0,1", 2, &["names 2 blocks", "1;"]),
+        ("pretrain dmae --aligned-blks-indices 1,0 --teacher-aligned-blks-indices 1,2", 2, &["[1, 0]", "rising"]),
+        ("pretrain dmae --aligned-feature-projection-mode none", 2, &["32 wide", "64", "fc-1layer"]),
+        ("pretrain dmae --aligned-feature-projection-dim 32 48", 2, &["[32, 48]", "32 wide", "64"]),
+        ("pretrain dmae --mask-ratio 0.99", 2, &["keeps 0 of 36"]),
+        ("pretrain dmae --masking block --mask-ratio 0.9", 2, &["0 of 9 units"]),
+        ("pretrain dmae --target-sum-weights 1", 2, &["--target-sum-weights has 1"]),
+        ("pretrain dmae --freeze-keywords nothing", 2, &["--freeze-keywords nothing", "0 of"]),
+        ("pretrain dmae --load-weights-keywords blocks", 2, &["--student-init-weights and --load-weights-keywords"]),
+        ("pretrain dmae --student-reconstruction-target mixed", 2, &["original_img"]),
+    ] {
+        refused(arguments, code, parts);
+    }
+    let missing = with_teacher("pretrain dmae", &base.join("nothing.pth"), &base.join("none"));
+    let (code, text) = fails(missing);
+    assert!(code == Some(1) && text.contains("nothing.pth"), "{text}");
+    // A file that lacks one tensor of the encoder teaches nothing.
+    let file = masque::formats::open(&teacher).unwrap();
+    let kept = file.tensors().iter().filter(|(name, _)| name.starts_with("model.") && !name.ends_with("blocks.1.attn.qkv.bias"));
+    let kept: Vec<_> = kept.map(|(name, tensor)| (name.trim_start_matches("model."), tensor)).collect();
+    let lacking = base.join("lacking.safetensors");
+    masque::formats::write_safetensors(&lacking, kept.into_iter(), &Default::default()).unwrap();
+    let (code, text) = fails(with_teacher(&format!("pretrain dmae {FEW}"), &lacking, &base.join("none")));
+    assert!(code == Some(1) && text.contains("blocks.1.attn.qkv.bias is missing"), "{text}");
+    let (code, text) = fails(masque("pretrain dmae --data-path synthetic --input-size 48 --model glyph_t", &base.join("none")));
+    assert!(code == Some(2) || text.contains("runs/pretrain-mae"), "{text}");
+}
+
+#[test]
+fn a_student_starts_partly_and_learns_partly() {
+    let (base, teacher) = teacher("dmae-partly");
+    let run = format!("pretrain dmae {FEW} --model glyph_s --load-weights-keywords patch_embed --freeze-keywords patch_embed,cls_token");
+    let mut command = with_teacher(&run, &teacher, &base.join("run"));
+    command.arg("--student-init-weights").arg(&teacher);
+    let text = succeeds(command);
+    assert!(text.contains("2 tensors with patch_embed in their names"), "{text}");
+    let (own, theirs) = (last_tensors(&base.join("run")), masque::formats::open(&teacher).unwrap());
+    let bytes = |name: &str| own.iter().find(|(own, _)| own == name).map(|(_, bytes)| bytes.clone()).unwrap();
+    assert!(bytes("model.patch_embed.proj.weight") == theirs.get("model.patch_embed.proj.weight").unwrap().bytes());
+    assert!(bytes("model.blocks.0.attn.qkv.weight") != theirs.get("model.blocks.0.attn.qkv.weight").unwrap().bytes());
+    assert!(!own.iter().any(|(name, _)| name == "optimizer.exp_avg.cls_token"));
+}
