@@ -47,7 +47,7 @@ fn a_student_of_dmae_is_distilled_finetuned_and_shown() {
         command.arg("--finetune").arg(&student);
         command
     });
-    assert!(text.contains("of no use here: ") && text.contains("aligned_feature_projection_heads.0"), "{text}");
+    assert!(text.contains("of no use here: "), "{text}");
     let mut shown = Command::new(env!("CARGO_BIN_EXE_masque"));
     let shown = shown.arg("visualize").arg(&student).arg("--output").arg(base.join("shown.png")).output().unwrap();
     assert!(shown.status.success(), "{}", said(&shown));
