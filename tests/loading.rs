@@ -3,11 +3,14 @@
 use masque::bail;
 use masque::data::erase::{Erasing, Filling};
 use masque::data::loader::{Filled, Loaded, Loader, LoaderOptions};
+use masque::data::mixing::Mixing;
 use masque::data::order::Order;
 use masque::data::transform::{Crop, Transform};
 use masque::data::{Dataset, Picture, augment};
 use masque::error::Result;
+use masque::rng::Rng;
 use masque::tensor::Device;
+use masque::train::feed::{Feed, Labels};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -110,6 +113,61 @@ fn the_number_of_workers_never_changes_a_batch() {
             assert_eq!(with(workers), one, "{workers} workers, {order:?}");
         }
     }
+}
+
+/// Both views of a batch.
+fn views(loaded: &Loaded) -> [Vec<u8>; 2] {
+    [loaded.clean.as_ref().unwrap(), &loaded.bytes].map(|view| view.data::<u8>().to_vec())
+}
+
+#[test]
+fn two_views_of_a_batch_are_the_cut_and_the_jittered_one_whoever_made_them() {
+    let cut = Transform { crop: Crop::Padded { padding: 2 }, ..Transform::mae_pretrain(SIDE) };
+    let both = cut.clone().two_views(0.4).unwrap();
+    let jittered = Transform { clean: false, ..both.clone() };
+    let epoch = |transform: &Transform, workers: usize| -> Vec<Loaded> {
+        let loader = Loader::new(Arc::new(Numbers { bad, ..numbers(50) }), transform.clone(), shuffled(6, workers));
+        (0..2).flat_map(|at| loader.epoch(at, 0).map(Result::unwrap).collect::<Vec<_>>()).collect()
+    };
+    let (whole, alone, plain) = (epoch(&both, 0), epoch(&jittered, 3), epoch(&cut, 2));
+    assert_eq!((whole.len(), alone.len(), plain.len()), (16, 16, 16));
+    for workers in [1, 4] {
+        assert!(epoch(&both, workers).iter().map(views).eq(whole.iter().map(views)), "{workers} workers");
+    }
+    let mut same = 0;
+    for ((both, alone), plain) in whole.iter().zip(&alone).zip(&plain) {
+        let [clean, coloured] = views(both);
+        assert_eq!((coloured.as_slice(), alone.clean.is_none()), (alone.bytes.data::<u8>(), true));
+        assert_eq!((clean.as_slice(), &both.indices), (plain.bytes.data::<u8>(), &plain.indices));
+        same += usize::from(clean == coloured);
+    }
+    assert_eq!(same, 0);
+}
+
+#[test]
+fn a_teacher_is_fed_the_clean_view_with_labels_and_without() {
+    let transform = Transform { clean: true, ..Transform::mae_pretrain(SIDE).two_views(0.4).unwrap() };
+    let load = || Loader::new(Arc::new(numbers(12)), transform.clone(), shuffled(4, 0)).epoch(0, 0).next().unwrap().unwrap();
+    let (mean, std) = (vec![0.5, 0.25, 0.125], vec![0.25; 3]);
+    let feed = |labels| Feed { device: Device::Cpu, mean: mean.clone(), std: std.clone(), labels };
+    let mut draws = Rng::new(1).stream("mixing", 0);
+    let normalised = |bytes: &[u8]| -> Vec<f32> {
+        let image = |image: usize| (0..3).flat_map(move |c| (0..SIDE * SIDE).map(move |at| (image * SIDE * SIDE + at) * 3 + c));
+        let level = |at: usize| (f32::from(bytes[at]) / 255.0 - mean[at % 3]) / std[at % 3];
+        (0..4).flat_map(image).map(level).collect()
+    };
+    let plain = Mixing { smoothing: 0.0, ..Mixing::default() };
+    for labels in [None, Some(Labels { classes: 11, mixing: plain })] {
+        let batch = feed(labels).training(load(), &mut draws).unwrap();
+        let [clean, coloured] = views(&load());
+        assert_eq!(batch.for_teacher().data::<f32>(), normalised(&clean));
+        assert_eq!(batch.images.data::<f32>(), normalised(&coloured));
+        assert_eq!(batch.targets.is_some(), labels.is_some());
+    }
+    let mixed = feed(Some(Labels { classes: 11, mixing: Mixing { mixup: 0.8, ..plain } }));
+    let error = mixed.training(load(), &mut draws).map(|_| ()).unwrap_err();
+    assert!(error.exit_code() == 2 && error.to_string().contains("--mixup"), "{error}");
+    assert!(mixed.fits(&transform).is_err() && mixed.fits(&Transform::mae_pretrain(SIDE)).is_ok());
 }
 
 #[test]

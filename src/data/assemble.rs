@@ -115,6 +115,8 @@ pub(super) struct Assembly(Mutex<Rows>);
 struct Rows {
     /// u8 [B, S, S, C], there from the first row on: only then C is known.
     bytes: Option<Tensor>,
+    /// The same before colours changed, where the transform says so.
+    clean: Option<Tensor>,
     /// [B, R, C] or [B, C, S, S], likewise.
     fill: Option<Tensor>,
     rows: Vec<Option<Row>>,
@@ -132,7 +134,7 @@ impl Assembly {
     pub fn new(rows: usize) -> Self {
         let empty = || std::iter::repeat_with(Vec::new).take(rows).collect();
         let rows = std::iter::repeat_with(|| None).take(rows).collect();
-        Self(Mutex::new(Rows { bytes: None, fill: None, rows, unread: empty(), error: None }))
+        Self(Mutex::new(Rows { bytes: None, clean: None, fill: None, rows, unread: empty(), error: None }))
     }
 
     /// Makes a row; what goes wrong is an error of the batch.
@@ -164,7 +166,7 @@ impl Assembly {
 
     /// The batch, unless nothing of it could be read, and what could not.
     pub fn finish(self, recipe: &Recipe) -> Result<(Option<Loaded>, Vec<Unread>)> {
-        let Rows { bytes, fill, rows, unread, error } = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let Rows { bytes, clean, fill, rows, unread, error } = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, error)) = error {
             return Err(error);
         }
@@ -183,9 +185,10 @@ impl Assembly {
                 },
             }),
         };
+        let clean = clean.map(|clean| kept::<u8>(clean, &there)).transpose()?;
         let indices: Vec<usize> = rows.iter().map(|row| row.index).collect();
         let labels = indices.iter().map(|&index| recipe.dataset.label(index)).collect();
-        Ok((Some(Loaded { bytes: kept::<u8>(bytes, &there)?, labels, indices, erase }), unread))
+        Ok((Some(Loaded { bytes: kept::<u8>(bytes, &there)?, clean, labels, indices, erase }), unread))
     }
 }
 
@@ -193,7 +196,7 @@ impl Rows {
     fn put(&mut self, recipe: &Recipe, row: usize, made: Made) -> Result<()> {
         let Made { index, sample, fill, unread } = made;
         self.unread[row] = unread;
-        let Some(Sample { pixels, erased }) = sample else { return Ok(()) };
+        let Some(Sample { pixels, clean, erased }) = sample else { return Ok(()) };
         let (batch, side) = (self.rows.len(), recipe.transform.side);
         let channels = pixels.len() / side.pow(2).max(1);
         let bytes = match &mut self.bytes {
@@ -207,6 +210,13 @@ impl Rows {
             bytes.last()
         );
         bytes.data_mut::<u8>()[row * pixels.len()..][..pixels.len()].copy_from_slice(&pixels);
+        if let Some(own) = clean {
+            let clean = match &mut self.clean {
+                Some(clean) => clean,
+                none => none.insert(Tensor::empty(&[batch, side, side, channels], Dtype::U8)?),
+            };
+            clean.data_mut::<u8>()[row * own.len()..][..own.len()].copy_from_slice(&own);
+        }
         let (mode, most) =
             (recipe.transform.erasing.map(|erasing| erasing.mode), recipe.transform.erasing.map_or(0, |erasing| erasing.count));
         if erased.len() > most {

@@ -63,6 +63,8 @@ pub enum Filled {
 pub struct Loaded {
     /// u8 [B, S, S, C]
     pub bytes: Tensor,
+    /// The same before colours changed and with nothing erased, where the transform gives two views.
+    pub clean: Option<Tensor>,
     pub labels: Vec<u32>,
     /// Numbers of the images in the set.
     pub indices: Vec<usize>,
@@ -92,6 +94,15 @@ impl Loaded {
         let augment = augment::Augment { erase: augment.erase.or(own), ..*augment };
         augment::prepare(&bytes, &augment::levels(mean, std, device)?, &augment, &mut images)?;
         Ok(images)
+    }
+
+    /// The clean view, normalised, [B, C, S, S] on a device; None where there is one view alone.
+    pub fn clean_images(&self, device: &Device, mean: &[f32], std: &[f32]) -> Result<Option<Tensor>> {
+        let Some(clean) = &self.clean else { return Ok(None) };
+        let &[b, h, w, c] = clean.shape() else { bail!("a batch is {clean:?} but [B, H, W, C] is needed") };
+        let mut images = Tensor::empty_on(device, &[b, c, h, w], Dtype::F32)?;
+        augment::prepare(&clean.on(device)?, &augment::levels(mean, std, device)?, &augment::Augment::default(), &mut images)?;
+        Ok(Some(images))
     }
 }
 
@@ -128,6 +139,10 @@ impl Loader {
 
     pub fn dataset(&self) -> &Arc<dyn Dataset> {
         &self.dataset
+    }
+
+    pub fn transform(&self) -> &Transform {
+        &self.transform
     }
 
     /// Images of a full batch.

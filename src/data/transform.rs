@@ -10,7 +10,8 @@
 //! | [`shifted`](Transform::shifted) | shifted by a few pixels | - | - |
 //! | [`evaluate`](Transform::evaluate) | centre | - | - |
 //!
-//! All but the last mirror half of the pictures.
+//! All but the last mirror half of the pictures. With [`clean`](Transform::clean) there are two views of one cut: as it was before its colours changed, for a
+//! teacher, and as it is after.
 
 use super::colour::Jitter;
 use super::erase::Erasing;
@@ -43,6 +44,8 @@ pub struct Transform {
     pub flip: bool,
     pub colours: Colours,
     pub erasing: Option<Erasing>,
+    /// Whether the picture comes along as it was before its colours changed and nothing was erased.
+    pub clean: bool,
 }
 
 /// A picture that is ready for a batch.
@@ -50,6 +53,8 @@ pub struct Transform {
 pub struct Sample {
     /// [side, side, C]
     pub pixels: Vec<u8>,
+    /// The same before its colours changed, where that is asked for.
+    pub clean: Option<Vec<u8>>,
     /// Boxes (top, left, height, width) that are to be erased after normalisation.
     pub erased: Vec<[u32; 4]>,
 }
@@ -57,7 +62,7 @@ pub struct Sample {
 impl Transform {
     /// A crop and a flip.
     fn mirrored(side: usize, crop: Crop) -> Self {
-        Self { side, crop, flip: true, colours: Colours::Kept, erasing: None }
+        Self { side, crop, flip: true, colours: Colours::Kept, erasing: None, clean: false }
     }
 
     pub fn mae_pretrain(side: usize) -> Self {
@@ -93,6 +98,11 @@ impl Transform {
         Ok(Self { colours: Colours::Three(jitter), ..Self::mirrored(side, crop) })
     }
 
+    /// Two views of one cut: a teacher's, and a student's whose colours are jittered.
+    pub fn two_views(self, strength: f64) -> Result<Self> {
+        Ok(Self { colours: Colours::Jitter(checked_jitter(strength)?), clean: true, ..self })
+    }
+
     pub fn probe(side: usize) -> Self {
         Self::mirrored(side, Crop::Once { scale: [0.08, 1.0], ratio: ASPECTS })
     }
@@ -120,6 +130,7 @@ impl Transform {
         if self.flip && draws.chance(0.5) {
             resize::hflip(&mut pixels, to, channels)?;
         }
+        let clean = self.clean.then(|| pixels.clone());
         match self.colours {
             Colours::Kept => {}
             Colours::Jitter(jitter) => jitter.apply(&mut pixels, draws),
@@ -132,7 +143,7 @@ impl Transform {
             }
         }
         let erased = self.erasing.map(|erasing| erasing.draw(self.side, draws)).unwrap_or_default();
-        Ok(Sample { pixels, erased })
+        Ok(Sample { pixels, clean, erased })
     }
 }
 
@@ -159,6 +170,9 @@ impl fmt::Display for Transform {
         }
         if let Some(erasing) = self.erasing {
             write!(f, ", {erasing}")?;
+        }
+        if self.clean {
+            write!(f, ", beside a view without colours and erasing")?;
         }
         Ok(())
     }
@@ -188,6 +202,7 @@ mod tests {
             Transform::probe(48),
             Transform::shifted(48, 3),
             Transform::evaluate(48),
+            Transform::mae_pretrain(48).two_views(0.4).unwrap(),
         ]
     }
 
@@ -202,6 +217,21 @@ mod tests {
             assert_eq!(again, samples[7], "{transform}");
             assert_eq!(samples[1..].iter().all(|sample| *sample == samples[0]), transform == Transform::evaluate(48), "{transform}");
         }
+    }
+
+    #[test]
+    fn two_views_are_one_cut_before_and_after_the_jitter() {
+        let transform = Transform::mae_pretrain(48).two_views(0.4).unwrap();
+        let single = Transform { clean: false, ..transform.clone() };
+        for number in 0..20 {
+            let stream = || Rng::new(1).stream("sample", number);
+            let both = transform.apply(picture(), &mut stream()).unwrap();
+            let jittered = single.apply(picture(), &mut stream()).unwrap();
+            let clean = Transform::mae_pretrain(48).apply(picture(), &mut stream()).unwrap();
+            assert_eq!((&both.pixels, both.clean.as_ref()), (&jittered.pixels, Some(&clean.pixels)));
+            assert!(both.pixels != clean.pixels && jittered.clean.is_none());
+        }
+        assert_eq!(Transform::mae_pretrain(48).two_views(-1.0).unwrap_err().exit_code(), 2);
     }
 
     #[test]
@@ -227,6 +257,7 @@ mod tests {
         assert_eq!(said[3].split(" to ").next(), Some("random crop with 4 black pixels around"));
         assert_eq!(said[4], "simple random crop to 48 x 48, flip, ThreeAugment, colour jitter 0.3");
         assert_eq!(said[8], "centre crop of 0.875 to 48 x 48");
+        assert!(said[9].ends_with("48 x 48, flip, colour jitter 0.4, beside a view without colours and erasing"), "{}", said[9]);
     }
 
     #[test]

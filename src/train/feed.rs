@@ -3,7 +3,8 @@
 use crate::data::augment::Augment;
 use crate::data::loader::Loaded;
 use crate::data::mixing::Mixing;
-use crate::error::Result;
+use crate::data::transform::Transform;
+use crate::error::{Error, Result};
 use crate::methods::Batch;
 use crate::rng::Stream;
 use crate::tensor::{Device, Tensor};
@@ -26,23 +27,45 @@ pub struct Feed {
 }
 
 impl Feed {
+    /// Whether batches can be made of images that are transformed so.
+    pub fn fits(&self, transform: &Transform) -> Result<()> {
+        self.check(transform.clean)
+    }
+
+    /// A teacher's clean view shows one image, and what is mixed is two.
+    fn check(&self, two_views: bool) -> Result<()> {
+        if two_views && self.labels.is_some_and(|labels| labels.mixing.is_on()) {
+            return Err(Error::usage(
+                "--mixup and --cutmix blend the images that the student sees, but its teacher is to see a view of its own, which is not blended; \
+                 give --mixup 0 --cutmix 0, or one view for both",
+            ));
+        }
+        Ok(())
+    }
+
     /// A batch to learn from; what is drawn comes from its own stream.
     pub fn training(&self, loaded: Loaded, draws: &mut Stream) -> Result<Batch> {
         let Some(Labels { classes, mixing }) = &self.labels else {
-            return Ok(Batch::of_images(self.images(&loaded, &Augment::default())?));
+            return Ok(Batch { teacher_images: self.clean(&loaded)?, ..Batch::of_images(self.images(&loaded, &Augment::default())?) });
         };
+        self.check(loaded.clean.is_some())?;
         let &[batch, h, w, _] = loaded.bytes.shape() else { crate::bail!("a batch is {:?} but [B, H, W, C] is needed", loaded.bytes) };
         let mixed = mixing.draw(batch, [h, w], draws)?;
         let mut images = self.images(&loaded, &Augment { mix: mixed.whole(), ..Augment::default() })?;
         mixed.finish(&mut images)?;
         let targets = Tensor::from_slice(&[batch, *classes], &mixed.targets(&loaded.labels, *classes)?)?;
-        Ok(Batch { targets: Some(targets.on(&self.device)?), labels: loaded.labels, ..Batch::of_images(images) })
+        let teacher_images = self.clean(&loaded)?;
+        Ok(Batch { teacher_images, targets: Some(targets.on(&self.device)?), labels: loaded.labels, ..Batch::of_images(images) })
     }
 
     /// A batch to be judged by.
     pub fn evaluation(&self, loaded: Loaded) -> Result<Batch> {
         let images = self.images(&loaded, &Augment::default())?;
         Ok(Batch { labels: loaded.labels, ..Batch::of_images(images) })
+    }
+
+    fn clean(&self, loaded: &Loaded) -> Result<Option<Tensor>> {
+        loaded.clean_images(&self.device, &self.mean, &self.std)
     }
 
     fn images(&self, loaded: &Loaded, augment: &Augment) -> Result<Tensor> {

@@ -108,6 +108,8 @@ pub struct Job<'a> {
     /// What a new folder under runs/ is called.
     pub folder: &'static str,
     pub common: &'a CommonArgs,
+    /// Strength of the jitter of the colours that the student sees, where its teacher sees the clean view of the same cut.
+    pub jitter: Option<f64>,
     pub settings: Map<String, Value>,
 }
 
@@ -125,6 +127,7 @@ impl Job<'_> {
         let CommonArgs { run, images, crop } = self.common;
         run.check()?;
         images.check()?;
+        let side = images.input_size;
         let device = run.open_device()?;
         let start = Start::of(run, self.folder)?;
         let train = images.open(Part::Train)?;
@@ -139,6 +142,17 @@ impl Job<'_> {
 
         let mut method = make(Making { device: device.clone(), resumed: start.from.is_some(), say: &mut *say })?;
         let optimizer = AdamW::new(groups::by_decay(method.params(), run.weight_decay, &[]), BETAS, 1e-8)?;
+        let cut = crop.training(side)?;
+        let transform = match self.jitter {
+            Some(_) if images.in_chans != 3 => {
+                return Err(Error::usage(format!(
+                    "--in-chans {}: colours are changed of images with 3 channels only; give --color-jitter 0",
+                    images.in_chans
+                )));
+            }
+            Some(strength) => cut.two_views(strength)?,
+            None => cut,
+        };
         let [mean, std] = images.statistics();
         let feed = Feed { device, mean, std, labels: None };
         let loading = LoaderOptions {
@@ -149,7 +163,6 @@ impl Job<'_> {
             strict: images.strict_data,
             ..LoaderOptions::default()
         };
-        let side = images.input_size;
         let shown = spread(validation.clone().unwrap_or_else(|| train.clone()), SHOWN);
         let few = LoaderOptions { batch: SHOWN, order: Order::Sequential, workers: 0, ..loading };
         let after = pictures(Loader::new(shown, crop.evaluation(side)?, few), feed.clone());
@@ -158,7 +171,7 @@ impl Job<'_> {
             command: self.command,
             method,
             optimizer: Box::new(optimizer),
-            loader: Loader::new(train, crop.training(side)?, loading),
+            loader: Loader::new(train, transform, loading),
             validation: validation.map(in_order).transpose()?,
             feed,
             after: Some(after),
@@ -189,5 +202,5 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         mae.params.move_to(&making.device, common.run.precision.dtype())?;
         Ok(Box::new(mae))
     };
-    Job { command: "pretrain mae", folder: "pretrain-mae", common, settings }.train(make, say)
+    Job { command: "pretrain mae", folder: "pretrain-mae", common, jitter: None, settings }.train(make, say)
 }

@@ -138,6 +138,7 @@ impl Start {
     /// Trains to the end, or until a signal asks to stop.
     pub fn train(&self, run: &RunArgs, ready: Ready, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         let Ready { command, mut method, optimizer, loader, validation, feed, after, settings, classes } = ready;
+        feed.fits(loader.transform())?;
         let batches = loader.batches();
         if batches < run.accum_iter {
             return Err(Error::usage(format!(
