@@ -67,6 +67,17 @@ impl Masks {
         Ok(Self { kind, grid: config.grid(), keep: kept * each, units: RefCell::default() })
     }
 
+    /// Of masks that keep so many patches, for one who is shown all of them where that is all.
+    pub fn keeping(kind: Masking, config: &VitConfig, keep: usize) -> Result<Self> {
+        let each = if kind == Masking::Block { SIDE * SIDE } else { 1 };
+        if kind == Masking::Block {
+            masking::units(1, config.grid(), SIDE)?;
+        }
+        ensure!(keep.is_multiple_of(each), "{keep} patches are no whole number of units of {each}");
+        ensure!(keep > 0 && keep <= config.patches(), "{keep} of {} patches cannot be kept", config.patches());
+        Ok(Self { kind, grid: config.grid(), keep, units: RefCell::default() })
+    }
+
     /// Of random masks that keep so many patches.
     pub fn random(config: &VitConfig, keep: usize) -> Self {
         Self { kind: Masking::Random, grid: config.grid(), keep, units: RefCell::default() }

@@ -2,7 +2,9 @@
 
 pub mod dmae;
 pub mod mae;
+pub mod maskedkd;
 pub mod masks;
+pub mod selection;
 pub mod supervised;
 pub mod teacher;
 

@@ -11,7 +11,7 @@ use crate::nn::{Scope, flops};
 use crate::ops::batchnorm::Statistics;
 use crate::param::{Params, ParamsBuilder};
 use crate::rng::Rng;
-use crate::tape::Tape;
+use crate::tape::{Tape, Var};
 use crate::tensor::{Device, Dtype, Tensor};
 
 pub struct Supervised {
@@ -19,6 +19,8 @@ pub struct Supervised {
     pub model: Classifier,
     pub classes: usize,
     probe: bool,
+    /// Whether each class is a question of its own, as DeiT-III trains.
+    pub binary: bool,
 }
 
 impl Supervised {
@@ -30,15 +32,12 @@ impl Supervised {
         if probe {
             Classifier::train_head_only(&mut params);
         }
-        Ok(Self { params, model, classes, probe })
+        Ok(Self { params, model, classes, probe, binary: false })
     }
 
-    /// What the model answers, [B, classes] on the CPU in f64; dropped out of nothing, nothing drawn.
+    /// What the model answers; see [`answers`].
     pub fn answers(&self, images: &Tensor) -> Result<Tensor> {
-        let tape = Tape::off();
-        let images = images.on(self.params.device())?;
-        let output = self.model.forward(&Scope::new(&tape, &self.params), &images, None, false)?;
-        output.evaluated()?.value().on(&Device::Cpu)?.cast(Dtype::F32)
+        answers(&self.model, &self.params, images)
     }
 
     /// What enters the head, f32 [B, C] on the CPU.
@@ -60,8 +59,9 @@ impl Method for Supervised {
         let s = Scope::new(tape, &self.params).with_noise(rng);
         let images = batch.images.on(self.params.device())?;
         let output = self.model.forward(&s, &images, None, true)?;
-        let loss = output.logits.cross_entropy_soft(targets)?;
-        Ok(Loss { statistics: output.statistics, ..Loss::single("cross-entropy", loss) })
+        let loss = label_loss(&output.logits, targets, self.binary)?;
+        let name = if self.binary { "binary-cross-entropy" } else { "cross-entropy" };
+        Ok(Loss { statistics: output.statistics, ..Loss::single(name, loss) })
     }
 
     fn encoder(&self) -> &Vit {
@@ -81,6 +81,20 @@ impl Method for Supervised {
         let all = flops::classifier_macs(&self.model.vit.config, self.classes);
         [all, if self.probe { (self.model.vit.config.width * self.classes) as u64 } else { all }]
     }
+}
+
+/// What a classifier answers in evaluation, f32 [B, classes] on the CPU: of two heads the mean; nothing is drawn.
+pub fn answers(model: &Classifier, params: &Params, images: &Tensor) -> Result<Tensor> {
+    let tape = Tape::off();
+    let images = images.on(params.device())?;
+    let output = model.forward(&Scope::new(&tape, params), &images, None, false)?;
+    output.evaluated()?.value().on(&Device::Cpu)?.cast(Dtype::F32)
+}
+
+/// The loss of labels that are probabilities, f32 [B, classes]: cross-entropy, or where `binary` the mean binary cross-entropy over all classes, of which each
+/// counts as meant whose probability is above 0.
+pub fn label_loss(logits: &Var, targets: &Tensor, binary: bool) -> Result<Var> {
+    if binary { logits.bce(targets, true) } else { logits.cross_entropy_soft(targets) }
 }
 
 /// Cross-entropy of hard labels, and how many of them are first and among the first five of `answers` [B, classes]. Of equal answers the lower class comes first.

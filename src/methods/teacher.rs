@@ -39,13 +39,15 @@ pub struct Teacher {
     pub network: Network,
     /// Where it comes from, for messages.
     pub name: String,
+    /// The names of its classes, where its file says them.
+    pub classes: Vec<String>,
     seconds: Cell<f64>,
     passes: Cell<u64>,
 }
 
 impl Teacher {
     pub fn new(name: impl Into<String>, params: Params, network: Network) -> Self {
-        Self { params, network, name: name.into(), seconds: Cell::new(0.0), passes: Cell::new(0) }
+        Self { params, network, name: name.into(), classes: Vec::new(), seconds: Cell::new(0.0), passes: Cell::new(0) }
     }
 
     /// The part of it that sees patches.
@@ -118,6 +120,29 @@ impl Teacher {
             Network::Cait(cait) => Ok(cait.forward(s, images, kept)?.value().clone()),
             _ => bail!("{} has no head: it answers no classes", self.name),
         })
+    }
+
+    /// How many classes it answers; None where it has no head.
+    pub fn answers(&self) -> Option<usize> {
+        match &self.network {
+            Network::Classifier(classifier) => Some(classifier.classes),
+            Network::Cait(cait) => Some(cait.config.classes),
+            _ => None,
+        }
+    }
+
+    /// Multiply-accumulates of its logits from `kept` patches, counted as MaskedKD does: all patches are projected.
+    pub fn logit_macs(&self, kept: usize) -> u64 {
+        match &self.network {
+            Network::Cait(cait) => flops::cait_macs(&cait.config, kept),
+            _ => flops::masked_classifier_macs(self.vit(), kept, self.answers().unwrap_or(0)),
+        }
+    }
+
+    /// What its own class token attends to in its last block, all patches seen: probabilities [B, H, extra + N].
+    pub fn looks(&self, images: &Tensor) -> Result<Tensor> {
+        let encoder = self.encoder()?;
+        self.pass(|s| Ok(encoder.blocks_with_class_rows(s, &encoder.embed(s, images, None)?)?.1))
     }
 
     /// Multiply-accumulates of the first `blocks` blocks on `kept` patches; a head's are not among them.

@@ -7,6 +7,7 @@
 use super::attention::Attention;
 use super::linear::Linear;
 use super::norm::Norm;
+use super::vit::Query;
 use super::{Scope, Start};
 use crate::error::Result;
 use crate::ops::attention::Request;
@@ -109,6 +110,21 @@ impl Block {
     pub fn forward_with(&self, s: &Scope, x: &Var, request: &Request) -> Result<(Var, Option<Tensor>)> {
         let (y, class_rows) = self.attention.forward(s, &self.norm1.forward(s, x)?, request)?;
         Ok((self.mlp.finish(s, &self.residual, x, y)?, class_rows))
+    }
+
+    /// The output, and what a token in front attends to, [B, H, N]; of both tokens [B, 2 H, N].
+    pub fn forward_looking(&self, s: &Scope, x: &Var, query: Query) -> Result<(Var, Tensor)> {
+        let tokens = match query {
+            Query::Class => {
+                let (y, rows) = self.forward_with(s, x, &Request { class_rows: true, ..Request::default() })?;
+                return Ok((y, rows.expect("class rows were requested")));
+            }
+            Query::Distillation => 1..2,
+            Query::Both => 0..2,
+        };
+        let (y, rows) = self.attention.forward_rows(s, &self.norm1.forward(s, x)?, tokens)?;
+        let &[batch, heads, queries, keys] = rows.shape() else { unreachable!("rows are [B, H, Q, N]") };
+        Ok((self.mlp.finish(s, &self.residual, x, y)?, rows.reshape(&[batch, heads * queries, keys])?))
     }
 
     /// Packed queries, keys and values that the block would attend with, [B, N, 3 C]; the rest of the block is not run.

@@ -42,6 +42,7 @@ const PROBE_MOMENTUM: f64 = 0.1;
 
 pub struct Classifier {
     pub vit: Vit,
+    pub classes: usize,
     pool: Pool,
     running: Option<Running>,
     head: Linear,
@@ -88,7 +89,7 @@ impl Classifier {
         let distillation_head =
             if distilled { Some(Linear::new(b, "head_dist", width, c.classes, start.linear(width, c.classes))?) } else { None };
         let fc_norm = if c.pool == Pool::Mean { Some(Norm::new(b, "fc_norm", width, eps)?) } else { None };
-        Ok(Self { vit, pool: c.pool, running, head, distillation_head, fc_norm })
+        Ok(Self { vit, classes: c.classes, pool: c.pool, running, head, distillation_head, fc_norm })
     }
 
     /// Freezes all but the head, as linear probing does.

@@ -2,6 +2,7 @@
 //!
 //! Heads are not among the shapes: they come from the published size of the same width and depth.
 
+use super::cait::CaitConfig;
 use super::decoder::DecoderConfig;
 use super::names;
 use super::position;
@@ -32,6 +33,8 @@ pub struct Contents {
     pub pooled: bool,
     /// Whether the head is a linear probe's.
     pub probe: bool,
+    /// CaiT's blocks for the class token and its heads, which their own mixing tells.
+    pub cait: Option<(usize, usize)>,
 }
 
 impl Contents {
@@ -64,6 +67,7 @@ impl Contents {
             classes: first("head.weight").or_else(|| first("head.1.weight")),
             pooled: file.contains("fc_norm.weight"),
             probe: file.contains("head.1.weight"),
+            cait: Some(blocks("blocks_token_only.")).filter(|&count| count > 0).zip(first("blocks.0.attn.proj_l.weight")),
         })
     }
 
@@ -77,8 +81,7 @@ impl Contents {
         let unknown =
             || Error::new(format!("no published model is {} wide and {} blocks deep, so its heads are unknown", self.width, self.depth));
         let preset = presets::mae(self.size().ok_or_else(unknown)?, self.patch)?;
-        let grid = self.grid.ok_or_else(|| Error::new("the position table is of no square grid, so the size of the images is unknown"))?;
-        let side = grid.checked_mul(self.patch).ok_or_else(|| Error::new("the position table is too large"))?;
+        let side = self.side()?;
         let position = match (self.extra, self.decoder) {
             (0, _) => Position::LearnedPatches,
             (_, Some(_)) => Position::SinCos,
@@ -95,6 +98,27 @@ impl Contents {
             drop_path: DropPath::Constant(0.0),
             ..preset
         })
+    }
+
+    /// A CaiT, for the images that the position table is made for; None of other models.
+    pub fn cait(&self) -> Result<Option<CaitConfig>> {
+        let Some((class_blocks, heads)) = self.cait else { return Ok(None) };
+        let classes = self.classes.ok_or_else(|| Error::new("it is a CaiT without a head"))?;
+        let side = self.side()?;
+        let vit = VitConfig {
+            channels: self.channels,
+            mlp_ratio: self.hidden as f64 / self.width as f64,
+            position: Position::LearnedPatches,
+            layer_scale: Some(1e-5),
+            ..VitConfig::new(side, self.patch, self.width, self.depth, heads)
+        };
+        Ok(Some(CaitConfig { vit, class_blocks, classes }))
+    }
+
+    /// Side of the images.
+    fn side(&self) -> Result<usize> {
+        let grid = self.grid.ok_or_else(|| Error::new("the position table is of no square grid, so the size of the images is unknown"))?;
+        grid.checked_mul(self.patch).ok_or_else(|| Error::new("the position table is too large"))
     }
 
     /// The decoder, if there is one; its heads are 32 wide, or those of the size's own decoder.

@@ -8,6 +8,7 @@
 //! As the papers count: norms, softmax, GELU and sums are left out, and the decoder's last layer is counted on all of its tokens. A backward
 //! pass costs twice the forward of what is trained.
 
+use super::cait::CaitConfig;
 use super::decoder::DecoderConfig;
 use super::vit::VitConfig;
 
@@ -37,8 +38,31 @@ pub fn decoder_macs(decoder: &DecoderConfig, vit: &VitConfig, kept: usize) -> u6
 
 /// A classifier on all patches.
 pub fn classifier_macs(vit: &VitConfig, classes: usize) -> u64 {
+    masked_classifier_macs(vit, vit.patches(), classes)
+}
+
+/// A classifier whose blocks see `kept` patches. As MaskedKD counts, all patches are projected first.
+pub fn masked_classifier_macs(vit: &VitConfig, kept: usize, classes: usize) -> u64 {
     let heads = 1 + u64::from(vit.distillation_token);
-    vit_macs(vit, vit.patches()) + heads * vit.width as u64 * classes as u64
+    vit_macs(vit, kept) + hidden_projections(vit, kept) + heads * vit.width as u64 * classes as u64
+}
+
+/// Projections of the patches that are not kept.
+fn hidden_projections(vit: &VitConfig, kept: usize) -> u64 {
+    vit.patches().saturating_sub(kept) as u64 * vit.width as u64 * vit.patch_values() as u64
+}
+
+/// CaiT whose blocks see `kept` patches, counted alike.
+///
+///   block of n tokens        that of a ViT + 2 n^2 heads^2 for heads that talk before and behind the softmax
+///   block of the class token 2 (n + 1) D^2 (k, v) + 2 D^2 (q, proj) + 2 D hidden + 2 (n + 1) D
+pub fn cait_macs(cait: &CaitConfig, kept: usize) -> u64 {
+    let (vit, n, width) = (&cait.vit, kept as u64, cait.vit.width as u64);
+    let (inside, heads) = (hidden(vit.width, vit.mlp_ratio), vit.heads as u64);
+    let embed = vit.patches().max(kept) as u64 * width * vit.patch_values() as u64;
+    let blocks = vit.depth as u64 * (block(n, width, inside) + 2 * n * n * heads * heads);
+    let class_block = 2 * (n + 1) * width * width + 2 * width * width + 2 * width * inside + 2 * (n + 1) * width;
+    embed + blocks + cait.class_blocks as u64 * class_block + width * cait.classes as u64
 }
 
 #[cfg(test)]
@@ -82,6 +106,34 @@ mod tests {
             rounds_to(classifier_macs(&presets::vit(size, 224, 0.0).unwrap(), 1000), giga);
         }
         rounds_to(classifier_macs(&presets::vit("base", 384, 0.0).unwrap(), 1000), "55.5");
+    }
+
+    #[test]
+    fn a_teacher_on_kept_patches_costs_what_is_published() {
+        for (kept, sizes) in [
+            (196, ["1.254", "4.599", "17.564", "61.555"]),
+            (180, ["1.141", "4.203", "16.093", "56.426"]),
+            (160, ["1.003", "3.716", "14.269", "50.050"]),
+            (147, ["0.916", "3.403", "13.090", "45.926"]),
+            (144, ["0.896", "3.331", "12.819", "44.977"]),
+            (120, ["0.739", "2.762", "10.663", "37.416"]),
+            (98, ["0.600", "2.251", "8.706", "30.534"]),
+            (80, ["0.489", "1.839", "7.117", "24.939"]),
+            (60, ["0.370", "1.388", "5.366", "18.759"]),
+            (49, ["0.306", "1.143", "4.409", "15.378"]),
+            (30, ["0.198", "0.725", "2.767", "9.564"]),
+            (20, ["0.143", "0.508", "1.908", "6.519"]),
+        ] {
+            for (size, giga) in ["tiny", "small", "base", "large"].into_iter().zip(sizes) {
+                rounds_to(masked_classifier_macs(&presets::vit(size, 224, 0.0).unwrap(), kept, 1000), giga);
+            }
+        }
+        for (kept, giga) in [(256, "167.30"), (192, "124.67"), (128, "82.72"), (64, "41.43")] {
+            rounds_to(masked_classifier_macs(&presets::deit3("huge", 224, 0.0).unwrap(), kept, 1000), giga);
+        }
+        for (kept, giga) in [(196, "9.33"), (144, "6.71"), (98, "4.49")] {
+            rounds_to(cait_macs(&presets::cait_s24(224, 1000), kept), giga);
+        }
     }
 
     #[test]

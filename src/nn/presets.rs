@@ -2,6 +2,7 @@
 //!
 //!   base   mae_vit_base_patch16   mae_vit_base_patch16_dec512d8b   vit_base_patch16   deit_base_patch16_224
 //!   deit_base_distilled_patch16_224   deit_base_patch16_LS (DeiT-III; timm: deit3_base_patch16_224)
+//!   deit_small   deit3_small   mae_vit_base (as MaskedKD names its teachers)
 //!
 //! The glyph sizes belong to the built-in dataset of that name.
 
@@ -83,11 +84,16 @@ impl Named {
         }
         let starts = [("mae_vit_", Family::Mae), ("vit_", Family::Vit), ("deit_", Family::Deit), ("deit3_", Family::Deit3)];
         let (mut family, rest) = starts.iter().find_map(|(start, family)| Some((*family, name.strip_prefix(start)?)))?;
-        let (mut size, rest) = rest.split_once("_patch")?;
+        let (mut size, rest) = rest.split_once("_patch").map_or((rest, None), |(size, rest)| (size, Some(rest)));
         if let (Family::Deit, Some(short)) = (family, size.strip_suffix("_distilled")) {
             (family, size) = (Family::Distilled, short);
         }
         let mut named = Self::plain(size)?;
+        let Some(rest) = rest else {
+            // As MaskedKD names its teachers: deit_small, deit3_base, mae_vit_base.
+            named.family = Some(family).filter(|family| *family != Family::Vit);
+            return named.family.is_some().then_some(named);
+        };
         let mut parts = rest.split('_');
         named.patch = number(parts.next()?)?;
         for part in parts {
@@ -262,6 +268,10 @@ mod tests {
             ("deit_base_distilled_patch16_384", "base", 16, Some(Family::Distilled), 384),
             ("deit_medium_patch16_LS", "medium", 16, Some(Family::Deit3), 224),
             ("deit3_large_patch16_384", "large", 16, Some(Family::Deit3), 384),
+            ("deit_small", "small", 16, Some(Family::Deit), 224),
+            ("deit_base_distilled", "base", 16, Some(Family::Distilled), 224),
+            ("deit3_huge", "huge", 14, Some(Family::Deit3), 224),
+            ("mae_vit_base", "base", 16, Some(Family::Mae), 224),
         ] {
             let found = named(name).unwrap();
             assert_eq!((found.size, found.patch, found.family, found.image), (size, patch, family, image), "{name}");

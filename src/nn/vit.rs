@@ -9,7 +9,6 @@ use super::linear::Linear;
 use super::norm::Norm;
 use super::{Scope, Start, position};
 use crate::error::Result;
-use crate::ops::attention::Request;
 use crate::ops::gather::gather_patches;
 use crate::param::{Init, ParamId, ParamsBuilder, Role};
 use crate::tape::Var;
@@ -25,6 +24,15 @@ pub enum Position {
     Learned,
     /// Learned, for patches only (DeiT-III, CaiT).
     LearnedPatches,
+}
+
+/// Which tokens in front are asked where they look.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Query {
+    #[default]
+    Class,
+    Distillation,
+    Both,
 }
 
 /// How the rate of stochastic depth goes over the blocks.
@@ -244,10 +252,23 @@ impl Vit {
 
     /// All blocks, and the class token's probabilities [B, H, N] in the last one.
     pub fn blocks_with_class_rows(&self, s: &Scope, x: &Var) -> Result<(Var, Tensor)> {
-        let (last, before) = self.blocks.split_last().expect("a ViT has blocks");
-        let x = before.iter().try_fold(x.clone(), |x, block| block.forward(s, &x))?;
-        let (x, rows) = last.forward_with(s, &x, &Request { class_rows: true, ..Request::default() })?;
-        Ok((x, rows.expect("class rows were requested")))
+        self.blocks_with_rows(s, x, self.blocks.len() - 1, Query::Class)
+    }
+
+    /// All blocks, and what tokens in front attend to in block `at`: probabilities over all keys, [B, H, N], or [B, 2 H, N] of both tokens.
+    pub fn blocks_with_rows(&self, s: &Scope, x: &Var, at: usize, query: Query) -> Result<(Var, Tensor)> {
+        ensure!(at < self.blocks.len(), "block {at} was asked for but there are {}", self.blocks.len());
+        ensure!(query == Query::Class || self.config.distillation_token, "there is no distillation token to ask where it looks");
+        let (mut x, mut seen) = (x.clone(), None);
+        for (i, block) in self.blocks.iter().enumerate() {
+            if i != at {
+                x = block.forward(s, &x)?;
+                continue;
+            }
+            let (y, rows) = block.forward_looking(s, &x, query)?;
+            (x, seen) = (y, Some(rows));
+        }
+        Ok((x, seen.expect("the block is among them")))
     }
 
     /// Block `i` alone.
