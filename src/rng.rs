@@ -12,12 +12,14 @@ use std::sync::Arc;
 pub struct Rng {
     seed: u64,
     step: u64,
+    /// In front of every name.
+    within: &'static str,
     replay: Option<Arc<BTreeMap<String, Vec<f32>>>>,
 }
 
 impl Rng {
     pub fn new(seed: u64) -> Self {
-        Self { seed, step: 0, replay: None }
+        Self { seed, step: 0, within: "", replay: None }
     }
 
     /// The same generator at another step: every name gives fresh numbers.
@@ -25,13 +27,24 @@ impl Rng {
         Self { step, ..self.clone() }
     }
 
+    /// The same generator with this in front of every name, so that two networks of one kind draw different numbers.
+    pub fn within(&self, whose: &'static str) -> Self {
+        Self { within: whose, ..self.clone() }
+    }
+
+    /// A name with what stands in front of it.
+    pub fn full(&self, name: &str) -> String {
+        format!("{}{name}", self.within)
+    }
+
     /// Answers with these recorded numbers; a name that was not recorded is an error.
     pub fn replaying(recorded: BTreeMap<String, Vec<f32>>) -> Self {
-        Self { seed: 0, step: 0, replay: Some(Arc::new(recorded)) }
+        Self { seed: 0, step: 0, within: "", replay: Some(Arc::new(recorded)) }
     }
 
     /// Uniform in [0, 1), multiples of 2^-24.
     pub fn uniform(&self, name: &str, n: usize) -> Result<Vec<f32>> {
+        let name = &self.full(name);
         if let Some(recorded) = &self.replay {
             let values = recorded.get(name);
             ensure!(values.is_some(), "random numbers named {name:?} were not recorded");
@@ -44,7 +57,7 @@ impl Rng {
 
     /// Normal with mean 0 and deviation 1 (Box-Muller, from numbers of 32 bits).
     pub fn normal(&self, name: &str, n: usize) -> Vec<f32> {
-        let words = self.words(name, n.div_ceil(2) * 2);
+        let words = self.words(&self.full(name), n.div_ceil(2) * 2);
         let pairs = words.chunks_exact(2).flat_map(|pair| {
             let radius = (-2.0 * ((pair[0] as f64 + 0.5) / 4_294_967_296.0).ln()).sqrt();
             let angle = std::f64::consts::TAU * (pair[1] as f64 / 4_294_967_296.0);
@@ -55,7 +68,7 @@ impl Rng {
 
     /// Numbers one after another, for decisions whose count is not known beforehand: one stream for each name and number.
     pub fn stream(&self, name: &str, number: u64) -> Stream {
-        let name = hash(name) ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        let name = hash(&self.full(name)) ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
         let key = [self.seed as u32 ^ name as u32, (self.seed >> 32) as u32 ^ (name >> 32) as u32];
         Stream { key, step: self.step, next: 0, block: [0; 4] }
     }

@@ -485,7 +485,7 @@ impl Gpu {
         // A replay draws before it does the recorded work: nothing of it may write here, neither filling it nor work that had this memory before.
         let block = Arc::new(self.take_as_it_is(count * 4, self.is_recording())?);
         if let Some(draws) = &mut lock(&self.0.state).draws {
-            draws.push(Draw { name: name.to_string(), count, block: block.clone() });
+            draws.push(Draw { name: rng.full(name), count, block: block.clone() });
             return Ok(block);
         }
         self.upload(&block, 0, bytemuck::cast_slice(&rng.uniform(name, count)?))?;

@@ -31,11 +31,16 @@ impl Attention {
         self.qkv.forward(s, x)
     }
 
+    /// The output for packed queries, keys and values.
+    pub fn attend(&self, s: &Scope, qkv: &Var) -> Result<Var> {
+        self.proj.forward(s, &qkv.attention(self.heads)?)
+    }
+
     /// The output, and the probabilities [B, H, Q, N] of the tokens `queries`.
     pub fn forward_rows(&self, s: &Scope, x: &Var, queries: Range<usize>) -> Result<(Var, Tensor)> {
         let qkv = self.qkv(s, x)?;
         let seen = rows(&qkv, self.heads, queries)?;
-        Ok((self.proj.forward(s, &qkv.attention(self.heads)?)?, seen))
+        Ok((self.attend(s, &qkv)?, seen))
     }
 
     /// The output, and the class token's probabilities [B, H, N] if requested.

@@ -77,12 +77,29 @@ impl Mlp {
         })
     }
 
+    /// The branch alone, for the residual stream behind the attention.
+    pub fn forward(&self, s: &Scope, x: &Var) -> Result<Var> {
+        self.fc2.forward(s, &self.fc1.forward_gelu(s, &self.norm.forward(s, x)?)?)
+    }
+
     /// x with both branches, the first of which is what the attention gave.
     pub fn finish(&self, s: &Scope, residual: &Residual, x: &Var, attended: Var) -> Result<Var> {
         let (x, y) = self.norm.forward_sum(s, x, &residual.branch(s, attended, 0)?)?;
         let y = self.fc2.forward(s, &self.fc1.forward_gelu(s, &y)?)?;
         x.add_branch(&residual.branch(s, y, 1)?)
     }
+}
+
+/// Everything that a block computes on its way.
+pub struct Parts {
+    /// Packed queries, keys and values, [B, N, 3 C].
+    pub qkv: Var,
+    /// The attention's branch, and the residual stream with it.
+    pub attention: Var,
+    pub attended: Var,
+    /// The MLP's branch, and the residual stream with it: the block's output.
+    pub mlp: Var,
+    pub output: Var,
 }
 
 pub struct Block {
@@ -125,6 +142,16 @@ impl Block {
         let (y, rows) = self.attention.forward_rows(s, &self.norm1.forward(s, x)?, tokens)?;
         let &[batch, heads, queries, keys] = rows.shape() else { unreachable!("rows are [B, H, Q, N]") };
         Ok((self.mlp.finish(s, &self.residual, x, y)?, rows.reshape(&[batch, heads * queries, keys])?))
+    }
+
+    /// The output with everything before it.
+    pub fn parts(&self, s: &Scope, x: &Var) -> Result<Parts> {
+        let qkv = self.qkv(s, x)?;
+        let attention = self.attention.attend(s, &qkv)?;
+        let attended = x.add_branch(&self.residual.branch(s, attention.clone(), 0)?)?;
+        let mlp = self.mlp.forward(s, &attended)?;
+        let output = attended.add_branch(&self.residual.branch(s, mlp.clone(), 1)?)?;
+        Ok(Parts { qkv, attention, attended, mlp, output })
     }
 
     /// Packed queries, keys and values that the block would attend with, [B, N, 3 C]; the rest of the block is not run.

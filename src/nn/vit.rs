@@ -4,7 +4,7 @@
 //!
 //! Only the patches that are kept are projected: [`Vit::embed`] gathers pixels first. A teacher that is asked for an early block stops there.
 
-use super::block::{Block, BlockConfig};
+use super::block::{Block, BlockConfig, Parts};
 use super::linear::Linear;
 use super::norm::Norm;
 use super::{Scope, Start, position};
@@ -41,6 +41,8 @@ pub enum DropPath {
     /// From 0 in the first block to this in the last.
     Linear(f64),
     Constant(f64),
+    /// The same in all blocks but the last, which has none (TinyMIM).
+    ButLast(f64),
 }
 
 #[derive(Clone, Debug)]
@@ -108,16 +110,21 @@ impl VitConfig {
         self.patches() + if self.position == Position::LearnedPatches { 0 } else { self.extra() }
     }
 
+    /// Heads of block `i`.
+    pub fn heads_of(&self, i: usize) -> usize {
+        if i + 1 == self.depth { self.last_heads.unwrap_or(self.heads) } else { self.heads }
+    }
+
     pub fn block(&self, i: usize) -> BlockConfig {
         let drop_path = match self.drop_path {
             DropPath::Linear(most) if self.depth > 1 => most * i as f64 / (self.depth - 1) as f64,
             DropPath::Linear(_) => 0.0,
-            DropPath::Constant(rate) => rate,
+            DropPath::ButLast(_) if i + 1 == self.depth => 0.0,
+            DropPath::Constant(rate) | DropPath::ButLast(rate) => rate,
         };
-        let heads = if i + 1 == self.depth { self.last_heads.unwrap_or(self.heads) } else { self.heads };
         BlockConfig {
             width: self.width,
-            heads,
+            heads: self.heads_of(i),
             hidden: (self.width as f64 * self.mlp_ratio) as usize,
             eps: self.eps,
             qkv_bias: self.qkv_bias,
@@ -275,6 +282,12 @@ impl Vit {
     pub fn block(&self, s: &Scope, x: &Var, i: usize) -> Result<Var> {
         ensure!(i < self.blocks.len(), "block {i} was asked for but there are {}", self.blocks.len());
         self.blocks[i].forward(s, x)
+    }
+
+    /// Block `i` alone, with everything on its way.
+    pub fn parts(&self, s: &Scope, x: &Var, i: usize) -> Result<Parts> {
+        ensure!(i < self.blocks.len(), "block {i} was asked for but there are {}", self.blocks.len());
+        self.blocks[i].parts(s, x)
     }
 
     /// The first `count` blocks and no more.
