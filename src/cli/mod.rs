@@ -12,7 +12,7 @@ use crate::measure::{info, kernels, loading, ops, parity, step};
 use crate::tensor::Dtype;
 use crate::train::evaluate::EvaluateArgs;
 use crate::train::run::Ended;
-use crate::train::{classify, dmae, pretrain};
+use crate::train::{classify, dmae, pretrain, tinymim};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -75,6 +75,9 @@ enum Pretrain {
     /// DMAE: MAE whose features follow those of a larger MAE that sees the same few patches
     #[command(args_override_self = true, allow_negative_numbers = true)]
     Dmae(Box<dmae::DmaePretrainArgs>),
+    /// TinyMIM: relate tokens as one block of a teacher does, or follow its features or its class token
+    #[command(args_override_self = true, allow_negative_numbers = true)]
+    Tinymim(Box<tinymim::TinymimPretrainArgs>),
 }
 
 #[derive(Subcommand)]
@@ -182,6 +185,7 @@ fn command() -> clap::Command {
             let images = &[("crop_min", "0.2"), ("eval_freq", "20")];
             c.mut_subcommand("mae", |c| named(defaults(c, images)))
                 .mut_subcommand("dmae", |c| named(defaults(defaults(c, images), &[("warmup_epochs", "20"), ("save_freq", "5")])))
+                .mut_subcommand("tinymim", |c| named(defaults(c, images)))
         })
         .mut_subcommand("finetune", |c| {
             named(defaults(c, &[("epochs", "50"), ("warmup_epochs", "5"), ("min_lr", "1e-6"), ("save_freq", "1")]))
@@ -226,6 +230,7 @@ fn execute(command: Command) -> Result<ExitCode> {
     match command {
         Command::Pretrain(Pretrain::Mae(args)) => return Ok(ended(pretrain::mae(&args, &mut |line| say(line))?)),
         Command::Pretrain(Pretrain::Dmae(args)) => return Ok(ended(dmae::dmae(&args, &mut |line| say(line))?)),
+        Command::Pretrain(Pretrain::Tinymim(args)) => return Ok(ended(tinymim::tinymim(&args, &mut |line| say(line))?)),
         Command::Finetune(args) => return Ok(ended(classify::finetune(&args, &mut |line| say(line))?)),
         Command::Probe(args) => return Ok(ended(classify::probe(&args, &mut |line| say(line))?)),
         Command::Evaluate(args) => args.run(&mut |line| say(line)).map(|_| ())?,

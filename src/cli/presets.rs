@@ -28,8 +28,13 @@ pub fn find(name: &str) -> Result<Preset> {
 }
 
 /// The commands that take recipes, and the recipe that each takes where no other and no images are named.
-const COMMANDS: [(&str, &str); 4] =
-    [("pretrain mae", "glyphs-pretrain"), ("pretrain dmae", "glyphs-dmae"), ("finetune", "glyphs-finetune"), ("probe", "glyphs-probe")];
+const COMMANDS: [(&str, &str); 5] = [
+    ("pretrain mae", "glyphs-pretrain"),
+    ("pretrain dmae", "glyphs-dmae"),
+    ("pretrain tinymim", "glyphs-tinymim"),
+    ("finetune", "glyphs-finetune"),
+    ("probe", "glyphs-probe"),
+];
 
 /// Underscores in the names of flags become hyphens.
 fn hyphens(argument: String) -> String {

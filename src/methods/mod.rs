@@ -7,6 +7,7 @@ pub mod masks;
 pub mod selection;
 pub mod supervised;
 pub mod teacher;
+pub mod tinymim;
 
 use crate::error::Result;
 use crate::nn::vit::Vit;

@@ -171,8 +171,7 @@ mod tests {
 
     #[test]
     fn names_are_read_and_written() {
-        for name in
-            ["student", "random", "block", "student-lowest", "teacher", "layer:3", "top-plus-random:40,10", "mask-student", "none"]
+        for name in ["student", "random", "block", "student-lowest", "teacher", "layer:3", "top-plus-random:40,10", "mask-student", "none"]
         {
             assert_eq!(name.parse::<Selection>().unwrap().to_string(), name);
         }

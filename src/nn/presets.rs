@@ -69,26 +69,36 @@ pub struct Named {
     pub image: usize,
     /// The name's own, else the one that this size is pre-trained with.
     pub decoder: DecoderConfig,
+    /// Heads of the encoder that is pre-trained, where they are not the size's.
+    pub heads: Option<usize>,
 }
 
 impl Named {
     fn plain(size: &str) -> Option<Self> {
         let (size, _, _, _, patch) = *SIZES.iter().find(|(name, ..)| *name == size)?;
         let image = if size.starts_with("glyph") { 48 } else { 224 };
-        Some(Self { size, family: None, patch, image, decoder: decoder_of(size) })
+        Some(Self { size, family: None, patch, image, decoder: decoder_of(size), heads: None })
     }
 
     fn parse(name: &str) -> Option<Self> {
         if let Some(plain) = Self::plain(name) {
             return Some(plain);
         }
-        let starts = [("mae_vit_", Family::Mae), ("vit_", Family::Vit), ("deit_", Family::Deit), ("deit3_", Family::Deit3)];
+        let starts = [
+            ("mae_vit_", Family::Mae),
+            ("tinymim_vit_", Family::Mae),
+            ("vit_", Family::Vit),
+            ("deit_", Family::Deit),
+            ("deit3_", Family::Deit3),
+        ];
         let (mut family, rest) = starts.iter().find_map(|(start, family)| Some((*family, name.strip_prefix(start)?)))?;
         let (mut size, rest) = rest.split_once("_patch").map_or((rest, None), |(size, rest)| (size, Some(rest)));
         if let (Family::Deit, Some(short)) = (family, size.strip_suffix("_distilled")) {
             (family, size) = (Family::Distilled, short);
         }
         let mut named = Self::plain(size)?;
+        // TinyMIM's tiny student has heads of 32.
+        named.heads = Some(6).filter(|_| name.starts_with("tinymim_vit_tiny"));
         let Some(rest) = rest else {
             // As MaskedKD names its teachers: deit_small, deit3_base, mae_vit_base.
             named.family = Some(family).filter(|family| *family != Family::Vit);
@@ -117,7 +127,8 @@ impl Named {
 
     /// The encoder that is pre-trained, for images of this side.
     pub fn encoder(&self, image: usize) -> Result<VitConfig> {
-        Ok(VitConfig { patch: self.patch, ..mae(self.size, image)? })
+        let size = mae(self.size, image)?;
+        Ok(VitConfig { patch: self.patch, heads: self.heads.unwrap_or(size.heads), ..size })
     }
 
     /// The classifier's encoder: a plain ViT's unless the name says otherwise.
@@ -277,6 +288,8 @@ mod tests {
             assert_eq!((found.size, found.patch, found.family, found.image), (size, patch, family, image), "{name}");
             assert_eq!(found.encoder(found.image).unwrap().patch, patch, "{name}");
         }
+        let heads = |name: &str| named(name).unwrap().encoder(224).unwrap().heads;
+        assert_eq!(["tinymim_vit_tiny_patch16", "tinymim_vit_small_patch16", "mae_vit_tiny_patch16"].map(heads), [6, 6, 3]);
         assert!(named("deit_tiny_distilled_patch16_224").unwrap().classifier(224, 0.0).unwrap().distillation_token);
         assert_eq!(named("deit_tiny_patch16_LS").unwrap().classifier(224, 0.1).unwrap().position, Position::LearnedPatches);
         assert_eq!(named("tiny").unwrap().classifier(224, 0.1).unwrap().position, Position::Learned);

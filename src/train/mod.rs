@@ -36,4 +36,5 @@ pub mod signals;
 pub mod start;
 pub mod step;
 pub mod teacher;
+pub mod tinymim;
 pub mod visualize;

@@ -139,7 +139,7 @@ impl ModelArgs {
     }
 
     fn mae(&self, contents: &Contents, settings: &Map<String, Value>, vit: VitConfig) -> Result<MaeConfig> {
-        if settings.contains_key("mask-ratio") {
+        if settings.contains_key("decoder-dim") {
             let args: MaeArgs = serde_json::from_value(Value::Object(settings.clone())).context("the settings of the checkpoint")?;
             return args.config(vit.image[0], vit.channels);
         }
@@ -160,5 +160,15 @@ pub fn encoder_of(contents: &Contents, settings: &Map<String, Value>, name: Opti
     let named = presets::named(name)?;
     let fixed = contents.decoder.is_some();
     let config = if fixed { named.encoder(side)? } else { named.classifier(side, 0.0)? };
-    Ok(VitConfig { patch: contents.patch, channels: contents.channels, drop_path: DropPath::Constant(0.0), ..config })
+    let number = |key: &str| settings.get(key).and_then(Value::as_u64).map(|n| n as usize);
+    // Heads of a TinyMIM student, which are not those that it is fine-tuned with.
+    let heads = number("heads").or(named.heads).unwrap_or(config.heads);
+    Ok(VitConfig {
+        patch: contents.patch,
+        channels: contents.channels,
+        drop_path: DropPath::Constant(0.0),
+        heads,
+        last_heads: number("last-heads"),
+        ..config
+    })
 }

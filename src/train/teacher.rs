@@ -4,6 +4,7 @@ use super::checkpoint;
 use super::model::encoder_of;
 use crate::device::{Device, Precision};
 use crate::error::{Context, Error, Result};
+use crate::formats::TensorFile;
 use crate::methods::teacher::{Network, Teacher};
 use crate::nn::Start;
 use crate::nn::classifier::{Classifier, ClassifierConfig, Pool};
@@ -47,18 +48,44 @@ pub enum Wanted {
 impl TeacherArgs {
     /// The teacher on its device, every tensor that is wanted in place.
     pub fn open(&self, wanted: Wanted, device: &Device, precision: Precision, say: &mut dyn FnMut(&str)) -> Result<Teacher> {
+        self.open_as(wanted, Ok, device, precision, say)
+    }
+
+    /// What its file says of it, before it is opened.
+    pub fn config(&self, wanted: Wanted) -> Result<VitConfig> {
+        Ok(self.described(wanted)?.2)
+    }
+
+    /// The file as it is and by official names, and the encoder.
+    fn described(&self, wanted: Wanted) -> Result<(TensorFile, TensorFile, VitConfig)> {
         let path = self.teacher_path.as_ref().ok_or_else(|| {
             let make = if wanted == Wanted::Classifier { "finetune" } else { "pretrain mae" };
             Error::usage(format!("a teacher is needed: give its checkpoint by --teacher-path PATH; masque {make} makes one"))
         })?;
-        let shown = path.display().to_string();
-        let attempt = || format!("--teacher-path {shown}");
+        let attempt = || format!("--teacher-path {}", path.display());
         let stored = weights::open(path, if self.teacher_ema { Which::Averages } else { Which::Trained }).with_context(attempt)?;
         let settings = checkpoint::settings(&stored).with_context(attempt)?;
         let file = names::to_official(&stored).with_context(attempt)?.file;
         let contents = Contents::of(&file).with_context(attempt)?;
         let name = self.teacher_model.as_deref();
         let vit = encoder_of(&contents, &settings, name).with_context(|| format!("{}: give its name by --teacher-model", attempt()))?;
+        Ok((stored, file, vit))
+    }
+
+    /// The same with its encoder's configuration changed.
+    pub fn open_as(
+        &self,
+        wanted: Wanted,
+        change: impl FnOnce(VitConfig) -> Result<VitConfig>,
+        device: &Device,
+        precision: Precision,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Teacher> {
+        let (stored, file, vit) = self.described(wanted)?;
+        let shown = self.teacher_path.iter().map(|path| path.display().to_string()).collect::<String>();
+        let attempt = || format!("--teacher-path {shown}");
+        let contents = Contents::of(&file).with_context(attempt)?;
+        let vit = change(vit)?;
         let mut b = ParamsBuilder::default();
         let (network, policy) = match wanted {
             Wanted::Encoder => {

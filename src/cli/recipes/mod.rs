@@ -2,6 +2,7 @@
 
 mod dmae;
 mod mae;
+mod tinymim;
 
 pub struct Preset {
     pub name: String,
@@ -33,7 +34,7 @@ fn glyphs(name: &'static str, command: &'static str, about: &'static str, more: 
 
 /// Every recipe there is.
 pub fn all() -> Vec<Preset> {
-    [mae::all(), dmae::all()].into_iter().flatten().collect()
+    [mae::all(), dmae::all(), tinymim::all()].into_iter().flatten().collect()
 }
 
 /// Fine-tuning on the built-in images, without what depends on the encoder.

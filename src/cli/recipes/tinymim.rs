@@ -1,0 +1,101 @@
+//! TinyMIM's recipes: the chain from large to tiny in both readings, and fine-tuning.
+
+use super::{Preset, glyphs, preset};
+
+/// Ending of the name, student, its teacher, flags of its own, whose reading.
+const CHAIN: [(&str, &str, &str, &[(&str, &str)], &str); 6] = [
+    ("b", "base", "mae_vit_large", &[("intermediate", "18")], "the published command"),
+    ("s-code", "small", "mae_vit_base", &[("intermediate", "12"), ("teacher-last-heads", "12")], "heads as in the released program"),
+    ("t-code", "tiny", "mae_vit_small", &[("intermediate", "12"), ("teacher-last-heads", "12")], "heads as in the released program"),
+    (
+        "s-paper",
+        "small",
+        "tinymim_vit_base",
+        &[("intermediate", "12"), ("teacher-last-heads", "16")],
+        "heads as the teacher was trained with",
+    ),
+    (
+        "t-paper",
+        "tiny",
+        "tinymim_vit_small",
+        &[("intermediate", "12"), ("teacher-last-heads", "16")],
+        "heads as the teacher was trained with",
+    ),
+    ("s-direct", "small", "mae_vit_base", &[("intermediate", "12")], "not sequential: from MAE's base"),
+];
+
+pub fn all() -> Vec<Preset> {
+    let mut all = vec![glyphs(
+        "glyphs-tinymim",
+        "pretrain tinymim",
+        "built-in images: TinyMIM of a tiny ViT from the small one that glyphs-pretrain has made",
+        &[
+            ("model", "glyph_t"),
+            ("teacher-path", "runs/pretrain-mae/best.safetensors"),
+            ("epochs", "8"),
+            ("warmup-epochs", "0.4"),
+            ("lr", "3e-3"),
+            ("eval-freq", "2"),
+            ("weight-decay", "0.05"),
+            ("crop", "whole"),
+            ("color-jitter", "0"),
+            ("drop-path", "0"),
+        ],
+    )];
+    for (ending, student, teacher, own, whose) in CHAIN {
+        let (model, teacher_model) = (format!("tinymim_vit_{student}_patch16"), format!("{teacher}_patch16"));
+        let common = [
+            ("model", model.as_str()),
+            ("teacher-model", teacher_model.as_str()),
+            ("batch-size", "64"),
+            ("accum-iter", "64"),
+            ("epochs", "300"),
+            ("warmup-epochs", "15"),
+            ("blr", "1.5e-4"),
+            ("weight-decay", "0.05"),
+            ("target", "relations"),
+            ("relations", "qk,vv"),
+            ("drop-path", "0.1"),
+            ("color-jitter", "0.4"),
+            ("input-size", "224"),
+            ("crop-min", "0.2"),
+        ];
+        let about = format!(
+            "ImageNet: TinyMIM of ViT-{student} from {teacher}, 300 epochs, batch 4096, {whose}; give the teacher by --teacher-path"
+        );
+        all.push(preset(format!("tinymim-vit-{ending}"), "pretrain tinymim", about, &[&common[..], own].concat()));
+    }
+    for (ending, size, decay, drop, whose) in [
+        ("b-finetune", "base", "0.65", "0.2", "the published command"),
+        ("b-finetune-first", "base", "0.6", "0.1", "the first published command"),
+        ("s-finetune", "small", "0.65", "0.2", "that of Base; its own is not published"),
+        ("t-finetune", "tiny", "0.65", "0.2", "that of Base; its own is not published"),
+    ] {
+        let model = format!("vit_{size}_patch16");
+        let flags = [
+            ("model", model.as_str()),
+            ("batch-size", "32"),
+            ("accum-iter", "32"),
+            ("epochs", "100"),
+            ("warmup-epochs", "5"),
+            ("blr", "5e-4"),
+            ("min-lr", "1e-6"),
+            ("weight-decay", "0.05"),
+            ("layer-decay", decay),
+            ("drop-path", drop),
+            ("mixup", "0.8"),
+            ("cutmix", "1.0"),
+            ("reprob", "0.25"),
+            ("smoothing", "0.1"),
+            ("aa", "rand-m9-mstd0.5-inc1"),
+            ("input-size", "224"),
+        ];
+        all.push(preset(
+            format!("tinymim-vit-{ending}"),
+            "finetune",
+            format!("ImageNet: fine-tuning ViT-{size} after TinyMIM, batch 1024, {whose}"),
+            &flags,
+        ));
+    }
+    all
+}

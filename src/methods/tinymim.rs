@@ -1,0 +1,489 @@
+//! TinyMIM: distilling masked-image-modelling pre-trained ViTs (arXiv 2301.01296).
+//!
+//! No mask, no decoder, no label: the student's last block is to relate its tokens as one block of a frozen teacher does, on the same crop.
+//!
+//!   R_XY = softmax(X Y^T / sqrt D) for X, Y of q, k, v, in heads;   L = sum over QK and VV of  mean_{b, head, i} sum_j T_ij (ln T_ij - ln S_ij)
+//!
+//! The student's last block has as many heads as the teacher's block; what lies behind its qkv gets no gradient and stays as it starts. Instead of relations the
+//! features of a block, or the class token, can be the target; then a linear layer brings the student's to the teacher's width.
+//!
+//!   masque pretrain tinymim --teacher-path mae_pretrain_vit_large.pth --model tinymim_vit_base_patch16
+
+use super::masks::{KeepRounding, Masking, Masks};
+use super::teacher::{Cost, Teacher};
+use super::{Batch, Loss, Method, Scores};
+use crate::bail;
+use crate::error::{Error, Result};
+use crate::nn::block::Parts;
+use crate::nn::decoder::{Decoder, DecoderConfig, DecoderTokens};
+use crate::nn::linear::Linear;
+use crate::nn::presets::{self, Family};
+use crate::nn::vit::{DropPath, Tokens, Vit, VitConfig};
+use crate::nn::weights::PROJECTIONS;
+use crate::nn::{Scope, Start, flops};
+use crate::ops::distill_kl::Reduction;
+use crate::ops::feature_loss::Distance;
+use crate::ops::relation_kl::Relation;
+use crate::param::{Init, Params, ParamsBuilder};
+use crate::rng::Rng;
+use crate::tape::{Tape, Var};
+use crate::targets::pixels;
+use crate::tensor::{Dtype, Tensor};
+use clap::{ArgAction, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+/// The flags of the method, with the released program's values.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct TinymimArgs {
+    /// Student by its published name or its size: tinymim_vit_base_patch16, small, glyph_t ...
+    #[arg(long, default_value = "tinymim_vit_base_patch16", value_name = "NAME")]
+    pub model: String,
+    /// Side of a patch in pixels [default: the model's]
+    #[arg(long, value_name = "PIXELS")]
+    pub patch_size: Option<usize>,
+    /// What is distilled
+    #[arg(long, value_enum, default_value_t = Target::Relations)]
+    pub target: Target,
+    /// Which relations
+    #[arg(long, value_enum, value_delimiter = ',', action = ArgAction::Set, num_args = 1.., default_values_t = [Pair::Qk, Pair::Vv], value_name = "XY,..")]
+    pub relations: Vec<Pair>,
+    /// Relations are probabilities and compared by KL divergence; =false compares the scaled products by smooth L1
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true", action = ArgAction::Set)]
+    pub relation_softmax: bool,
+    /// Which features --target features means
+    #[arg(long, value_enum, default_value_t = Feature::Output)]
+    pub feature: Feature,
+    /// Compare class tokens behind the final norm; =false before it
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true", action = ArgAction::Set)]
+    pub class_token_norm: bool,
+    /// The teacher's block, from 1 [default: 18 of 24, 12 of 12, else three quarters up]
+    #[arg(long, value_name = "BLOCK")]
+    pub intermediate: Option<usize>,
+    /// Heads of the student's blocks [default: the model's]
+    #[arg(long, value_name = "N")]
+    pub heads: Option<usize>,
+    /// Heads of the student's last block [default: those of the teacher's block]
+    #[arg(long, value_name = "N")]
+    pub last_heads: Option<usize>,
+    /// Heads of the teacher's last block [default: those it was trained with where its file says so, else those of its other blocks]
+    #[arg(long, value_name = "N")]
+    pub teacher_last_heads: Option<usize>,
+    /// Stochastic depth of the student, the same in all blocks but the last, which has none
+    #[arg(long, default_value_t = 0.1, value_name = "RATE")]
+    pub drop_path: f64,
+    /// Stochastic depth of the teacher
+    #[arg(long, default_value_t = 0.0, value_name = "RATE")]
+    pub teacher_drop_path: f64,
+    /// Jitter of brightness, contrast and saturation of what the student sees; the teacher sees the clean view of the same crop; 0: off
+    #[arg(long, default_value_t = 0.4, value_name = "STRENGTH")]
+    pub color_jitter: f64,
+    /// Which patches student and teacher see
+    #[arg(long, value_enum, default_value_t = Seen::None)]
+    pub masking: Seen,
+    /// Part of the patches that is hidden, where some are
+    #[arg(long, default_value_t = 0.75, allow_negative_numbers = true, value_name = "RATIO")]
+    pub mask_ratio: f64,
+    /// How the number of patches that are kept comes from the ratio
+    #[arg(long, value_enum, default_value_t = KeepRounding::Floor)]
+    pub keep_rounding: KeepRounding,
+    /// Reconstruct the hidden patches as well, as MAE does; needs --masking
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
+    pub reconstruct: bool,
+    /// Of --reconstruct: compare with pixels that are normalised patch by patch
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
+    pub norm_pix_loss: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Target {
+    /// How tokens relate in a block
+    Relations,
+    /// The class token as a distribution over channels
+    ClassToken,
+    /// Features of a block
+    Features,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pair {
+    Qk,
+    Vv,
+    Qq,
+    Kk,
+}
+
+impl Pair {
+    pub fn name(self) -> &'static str {
+        match self {
+            Pair::Qk => "qk",
+            Pair::Vv => "vv",
+            Pair::Qq => "qq",
+            Pair::Kk => "kk",
+        }
+    }
+
+    fn relation(self) -> Relation {
+        match self {
+            Pair::Qk => Relation::Qk,
+            Pair::Vv => Relation::Vv,
+            Pair::Qq => Relation::Qq,
+            Pair::Kk => Relation::Kk,
+        }
+    }
+
+    /// Its two of q, k, v.
+    fn parts(self) -> [usize; 2] {
+        match self {
+            Pair::Qk => [0, 1],
+            Pair::Vv => [2, 2],
+            Pair::Qq => [0, 0],
+            Pair::Kk => [1, 1],
+        }
+    }
+
+    /// X Y^T / sqrt D of packed q, k, v, [B, H, N, N].
+    pub fn products(self, qkv: &Var, heads: usize) -> Result<Var> {
+        let [x, y] = self.parts().map(|part| qkv.take_heads(part, 3, heads)); // [B, H, N, D]
+        let x = x?;
+        x.scale(1.0 / (x.value().last() as f64).sqrt())?.bmm_nt(&y?)
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Feature {
+    /// What the block gives
+    Output,
+    /// The MLP before it joins the residual stream, and behind that (which is the output)
+    Ffn,
+    FfnResidual,
+    /// The attention before it joins the residual stream, and behind that
+    Attention,
+    AttentionResidual,
+    /// Queries, keys and values, three terms
+    Qkv,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Seen {
+    /// All of them
+    None,
+    /// A part, at random
+    Random,
+    /// Units of 2 x 2 patches at random
+    Block,
+    /// Those that the student's class token looks at most
+    Saliency,
+}
+
+/// The block that a teacher so deep is asked for, from 1.
+fn usual_block(depth: usize) -> usize {
+    match depth {
+        12 => 12,
+        24 => 18,
+        _ => (3 * depth / 4).max(1),
+    }
+}
+
+impl TinymimArgs {
+    /// The teacher as it is built: its last block may have other heads.
+    pub fn teacher(&self, config: VitConfig) -> Result<VitConfig> {
+        let config = VitConfig {
+            last_heads: self.teacher_last_heads.or(config.last_heads),
+            drop_path: DropPath::Constant(rate("--teacher-drop-path", self.teacher_drop_path)?),
+            ..config
+        };
+        config.check().map_err(|error| Error::usage(format!("--teacher-last-heads: {}", error.chain())))?;
+        Ok(config)
+    }
+
+    /// For square images of this side and so many channels, and a teacher.
+    pub fn config(&self, image: usize, channels: usize, teacher: &VitConfig) -> Result<TinymimConfig> {
+        let usage = |text: String| Err(Error::usage(text));
+        let named = presets::named(&self.model)?;
+        if let Some(family) = named.family.filter(|family| *family != Family::Mae) {
+            return usage(format!("--model {} is a {family:?} classifier; pre-training takes tinymim_vit_... or a size", self.model));
+        }
+        let block = self.intermediate.unwrap_or_else(|| usual_block(teacher.depth));
+        if block == 0 || block > teacher.depth {
+            return usage(format!("--intermediate {block}: the teacher has blocks 1 to {}", teacher.depth));
+        }
+        let heads = teacher.heads_of(block - 1);
+        let mut student = named.encoder(image)?;
+        (student.patch, student.channels) = (self.patch_size.unwrap_or(student.patch), channels);
+        student.heads = self.heads.unwrap_or(student.heads);
+        student.last_heads = Some(self.last_heads.unwrap_or(if self.target == Target::Relations { heads } else { student.heads }));
+        student.drop_path = DropPath::ButLast(rate("--drop-path", self.drop_path)?);
+        let own = student.heads_of(student.depth - 1);
+        if self.target == Target::Relations && own != heads {
+            return usage(format!(
+                "relations are compared head by head, but the student's last block has {own} heads and the teacher's block {block} {heads}; leave --last-heads out"
+            ));
+        }
+        if own == 0 || !student.width.is_multiple_of(own) {
+            return usage(format!(
+                "the teacher's block {block} has {heads} heads, into which the student's width of {} does not split; give --intermediate or --teacher-last-heads",
+                student.width
+            ));
+        }
+        student.check().map_err(|error| Error::usage(format!("--input-size, --patch-size and --heads: {}", error.chain())))?;
+        if (1..self.relations.len()).any(|i| self.relations[..i].contains(&self.relations[i])) {
+            return usage("--relations names one twice".to_string());
+        }
+        let masks = match self.masking {
+            Seen::None if self.reconstruct => {
+                return usage("--reconstruct paints hidden patches, but none are hidden; give --masking random".to_string());
+            }
+            Seen::None => None,
+            Seen::Random => Some(Masking::Random),
+            Seen::Block => Some(Masking::Block),
+            Seen::Saliency => Some(Masking::Saliency),
+        };
+        let masks = masks.map(|kind| Masks::new(kind, &student, self.mask_ratio, self.keep_rounding)).transpose()?;
+        if self.norm_pix_loss && !self.reconstruct {
+            return usage("--norm-pix-loss says how --reconstruct compares pixels; give that too, or leave it out".to_string());
+        }
+        Ok(TinymimConfig {
+            student,
+            block: block - 1,
+            heads,
+            target: self.target,
+            relations: self.relations.clone(),
+            softmax: self.relation_softmax,
+            feature: self.feature,
+            class_token_norm: self.class_token_norm,
+            masks,
+            decoder: self.reconstruct.then(|| (named.decoder.clone(), self.norm_pix_loss.then_some(pixels::EPS))),
+        })
+    }
+}
+
+fn rate(flag: &str, rate: f64) -> Result<f64> {
+    if (0.0..1.0).contains(&rate) { Ok(rate) } else { Err(Error::usage(format!("{flag} {rate} is not in [0, 1)"))) }
+}
+
+pub struct TinymimConfig {
+    pub student: VitConfig,
+    /// The teacher's block, from 0, and its heads.
+    pub block: usize,
+    pub heads: usize,
+    pub target: Target,
+    pub relations: Vec<Pair>,
+    pub softmax: bool,
+    pub feature: Feature,
+    pub class_token_norm: bool,
+    /// None where all patches are seen.
+    pub masks: Option<Masks>,
+    /// Reconstructs hidden patches; what is added to a patch's variance where pixels are normalised.
+    pub decoder: Option<(DecoderConfig, Option<f64>)>,
+}
+
+pub struct Tinymim {
+    pub params: Params,
+    pub student: Vit,
+    pub teacher: Teacher,
+    /// To the teacher's width: none, one, or one for each of q, k, v.
+    heads: Vec<Linear>,
+    decoder: Option<(Decoder, Option<f64>)>,
+    c: TinymimConfig,
+}
+
+/// Beta of every smooth L1 of the method.
+const SMOOTH: Distance = Distance::SmoothL1 { beta: 2.0 };
+/// Of the whitening of features.
+const WHITE: f64 = 1e-6;
+
+impl Tinymim {
+    pub fn new(c: TinymimConfig, teacher: Teacher, dtype: Dtype, rng: &Rng) -> Result<Self> {
+        let mut b = ParamsBuilder::default();
+        let tokens = Tokens::new(&mut b, &c.student)?;
+        let decoder_tokens = c.decoder.as_ref().map(|(decoder, _)| DecoderTokens::new(&mut b, decoder, &c.student)).transpose()?;
+        let student = Vit::new(&mut b, c.student.clone(), tokens, true, Start::Xavier)?;
+        let decoder = match (&c.decoder, decoder_tokens) {
+            (Some((decoder, norm)), Some(tokens)) => Some((Decoder::new(&mut b, decoder, &student.config, tokens, Start::Xavier)?, *norm)),
+            _ => None,
+        };
+        let (from, to) = (c.student.width, teacher.vit().width);
+        let count = match (c.target, c.feature) {
+            (Target::Relations, _) => 0,
+            (Target::Features, Feature::Qkv) => 3,
+            _ => 1,
+        };
+        let head = |n: usize| Linear::new(&mut b, &format!("{PROJECTIONS}{n}"), from, to, Init::xavier(from, to));
+        let heads = (0..count).map(head).collect::<Result<_>>()?;
+        Ok(Self { params: b.build(dtype, rng)?, student, teacher, heads, decoder, c })
+    }
+
+    /// What the teacher's block gives of images [B, C, H, W]: packed q, k, v, features, or class tokens. Nothing behind it is run.
+    pub fn teach(&self, images: &Tensor, kept: Option<&Tensor>, rng: &Rng) -> Result<Tensor> {
+        let (encoder, block) = (self.teacher.encoder()?, self.c.block);
+        let rng = rng.within("teacher.");
+        self.teacher.pass(|s| {
+            let s = &s.with_noise(&rng);
+            let x = encoder.first_blocks(s, &encoder.embed(s, images, kept)?, block)?;
+            let answer = match (self.c.target, self.c.feature) {
+                (Target::Relations, _) | (Target::Features, Feature::Qkv) => encoder.qkv(s, &x, block)?,
+                (Target::Features, feature) => chosen(encoder.parts(s, &x, block)?, feature),
+                (Target::ClassToken, _) => self.class_token(s, encoder, &encoder.block(s, &x, block)?)?,
+            };
+            Ok(answer.value().clone())
+        })
+    }
+
+    fn class_token(&self, s: &Scope, vit: &Vit, x: &Var) -> Result<Var> {
+        let token = x.token(0)?; // [B, C]
+        if self.c.class_token_norm { vit.norm(s, &token) } else { Ok(token) }
+    }
+
+    /// The residual stream that enters the student's last block, [B, 1 + K, C].
+    pub fn before_last(&self, s: &Scope, images: &Tensor, kept: Option<&Tensor>) -> Result<Var> {
+        self.student.first_blocks(s, &self.student.embed(s, images, kept)?, self.c.student.depth - 1)
+    }
+
+    /// The student's packed q, k, v of its last block.
+    pub fn relating(&self, s: &Scope, x: &Var) -> Result<Var> {
+        self.student.qkv(s, x, self.c.student.depth - 1)
+    }
+
+    /// One term for each relation.
+    pub fn relations(&self, student: &Var, teacher: &Tensor) -> Result<Vec<(&'static str, f64, Var)>> {
+        let term = |pair: &Pair| -> Result<_> {
+            let loss = if self.c.softmax {
+                student.relation_kl(teacher, self.c.heads, &[pair.relation()])?.0
+            } else {
+                let target = pair.products(&Var::constant(teacher.clone()), self.c.heads)?;
+                pair.products(student, self.c.heads)?.feature_loss(target.value(), SMOOTH)?
+            };
+            Ok((pair.name(), 1.0, loss))
+        };
+        self.c.relations.iter().map(term).collect()
+    }
+
+    /// The distance of the student's features, projected, to the teacher's, whitened.
+    fn features(&self, s: &Scope, head: usize, student: &Var, teacher: &Var) -> Result<Var> {
+        let target = teacher.layernorm_plain(WHITE)?;
+        self.heads[head].forward(s, student)?.feature_loss(target.value(), SMOOTH)
+    }
+
+    /// The loss as it stands between the student's last block and the teacher's answer.
+    fn distillation(&self, s: &Scope, x: &Var, taught: &Tensor) -> Result<Vec<(&'static str, f64, Var)>> {
+        let last = self.c.student.depth - 1;
+        let teacher = Var::constant(taught.clone());
+        match (self.c.target, self.c.feature) {
+            (Target::Relations, _) => self.relations(&self.relating(s, x)?, taught),
+            (Target::Features, Feature::Qkv) => {
+                let qkv = self.relating(s, x)?;
+                let part = |packed: &Var, part: usize| -> Result<Var> {
+                    let &[batch, n, c] = packed.shape() else { bail!("q, k and v are {:?} but [B, N, 3 C] is needed", packed.value()) };
+                    packed.take_heads(part, 3, 1)?.reshape(&[batch, n, c / 3])
+                };
+                let term = |(i, name)| Ok((name, 1.0, self.features(s, i, &part(&qkv, i)?, &part(&teacher, i)?)?));
+                ["q", "k", "v"].into_iter().enumerate().map(term).collect()
+            }
+            (Target::Features, feature) => {
+                let own = chosen(self.student.parts(s, x, last)?, feature);
+                Ok(vec![("features", 1.0, self.features(s, 0, &own, &teacher)?)])
+            }
+            (Target::ClassToken, _) => {
+                let own = self.class_token(s, &self.student, &self.student.block(s, x, last)?)?;
+                Ok(vec![("class token", 1.0, self.heads[0].forward(s, &own)?.distill_kl(taught, 1.0, Reduction::Batch)?)])
+            }
+        }
+    }
+
+    fn walk(&self, s: &Scope, batch: &Batch, rng: &Rng) -> Result<Loss> {
+        let device = self.params.device();
+        let images = batch.images.on(device)?;
+        let mask = self.c.masks.as_ref().map(|masks| masks.draw(&images, (&self.student, &self.params), rng)).transpose()?;
+        let kept = mask.as_ref().map(|mask| &mask.kept);
+        let taught = match &batch.teacher_output {
+            Some(known) => known.on(device)?,
+            None => self.teach(&batch.for_teacher().on(device)?, kept, rng)?,
+        };
+        let x = self.before_last(s, &images, kept)?;
+        let mut terms = self.distillation(s, &x, &taught)?;
+        if let (Some((decoder, norm_pix)), Some(mask)) = (&self.decoder, &mask) {
+            let latent = self.student.norm(s, &self.student.block(s, &x, self.c.student.depth - 1)?)?;
+            let pred = decoder.forward(s, &latent, &mask.restore)?;
+            terms.push(("pixels", 1.0, pred.pixel_loss(&images, self.c.student.patch, *norm_pix, &mask.hidden)?));
+        }
+        Loss::sum(terms)
+    }
+
+    /// Patches that both see.
+    fn seen(&self) -> usize {
+        self.c.masks.as_ref().map_or(self.c.student.patches(), Masks::kept_each)
+    }
+
+    /// Whether the teacher answers the same of the same image.
+    pub fn repeats(&self) -> bool {
+        self.c.masks.is_none() && self.teacher.vit().drop_path == DropPath::Constant(0.0)
+    }
+
+    /// What the teacher is asked for, in words.
+    pub fn asked(&self) -> String {
+        let what = match (self.c.target, self.c.feature) {
+            (Target::Relations, _) | (Target::Features, Feature::Qkv) => "queries, keys and values".to_string(),
+            (Target::Features, feature) => format!("features ({feature:?})"),
+            (Target::ClassToken, _) => format!("class tokens{}", if self.c.class_token_norm { " behind the norm" } else { "" }),
+        };
+        format!("{what} of block {}", self.c.block + 1)
+    }
+}
+
+fn chosen(parts: Parts, feature: Feature) -> Var {
+    match feature {
+        Feature::Output | Feature::FfnResidual => parts.output,
+        Feature::Ffn => parts.mlp,
+        Feature::Attention => parts.attention,
+        Feature::AttentionResidual => parts.attended,
+        Feature::Qkv => parts.qkv,
+    }
+}
+
+impl Method for Tinymim {
+    fn params(&mut self) -> &mut Params {
+        &mut self.params
+    }
+
+    fn loss(&self, tape: &Tape, batch: &Batch, rng: &Rng) -> Result<Loss> {
+        self.walk(&Scope::new(tape, &self.params).with_noise(rng), batch, rng)
+    }
+
+    fn encoder(&self) -> &Vit {
+        &self.student
+    }
+
+    fn scores(&self, batch: &Batch, rng: &Rng) -> Result<Scores> {
+        let loss = self.walk(&Scope::new(&Tape::off(), &self.params), batch, rng)?.total;
+        Ok(Scores { loss: loss.value().read()?[0], right: None })
+    }
+
+    fn macs(&self) -> [u64; 2] {
+        let (c, seen) = (&self.c.student, self.seen());
+        let (n, width) = ((seen + 1) as u64, c.width as u64);
+        let packed = c.depth - 1;
+        let until = |depth: usize| flops::vit_macs(&VitConfig { depth, ..c.clone() }, seen);
+        let products = if self.c.target == Target::Relations { self.c.relations.len() as u64 * n * n * width } else { 0 };
+        let ends_there = self.c.target == Target::Relations || self.c.feature == Feature::Qkv;
+        let mut all = if ends_there && self.decoder.is_none() { until(packed) + 3 * n * width * width } else { until(c.depth) } + products;
+        all += (self.heads.len() as u64) * n * width * self.teacher.vit().width as u64;
+        all += self.decoder.as_ref().map_or(0, |(decoder, _)| flops::decoder_macs(&decoder.config, c, seen));
+        let looks = self.c.masks.as_ref().is_some_and(|masks| masks.kind() == Masking::Saliency);
+        [all + if looks { flops::vit_macs(c, c.patches()) } else { 0 }, all]
+    }
+
+    fn teacher_cost(&self) -> Option<Cost> {
+        let (n, width) = ((self.seen() + 1) as u64, self.teacher.vit().width as u64);
+        let ends_there = self.c.target == Target::Relations || (self.c.target == Target::Features && self.c.feature == Feature::Qkv);
+        let macs = match ends_there {
+            true => self.teacher.macs(self.seen(), self.c.block) + 3 * n * width * width,
+            false => self.teacher.macs(self.seen(), self.c.block + 1),
+        };
+        Some(self.teacher.cost(macs))
+    }
+}
