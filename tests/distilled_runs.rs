@@ -61,6 +61,35 @@ fn a_student_of_dmae_is_distilled_finetuned_and_shown() {
 }
 
 #[test]
+fn a_chain_of_tinymim_keeps_the_heads_that_each_stage_was_trained_with() {
+    let (base, teacher) = teacher("tinymim-chain");
+    let first = format!("pretrain tinymim {FEW} --intermediate 4 --teacher-last-heads 8 --heads 2 --color-jitter 0.4");
+    let text = succeeds(with_teacher(&first, &teacher, &base.join("first")));
+    assert!(text.contains("queries, keys and values of block 4 in 8 heads, of 4"), "{text}");
+    assert!(text.contains("last block has 8 heads, the others 2"), "{text}");
+    let student = base.join("first/best.safetensors");
+    let text = succeeds(with_teacher(&format!("pretrain tinymim {FEW} --intermediate 3"), &student, &base.join("second")));
+    assert!(text.contains("of block 3 in 8 heads, of 3"), "{text}");
+    // Another block of it has the heads of the others.
+    let text = succeeds(with_teacher(&format!("pretrain tinymim {FEW} --intermediate 2"), &student, &base.join("third")));
+    assert!(text.contains("of block 2 in 2 heads, of 3"), "{text}");
+    for (command, more) in [("finetune", ""), ("probe", "--lr 1"), ("pretrain dmae", "--model glyph_s --aligned-blks-indices 1")] {
+        let mut command = masque(&format!("{command} {FEW} {more}"), &base.join(command.replace(' ', "-")));
+        let from = if more.contains("aligned") { "--teacher-path" } else { "--finetune" };
+        command.arg(from).arg(&student);
+        if from == "--finetune" {
+            command.args(["--model", "glyph_t"]);
+        }
+        succeeds(command);
+    }
+    let mut shown = Command::new(env!("CARGO_BIN_EXE_masque"));
+    let shown = shown.arg("visualize").arg(&student).args(["--attention", "--output"]).arg(base.join("shown.png")).output().unwrap();
+    assert!(shown.status.success(), "{}", said(&shown));
+    let evaluated = Command::new(env!("CARGO_BIN_EXE_masque")).arg("evaluate").arg(&student).output().unwrap();
+    assert!(evaluated.status.code() == Some(2) && said(&evaluated).contains("masque probe"), "{}", said(&evaluated));
+}
+
+#[test]
 fn a_distilled_run_that_is_stopped_ends_with_the_bits_of_an_unbroken_one() {
     let (base, teacher) = teacher("dmae-resumed");
     let run = format!("pretrain dmae {FEW} --masking block --save-updates 3 --keep 9");
@@ -81,7 +110,13 @@ fn a_distilled_run_that_is_stopped_ends_with_the_bits_of_an_unbroken_one() {
 fn distillation_on_the_emulated_device_gives_the_losses_of_the_cpu() {
     let (base, teacher) = teacher("distilled-emulated");
     let few = "--train-images 24 --val-images 8 --batch-size 4 --log-freq 1 --epochs 1 --warmup-epochs 0 --lr 1e-3";
-    for (number, command) in ["pretrain dmae", "pretrain dmae --masking saliency --accum-iter 2"].into_iter().enumerate() {
+    let commands = [
+        "pretrain dmae",
+        "pretrain dmae --masking saliency --accum-iter 2",
+        "pretrain tinymim --color-jitter 0.4 --drop-path 0.1",
+        "pretrain tinymim --target features --masking random --reconstruct",
+    ];
+    for (number, command) in commands.into_iter().enumerate() {
         let losses = |device: &str| -> Vec<f64> {
             let folder = base.join(format!("{device}-{number}"));
             succeeds(with_teacher(&format!("{command} {few} --device {device}"), &teacher, &folder));
@@ -120,6 +155,19 @@ fn a_teacher_or_a_flag_that_cannot_be_meant_is_one_sentence() {
         ("pretrain dmae --freeze-keywords nothing", 2, &["--freeze-keywords nothing", "0 of"]),
         ("pretrain dmae --load-weights-keywords blocks", 2, &["--student-init-weights and --load-weights-keywords"]),
         ("pretrain dmae --student-reconstruction-target mixed", 2, &["original_img"]),
+        ("pretrain tinymim --patch-size 16", 1, &["6 x 6 patches of 8", "3 x 3 of 16"]),
+        ("pretrain tinymim --intermediate 5", 2, &["--intermediate 5", "blocks 1 to 4"]),
+        ("pretrain tinymim --last-heads 8", 2, &["8 heads", "block 3 4;", "--last-heads"]),
+        ("pretrain tinymim --intermediate 4 --teacher-last-heads 64", 2, &["64 heads", "width of 32"]),
+        ("pretrain tinymim --teacher-last-heads 5", 2, &["--teacher-last-heads", "5 heads"]),
+        ("pretrain tinymim --reconstruct", 2, &["--reconstruct", "--masking random"]),
+        ("pretrain tinymim --norm-pix-loss", 2, &["--norm-pix-loss", "--reconstruct"]),
+        ("pretrain tinymim --relations qk,qk", 2, &["--relations names one twice"]),
+        ("pretrain tinymim --relations qv", 2, &["qv"]),
+        ("pretrain tinymim --masking random --mask-ratio 1", 2, &["keeps 0 of 36"]),
+        ("pretrain tinymim --drop-path 1", 2, &["--drop-path 1"]),
+        ("pretrain tinymim --in-chans 1", 1, &["images of 3 channels", "have 1"]),
+        ("pretrain tinymim --color-jitter -1", 2, &["--color-jitter -1"]),
     ] {
         refused(arguments, code, parts);
     }
