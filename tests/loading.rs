@@ -11,6 +11,7 @@ use masque::error::Result;
 use masque::rng::Rng;
 use masque::tensor::Device;
 use masque::train::feed::{Feed, Labels};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -168,6 +169,75 @@ fn a_teacher_is_fed_the_clean_view_with_labels_and_without() {
     let error = mixed.training(load(), &mut draws).map(|_| ()).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("--mixup"), "{error}");
     assert!(mixed.fits(&transform).is_err() && mixed.fits(&Transform::mae_pretrain(SIDE)).is_ok());
+}
+
+/// What each image of an epoch is seen as: by its number the key, the clean view and the coloured one.
+fn seen(loader: &Loader, epoch: u64) -> BTreeMap<usize, (Option<u64>, [Vec<u8>; 2])> {
+    let image = SIDE * SIDE * 3;
+    let batches = loader.epoch(epoch, 0).map(Result::unwrap).collect::<Vec<_>>();
+    let rows = batches.iter().flat_map(|loaded| {
+        let [clean, coloured] = [loaded.clean.as_ref().unwrap_or(&loaded.bytes), &loaded.bytes].map(|view| view.data::<u8>());
+        let views = clean.chunks_exact(image).zip(coloured.chunks_exact(image)).map(|(a, b)| [a.to_vec(), b.to_vec()]);
+        loaded.indices.iter().copied().zip(loaded.keys.iter().copied().zip(views))
+    });
+    rows.collect()
+}
+
+#[test]
+fn fixed_views_return_in_turn_whatever_the_order_of_the_epoch() {
+    let views = |transform: &Transform, workers: usize| {
+        let options = LoaderOptions { views: Some(3), ..shuffled(6, workers) };
+        let loader = Loader::new(Arc::new(numbers(48)), transform.clone(), options);
+        (0..6).map(|epoch| seen(&loader, epoch)).collect::<Vec<_>>()
+    };
+    let noisy = Some(Erasing::new(0.5, Filling::Pixel, 1).unwrap());
+    let one = Transform { erasing: noisy, ..Transform::finetune(SIDE, None, Some(0.4), None).unwrap() };
+    let two = Transform::mae_pretrain(SIDE).two_views(0.4).unwrap();
+    for transform in [one, two] {
+        let epochs = views(&transform, 0);
+        assert!(views(&transform, 3) == epochs, "workers change a view");
+        for (epoch, seen) in epochs.iter().enumerate() {
+            assert!(seen.iter().all(|(index, (key, _))| *key == Some(((epoch % 3) * 48 + index) as u64)) && seen.len() == 48);
+            for other in epoch + 1..6 {
+                let same = |which: usize| seen.iter().filter(|(index, (_, views))| views[which] == epochs[other][index].1[which]).count();
+                let again = (other - epoch) % 3 == 0;
+                assert!(if again { same(0) == 48 } else { same(0) < 8 }, "epochs {epoch} and {other}: {} clean views are alike", same(0));
+                // What only the student sees is new in every epoch.
+                assert!(if again && !transform.clean { same(1) == 48 } else { same(1) < 8 }, "epochs {epoch} and {other}: {}", same(1));
+            }
+        }
+    }
+    let new = Loader::new(Arc::new(numbers(48)), Transform::mae_pretrain(SIDE), shuffled(6, 0));
+    assert!(seen(&new, 0).values().all(|(key, _)| key.is_none()));
+}
+
+#[test]
+fn what_stands_in_for_another_image_is_no_view_of_its_own() {
+    let options = LoaderOptions { views: Some(2), ..shuffled(5, 2) };
+    let loader = Loader::new(Arc::new(Numbers { bad, ..numbers(60) }), Transform::mae_pretrain(SIDE), options);
+    let count = |epoch| {
+        let keys: Vec<_> = loader.epoch(epoch, 0).flat_map(|loaded| loaded.unwrap().keys).collect();
+        let distinct: BTreeSet<_> = keys.iter().flatten().map(|key| key % 60).collect();
+        assert!(distinct.iter().all(|&index| !bad(index as usize)));
+        (keys.len(), keys.iter().flatten().count(), distinct.len())
+    };
+    let good = (0..60).filter(|&index| !bad(index)).count();
+    assert_eq!((count(0), count(1)), ((60, good, good), (60, good, good)));
+}
+
+#[test]
+fn fixed_views_that_cannot_be_meant_are_refused() {
+    for (views, order, part) in [
+        (0, Order::Shuffled, "--views 0"),
+        (u64::MAX, Order::Shuffled, "1 to 4294967296"),
+        (2, Order::Repeated { times: 3 }, "--repeated-aug"),
+    ] {
+        let loader = loader(numbers(12), LoaderOptions { order, views: Some(views), ..shuffled(4, 0) });
+        let first = loader.epoch(0, 0).next().unwrap().map(|_| ()).unwrap_err();
+        for error in [loader.check().unwrap_err(), first] {
+            assert!(error.exit_code() == 2 && error.to_string().contains(part), "{error}");
+        }
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use masque::error::{Kind, Result};
 use masque::optim::groups::{self, Group, LayerDecay, vit_layer};
-use masque::optim::{Optimizer, adamw::AdamW, clip, ema::Ema, lars::Lars, sgd::Sgd};
+use masque::optim::{Optimizer, adamw::AdamW, clip, ema::Ema, lamb::Lamb, lars::Lars, sgd::Sgd};
 use masque::param::{Init, ParamId, Params, ParamsBuilder, Role};
 use masque::rng::Rng;
 use masque::tape::Tape;
@@ -194,6 +194,88 @@ fn lars_takes_a_ratio_of_one_where_a_norm_is_zero() {
     give(&mut params, id, tensor(&[1, 2], &[0.5, -1.0], Dtype::F64));
     lars.step(&mut params, 1.0).unwrap();
     assert_eq!(params.value(id).to_f64(), [-0.5, 1.0]);
+}
+
+#[test]
+fn lamb_gives_the_values_worked_out_by_hand() {
+    // The first step: m / (1 - b1) = g and v / (1 - b2) = g^2, so u = sign(g) + wd p = (1.3, -0.6); q = 5 / |u|.
+    let (mut params, id) = one(&[1, 2], &tensor(&[1, 2], &[3.0, 4.0], Dtype::F64));
+    let mut lamb = Lamb::new(groups::all(&params, 0.1), (0.9, 0.999), 1e-300, 1.0).unwrap();
+    give(&mut params, id, tensor(&[1, 2], &[0.3, -0.4], Dtype::F64));
+    lamb.step(&mut params, 0.01).unwrap();
+    let q = 5.0 / (1.3f64 * 1.3 + 0.6 * 0.6).sqrt();
+    assert!(relative(&params.value(id).to_f64(), &[3.0 - 0.01 * q * 1.3, 4.0 + 0.01 * q * 0.6]) < 1e-15);
+    // Without decay the ratio is 1, and a parameter of zeros has none.
+    for (decay, start) in [(0.0, [3.0, 4.0]), (0.1, [0.0, 0.0])] {
+        let (mut params, id) = one(&[1, 2], &tensor(&[1, 2], &start, Dtype::F64));
+        let mut lamb = Lamb::new(groups::all(&params, decay), (0.9, 0.999), 1e-300, 1.0).unwrap();
+        give(&mut params, id, tensor(&[1, 2], &[0.3, -0.4], Dtype::F64));
+        lamb.step(&mut params, 0.01).unwrap();
+        let wanted = [start[0] - 0.01, start[1] + 0.01];
+        assert!(relative(&params.value(id).to_f64(), &wanted) < 1e-15, "{:?}", params.value(id).to_f64());
+    }
+}
+
+/// A parameter as FusedLAMB would move it: values, moments, decay.
+struct ByHand {
+    p: Vec<f64>,
+    m: Vec<f64>,
+    v: Vec<f64>,
+    decay: f64,
+}
+
+impl ByHand {
+    /// `g` is divided by the length of all gradients where that is more than 1.
+    fn step(&mut self, g: &[f64], divisor: f64, t: i32, lr: f64) {
+        let (b1, b2) = (0.9, 0.95);
+        let u: Vec<f64> = (0..g.len())
+            .map(|i| {
+                let g = g[i] / divisor;
+                self.m[i] = b1 * self.m[i] + (1.0 - b1) * g;
+                self.v[i] = b2 * self.v[i] + (1.0 - b2) * g * g;
+                let (m, v) = (self.m[i] / (1.0 - f64::powi(b1, t)), self.v[i] / (1.0 - f64::powi(b2, t)));
+                m / (v.sqrt() + 1e-8) + self.decay * self.p[i]
+            })
+            .collect();
+        let q = if self.decay > 0.0 { length(self.p.iter().copied()) / length(u.iter().copied()) } else { 1.0 };
+        self.p.iter_mut().zip(u).for_each(|(p, u)| *p -= lr * q * u);
+    }
+}
+
+#[test]
+fn lamb_moves_a_model_as_a_plain_loop_does() {
+    for (dtype, limit) in [(Dtype::F64, 1e-12), (Dtype::F32, 1e-5)] {
+        let mut params = three(dtype);
+        let mut lamb = Lamb::new(groups::by_decay(&params, 0.1, &[]), (0.9, 0.95), 1e-8, 1.0).unwrap();
+        let decay = |params: &Params, id: ParamId| if params.value(id).shape().len() > 1 { 0.1 } else { 0.0 };
+        let start = |id| (params.value(id).to_f64(), vec![0.0; params.value(id).numel()]);
+        let by_hand = |id| (start(id), decay(&params, id));
+        let mut own: Vec<ByHand> =
+            params.ids().map(by_hand).map(|((p, zeros), decay)| ByHand { p, m: zeros.clone(), v: zeros, decay }).collect();
+        // Gradients are long, short, long: those of the second step stay as they are.
+        for (t, size) in [(1, 1.0), (2, 1e-4), (3, 1.0)] {
+            gradients(&mut params, &["large", "vector", "small"], t as u64);
+            let given: Vec<Vec<f64>> =
+                params.ids().map(|id| params.gradient(id).unwrap().to_f64().iter().map(|g| g * size).collect()).collect();
+            params.clear_gradients();
+            for (id, g) in params.ids().collect::<Vec<_>>().into_iter().zip(&given) {
+                let shape = params.value(id).shape().to_vec();
+                give(&mut params, id, tensor(&shape, g, dtype));
+            }
+            let divisor = length(given.iter().flatten().copied()).max(1.0);
+            assert_eq!(divisor > 1.0, t != 2);
+            own.iter_mut().zip(&given).for_each(|(own, g)| own.step(g, divisor, t, 0.02));
+            lamb.step(&mut params, 0.02).unwrap();
+            for (id, own) in params.ids().zip(&own) {
+                let error = relative(&params.value(id).to_f64(), &own.p);
+                assert!(error <= limit, "{} {dtype} step {t}: {error:e}", params.name(id));
+            }
+        }
+        for (memory, own) in lamb.state().memories().zip(&own) {
+            assert_eq!((memory.steps, memory.tensors[0].0, memory.tensors[1].0), (3, "exp_avg", "exp_avg_sq"));
+            assert!(relative(&memory.tensors[0].1.to_f64(), &own.m) <= limit && relative(&memory.tensors[1].1.to_f64(), &own.v) <= limit);
+        }
+    }
 }
 
 /// Weight and bias names of a block in registration order.
@@ -427,6 +509,7 @@ fn every_optimizer(params: &Params) -> Vec<Box<dyn Optimizer>> {
     let groups = || groups::by_decay(params, 0.1, &[]);
     vec![
         Box::new(AdamW::new(groups(), (0.9, 0.95), 1e-8).unwrap()),
+        Box::new(Lamb::new(groups(), (0.9, 0.95), 1e-8, Lamb::MOST).unwrap()),
         Box::new(Lars::new(groups(), 0.9, 0.001).unwrap()),
         Box::new(Sgd::new(groups(), 0.9).unwrap()),
     ]
@@ -438,7 +521,7 @@ fn bits(params: &Params) -> Vec<u64> {
 
 #[test]
 fn a_parameter_without_a_gradient_is_left_out_completely() {
-    for which in 0..3 {
+    for which in 0..4 {
         let mut params = three(Dtype::F32);
         let mut optimizer = every_optimizer(&params).remove(which);
         let small = params.find("small").unwrap();
@@ -480,14 +563,14 @@ fn results_do_not_depend_on_the_number_of_threads() {
             (values, bits(&params), norms)
         })
     };
-    for which in 0..3 {
+    for which in 0..4 {
         assert!(run(1, which) == run(2, which), "optimiser {which}");
     }
 }
 
 #[test]
 fn a_restored_optimiser_goes_on_as_if_it_had_not_stopped() {
-    for which in 0..3 {
+    for which in 0..4 {
         let mut params = three(Dtype::F32);
         let mut optimizer = every_optimizer(&params).remove(which);
         for step in 0..2 {
@@ -542,6 +625,7 @@ fn what_cannot_be_meant_is_refused() {
     assert_eq!(error.chain(), "sgd: large has a gradient but is in no group");
     assert!(AdamW::new(Vec::new(), (0.9, 1.0), 1e-8).is_err());
     assert!(Lars::new(Vec::new(), 0.9, -1.0).is_err());
+    assert!(Lamb::new(Vec::new(), (0.9, 0.95), 1e-8, 0.0).is_err() && Lamb::new(Vec::new(), (1.0, 0.9), 1e-8, 1.0).is_err());
     assert!(bits(&params) == before);
 }
 

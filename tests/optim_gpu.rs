@@ -5,7 +5,7 @@ use half::bf16;
 use masque::device::emulated::{Copies, Order};
 use masque::device::gpu::Gpu;
 use masque::optim::groups::{self, Group, LayerDecay};
-use masque::optim::{Optimizer, adamw::AdamW, clip, ema::Ema, lars::Lars, sgd::Sgd};
+use masque::optim::{Optimizer, adamw::AdamW, clip, ema::Ema, lamb::Lamb, lars::Lars, sgd::Sgd};
 use masque::param::{Init, Params, ParamsBuilder, Role};
 use masque::rng::Rng;
 use masque::tape::Tape;
@@ -53,11 +53,12 @@ fn layers(params: &Params) -> Vec<Group> {
     rule.groups(params, |name| Ok(["embed", "block", "head"].iter().position(|part| name.starts_with(part)).unwrap())).unwrap()
 }
 
-const OPTIMIZERS: [&str; 3] = ["adamw", "lars", "sgd"];
+const OPTIMIZERS: [&str; 4] = ["adamw", "lamb", "lars", "sgd"];
 
 fn optimizer(which: &str, params: &Params) -> Box<dyn Optimizer> {
     match which {
         "adamw" => Box::new(AdamW::new(layers(params), (0.9, 0.95), 1e-8).unwrap()),
+        "lamb" => Box::new(Lamb::new(layers(params), (0.9, 0.95), 1e-8, 2.5).unwrap()),
         "lars" => Box::new(Lars::new(layers(params), 0.9, 0.001).unwrap()),
         _ => Box::new(Sgd::new(layers(params), 0.9).unwrap()),
     }

@@ -7,7 +7,7 @@ use masque::error::Result;
 use masque::methods::{Batch, Loss, Method};
 use masque::nn::vit::Vit;
 use masque::optim::groups::LayerDecay;
-use masque::optim::{Optimizer, adamw::AdamW, clip, lars::Lars, sgd::Sgd};
+use masque::optim::{Optimizer, adamw::AdamW, clip, lamb::Lamb, lars::Lars, sgd::Sgd};
 use masque::param::{Init, ParamId, Params, ParamsBuilder, Role};
 use masque::rng::Rng;
 use masque::tape::{Tape, Var};
@@ -83,6 +83,7 @@ fn optimizer(which: &str, params: &Params) -> Box<dyn Optimizer> {
     let groups = rule.groups(params, |name| Ok(usize::from(name.starts_with("head")))).unwrap();
     match which {
         "adamw" => Box::new(AdamW::new(groups, (0.9, 0.95), 1e-8).unwrap()),
+        "lamb" => Box::new(Lamb::new(groups, (0.9, 0.95), 1e-8, Lamb::MOST).unwrap()),
         "lars" => Box::new(Lars::new(groups, 0.9, 0.1).unwrap()),
         _ => Box::new(Sgd::new(groups, 0.9).unwrap()),
     }
@@ -174,7 +175,7 @@ fn by_steps(which: &str, device: &Device, precision: Dtype, clip: Option<f64>) -
 
 #[test]
 fn recorded_steps_are_plain_steps_bit_for_bit() {
-    for which in ["adamw", "lars", "sgd"] {
+    for which in ["adamw", "lamb", "lars", "sgd"] {
         for (precision, clip) in [(Dtype::F32, Some(2.0)), (Dtype::Bf16, None)] {
             let (plain, recorded) = (by_hand(which, &emulated(), precision, clip), by_steps(which, &emulated(), precision, clip));
             assert_eq!(plain.updates, [STEPS; 3]);
@@ -214,7 +215,7 @@ fn a_step_that_cannot_be_recorded_does_no_harm() {
 
 #[test]
 fn steps_on_a_gpu_are_those_of_the_cpu() {
-    for which in ["adamw", "lars", "sgd"] {
+    for which in ["adamw", "lamb", "lars", "sgd"] {
         let (cpu, gpu) = (by_steps(which, &Device::Cpu, Dtype::F32, Some(2.0)), by_steps(which, &emulated(), Dtype::F32, Some(2.0)));
         assert!(cpu == by_hand(which, &Device::Cpu, Dtype::F32, Some(2.0)), "{which}");
         assert_eq!(cpu.updates, gpu.updates);

@@ -22,6 +22,8 @@ pub(super) struct Recipe {
     pub transform: Transform,
     /// Of this epoch.
     pub rng: Rng,
+    /// Which of the fixed views this epoch shows.
+    pub view: Option<u64>,
     /// The images of the epoch in turn.
     pub images: Vec<usize>,
     /// This one's number among those that share an epoch, and theirs.
@@ -43,6 +45,7 @@ pub(super) struct Unread {
 /// What became of a place.
 struct Made {
     index: usize,
+    key: Option<u64>,
     sample: Option<Sample>,
     /// Numbers for the erased boxes, in their order.
     fill: Vec<f32>,
@@ -59,14 +62,21 @@ impl Recipe {
 
     fn make(&self, place: usize) -> Result<Made> {
         let [rank, ranks] = self.rank;
-        let mut draws = self.rng.stream("sample", (place * ranks + rank) as u64);
+        let draws = self.rng.stream("sample", (place * ranks + rank) as u64);
         let (mut index, mut unread) = (self.images[place], Vec::new());
+        // Colours and boxes that only a student sees are new in every epoch, however often a view is shown.
+        let (mut view, mut own) = match self.view {
+            None => (draws, None),
+            Some(view) => (self.rng.at(view).stream("view", index as u64), self.transform.clean.then_some(draws)),
+        };
         loop {
             // What cannot be done to any image is no fault of this one: only one that cannot be read is passed over.
             let error = match self.dataset.picture(index) {
                 Ok(picture) => {
-                    let (sample, fill) = self.finish(index, picture, &mut draws)?;
-                    return Ok(Made { index, sample: Some(sample), fill, unread });
+                    // What stands in for another image is not one of its own views.
+                    let key = self.view.filter(|_| unread.is_empty()).map(|view| view * self.dataset.len() as u64 + index as u64);
+                    let (sample, fill) = self.finish(index, picture, &mut view, own.as_mut())?;
+                    return Ok(Made { index, key, sample: Some(sample), fill, unread });
                 }
                 Err(error) => error,
             };
@@ -75,17 +85,19 @@ impl Recipe {
             }
             unread.push(Unread { index, reason: error.chain(), first: unread.is_empty() });
             if !self.replace {
-                return Ok(Made { index, sample: None, fill: Vec::new(), unread });
+                return Ok(Made { index, key: None, sample: None, fill: Vec::new(), unread });
             }
             if unread.len() == TRIES {
                 return Err(error).with_context(|| format!("{TRIES} images drawn for one place of a batch cannot be read; the last"));
             }
-            index = draws.below(self.dataset.len());
+            index = view.below(self.dataset.len());
         }
     }
 
-    fn finish(&self, index: usize, picture: Picture, draws: &mut Stream) -> Result<(Sample, Vec<f32>)> {
-        let sample = self.transform.apply(picture, draws).with_context(|| self.dataset.name(index))?;
+    fn finish(&self, index: usize, picture: Picture, view: &mut Stream, own: Option<&mut Stream>) -> Result<(Sample, Vec<f32>)> {
+        let cut = self.transform.cut(picture, view).with_context(|| self.dataset.name(index))?;
+        let draws = own.unwrap_or(view);
+        let sample = self.transform.change(cut, draws);
         let channels = sample.pixels.len() / self.transform.side.pow(2).max(1);
         let numbers = match self.transform.erasing.map(|erasing| erasing.mode) {
             None | Some(Filling::Const) => 0,
@@ -127,6 +139,7 @@ struct Rows {
 
 struct Row {
     index: usize,
+    key: Option<u64>,
     erased: Vec<[u32; 4]>,
 }
 
@@ -188,13 +201,14 @@ impl Assembly {
         let clean = clean.map(|clean| kept::<u8>(clean, &there)).transpose()?;
         let indices: Vec<usize> = rows.iter().map(|row| row.index).collect();
         let labels = indices.iter().map(|&index| recipe.dataset.label(index)).collect();
-        Ok((Some(Loaded { bytes: kept::<u8>(bytes, &there)?, clean, labels, indices, erase }), unread))
+        let keys = rows.iter().map(|row| row.key).collect();
+        Ok((Some(Loaded { bytes: kept::<u8>(bytes, &there)?, clean, labels, indices, keys, erase }), unread))
     }
 }
 
 impl Rows {
     fn put(&mut self, recipe: &Recipe, row: usize, made: Made) -> Result<()> {
-        let Made { index, sample, fill, unread } = made;
+        let Made { index, key, sample, fill, unread } = made;
         self.unread[row] = unread;
         let Some(Sample { pixels, clean, erased }) = sample else { return Ok(()) };
         let (batch, side) = (self.rows.len(), recipe.transform.side);
@@ -242,7 +256,7 @@ impl Rows {
             }
             Some(Filling::Const) | None => {}
         }
-        self.rows[row] = Some(Row { index, erased });
+        self.rows[row] = Some(Row { index, key, erased });
         Ok(())
     }
 }

@@ -1,4 +1,5 @@
-//! Batches of an epoch, each image decoded and transformed with numbers that depend on (seed, epoch, place) alone.
+//! Batches of an epoch, each image decoded and transformed with numbers that depend on (seed, epoch, place) alone; with fixed views, on (seed, view, image),
+//! the views taking turns over the epochs.
 //!
 //! Worker threads take the places of an epoch's order one after another and write each picture to its row of a batch. A few batches are filled ahead of
 //! the one that is handed out, in memory that goes round; then the workers wait. Batches come out in order, whichever row was ready first.
@@ -35,11 +36,13 @@ pub struct LoaderOptions {
     /// Which part of the order is taken, and of how many.
     pub rank: usize,
     pub ranks: usize,
+    /// In how many fixed views each image is seen, one an epoch in turn; None: another one in every epoch.
+    pub views: Option<u64>,
 }
 
 impl Default for LoaderOptions {
     fn default() -> Self {
-        Self { batch: 1, order: Order::Sequential, workers: 0, seed: 0, strict: false, rank: 0, ranks: 1 }
+        Self { batch: 1, order: Order::Sequential, workers: 0, seed: 0, strict: false, rank: 0, ranks: 1, views: None }
     }
 }
 
@@ -68,6 +71,8 @@ pub struct Loaded {
     pub labels: Vec<u32>,
     /// Numbers of the images in the set.
     pub indices: Vec<usize>,
+    /// Which of all fixed views of all images each is: view * images + number; None where views are not fixed, and for what stands in for another image.
+    pub keys: Vec<Option<u64>>,
     /// What the transform wants erased.
     pub erase: Option<Erased>,
 }
@@ -150,6 +155,20 @@ impl Loader {
         self.options.batch
     }
 
+    /// Whether its options can be meant.
+    pub fn check(&self) -> Result<()> {
+        match (self.options.views, self.options.order) {
+            (Some(views), _) if views == 0 || views > 1 << 32 => Err(Error::usage(format!(
+                "--views {views}: an image is seen in 1 to {} fixed views; leave the flag out for new ones in every epoch",
+                1u64 << 32
+            ))),
+            (Some(views), Order::Repeated { times }) => Err(Error::usage(format!(
+                "--views {views} shows an image once in an epoch, and --repeated-aug {times} times in different ways; give --repeated-aug=false, or no --views"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// Batches in an epoch.
     pub fn batches(&self) -> usize {
         let LoaderOptions { order, rank, ranks, batch, .. } = self.options;
@@ -164,7 +183,7 @@ impl Loader {
 
     /// The batches of an epoch, from number `first` on. After an error there are no more.
     pub fn epoch(&self, epoch: u64, first: usize) -> impl Iterator<Item = Result<Loaded>> + use<'_> {
-        let LoaderOptions { batch, order, workers, seed, strict, rank, ranks } = self.options;
+        let LoaderOptions { batch, order, workers, seed, strict, rank, ranks, views } = self.options;
         let mut images = order.indices(self.dataset.len(), seed, epoch, rank, ranks);
         if !order.keeps_the_rest() {
             images.truncate(self.batches() * batch);
@@ -173,15 +192,17 @@ impl Loader {
             dataset: self.dataset.clone(),
             transform: self.transform.clone(),
             rng: Rng::new(seed).at(epoch),
+            view: views.map(|views| epoch % views.max(1)),
             images,
             rank: [rank, ranks],
             batch: batch.max(1),
             replace: !order.keeps_the_rest(),
             strict,
         };
-        let source = match (batch, workers) {
-            (0, _) => Err(Error::usage("a batch of 0 images cannot be loaded; --batch-size is at least 1")),
-            (_, 0) => Ok(Source::Here(Box::new(recipe), first)),
+        let source = match (self.check(), batch, workers) {
+            (Err(error), ..) => Err(error),
+            (_, 0, _) => Err(Error::usage("a batch of 0 images cannot be loaded; --batch-size is at least 1")),
+            (_, _, 0) => Ok(Source::Here(Box::new(recipe), first)),
             _ => Workers::start(recipe, first, workers).map(Source::There),
         };
         Epoch { loader: self, source: Some(source) }

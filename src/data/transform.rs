@@ -123,13 +123,23 @@ impl Transform {
     }
 
     pub fn apply(&self, picture: Picture, draws: &mut Stream) -> Result<Sample> {
+        Ok(self.change(self.cut(picture, draws)?, draws))
+    }
+
+    /// The picture cut and mirrored, [side, side, C].
+    pub fn cut(&self, picture: Picture, draws: &mut Stream) -> Result<Vec<u8>> {
         let channels = picture.channels;
         ensure!(channels == 3 || self.colours == Colours::Kept, "colours are changed of images with 3 channels, not {channels}");
-        let to = [self.side, self.side];
         let mut pixels = self.crop.cut(picture, self.side, draws)?;
         if self.flip && draws.chance(0.5) {
-            resize::hflip(&mut pixels, to, channels)?;
+            resize::hflip(&mut pixels, [self.side, self.side], channels)?;
         }
+        Ok(pixels)
+    }
+
+    /// What becomes of a cut picture: its colours changed, boxes chosen.
+    pub fn change(&self, mut pixels: Vec<u8>, draws: &mut Stream) -> Sample {
+        let to = [self.side, self.side];
         let clean = self.clean.then(|| pixels.clone());
         match self.colours {
             Colours::Kept => {}
@@ -143,7 +153,7 @@ impl Transform {
             }
         }
         let erased = self.erasing.map(|erasing| erasing.draw(self.side, draws)).unwrap_or_default();
-        Ok(Sample { pixels, clean, erased })
+        Sample { pixels, clean, erased }
     }
 }
 

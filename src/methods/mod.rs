@@ -33,11 +33,13 @@ pub struct Batch {
     pub targets: Option<Tensor>,
     /// The class of each image, for evaluation; empty where nobody asks.
     pub labels: Vec<u32>,
+    /// What tells the view of each image from all others, where that view returns in later epochs; empty where none does.
+    pub keys: Vec<Option<u64>>,
 }
 
 impl Batch {
     pub fn of_images(images: Tensor) -> Self {
-        Self { images, teacher_images: None, teacher_output: None, targets: None, labels: Vec::new() }
+        Self { images, teacher_images: None, teacher_output: None, targets: None, labels: Vec::new(), keys: Vec::new() }
     }
 
     /// What a teacher sees of it.

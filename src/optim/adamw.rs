@@ -37,7 +37,7 @@ impl Optimizer for AdamW {
         let (betas, eps) = (self.betas, self.eps);
         self.state.prepare(params, lr, |plan| {
             let rule = Rule::<f32>::of(plan, betas, eps);
-            [rule.decay, rule.rate, rule.root]
+            [rule.decay, rule.rate, rule.root, 1.0]
         })
     }
 

@@ -55,15 +55,22 @@ fn clip_all<T: Real + Element>(params: &mut Params, max_norm: f64) -> Result<f64
     Ok(norm)
 }
 
-/// Norm and factor, each f32 [1]. Absent gradients are zeros in the buffer.
-fn norm_on(gpu: &Gpu, params: &mut Params, max_norm: f64) -> Result<(Tensor, Tensor)> {
+/// Sums of squares, f64, whose sum is the square of the norm. Absent gradients are zeros in the buffer.
+pub(super) fn squares_on(gpu: &Gpu, params: &mut Params) -> Result<Tensor> {
     let (device, gradients) = (params.device().clone(), params.flat_gradients()?);
     let blocks = gradients.len.div_ceil(2048).clamp(1, 1024);
     let mut sums = Tensor::empty_on(&device, &[blocks], Dtype::F64)?;
     let args = Args::new().out(&mut sums).input(&gradients).long(gradients.len);
     gpu.launch("clip_squares_f32", Launch::new(blocks, 256), args)?;
+    Ok(sums)
+}
+
+/// Norm and factor, each f32 [1].
+fn norm_on(gpu: &Gpu, params: &mut Params, max_norm: f64) -> Result<(Tensor, Tensor)> {
+    let device = params.device().clone();
+    let sums = squares_on(gpu, params)?;
     let (mut norm, mut factor) = (Tensor::empty_on(&device, &[1], Dtype::F32)?, Tensor::empty_on(&device, &[1], Dtype::F32)?);
-    let args = Args::new().out(&mut norm).out(&mut factor).input(&sums).int(blocks).float(max_norm);
+    let args = Args::new().out(&mut norm).out(&mut factor).input(&sums).int(sums.numel()).float(max_norm);
     gpu.launch("clip_norm_f32", Launch::new(1, 256), args)?;
     Ok((norm, factor))
 }
@@ -76,7 +83,7 @@ fn clip_all_on(gpu: &Gpu, params: &mut Params, max_norm: f64) -> Result<Tensor> 
     Ok(norm)
 }
 
-fn norm<T: Real + Element>(params: &Params) -> Result<f64> {
+pub(super) fn norm<T: Real + Element>(params: &Params) -> Result<f64> {
     let gradients = params.trained().filter_map(|id| params.gradient(id));
     let pieces: Vec<&[T]> = gradients.flat_map(|gradient| gradient.data::<T>().chunks(PIECE)).collect();
     let sums: Vec<f64> = pieces.into_par_iter().map(squares).collect();

@@ -36,8 +36,8 @@ impl Lars {
 impl Optimizer for Lars {
     fn prepare(&mut self, params: &Params, lr: f64) -> Result<()> {
         self.state.prepare(params, lr, |plan| match plan.vector {
-            true => [0.0, plan.lr as f32, 0.0],
-            false => [plan.weight_decay as f32, plan.lr as f32, 1.0],
+            true => [0.0, plan.lr as f32, 0.0, 1.0],
+            false => [plan.weight_decay as f32, plan.lr as f32, 1.0, 1.0],
         })
     }
 

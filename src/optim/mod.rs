@@ -12,6 +12,7 @@ pub mod adamw;
 pub mod clip;
 pub mod ema;
 pub mod groups;
+pub mod lamb;
 pub mod lars;
 mod pieces;
 pub mod schedule;

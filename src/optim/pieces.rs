@@ -62,7 +62,7 @@ pub(super) struct Pieces {
     pub table: Tensor,
     /// [slots + 1]: where the pieces of each slot start.
     pub firsts: Tensor,
-    /// [slots, 4]: three numbers of the rule and 1, or zeros where there is no gradient.
+    /// [slots, 4]: the numbers of the rule, or zeros where there is no gradient.
     pub scalars: Tensor,
 }
 
@@ -92,8 +92,8 @@ impl Pieces {
     }
 
     /// Puts the rule of each slot in place, None where it has no gradient.
-    pub fn write(&mut self, rules: impl Iterator<Item = Option<[f32; 3]>>) -> Result<()> {
-        let rows: Vec<f32> = rules.flat_map(|rule| rule.map_or([0.0; 4], |[a, b, c]| [a, b, c, 1.0])).collect();
+    pub fn write(&mut self, rules: impl Iterator<Item = Option<[f32; 4]>>) -> Result<()> {
+        let rows: Vec<f32> = rules.flat_map(Option::unwrap_or_default).collect();
         let rows = Tensor::from_slice(self.scalars.shape(), &rows)?;
         self.scalars.upload(&rows)
     }

@@ -30,7 +30,7 @@ impl Sgd {
 
 impl Optimizer for Sgd {
     fn prepare(&mut self, params: &Params, lr: f64) -> Result<()> {
-        self.state.prepare(params, lr, |plan| [plan.weight_decay as f32, plan.lr as f32, 0.0])
+        self.state.prepare(params, lr, |plan| [plan.weight_decay as f32, plan.lr as f32, 0.0, 1.0])
     }
 
     fn apply(&mut self, params: &mut Params) -> Result<()> {

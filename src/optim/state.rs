@@ -129,8 +129,8 @@ impl State {
     }
 
     /// Counts an update of everything that has a gradient. All checks happen here, before anything is changed. On a GPU the numbers of the
-    /// rule, which `rule` works out, are put where the kernels read them.
-    pub(super) fn prepare(&mut self, params: &Params, lr: f64, rule: impl Fn(&Plan) -> [f32; 3]) -> Result<()> {
+    /// rule, which `rule` works out, one of which is never 0, are put where the kernels read them.
+    pub(super) fn prepare(&mut self, params: &Params, lr: f64, rule: impl Fn(&Plan) -> [f32; 4]) -> Result<()> {
         let optimizer = self.optimizer;
         ensure!(lr.is_finite() && lr >= 0.0, "{optimizer}: the learning rate is {lr}");
         let recording = params.device().gpu().is_some_and(Gpu::is_recording);

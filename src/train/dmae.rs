@@ -116,5 +116,5 @@ pub fn dmae(args: &DmaePretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
         dmae.mae.params.move_to(&device, common.run.precision.dtype())?;
         Ok(Box::new(dmae))
     };
-    Job { command: "pretrain dmae", folder: "pretrain-dmae", common, jitter: None, settings }.train(make, say)
+    Job { command: "pretrain dmae", folder: "pretrain-dmae", common, jitter: None, views: args.teacher.views, settings }.train(make, say)
 }

@@ -46,7 +46,8 @@ impl Feed {
     /// A batch to learn from; what is drawn comes from its own stream.
     pub fn training(&self, loaded: Loaded, draws: &mut Stream) -> Result<Batch> {
         let Some(Labels { classes, mixing }) = &self.labels else {
-            return Ok(Batch { teacher_images: self.clean(&loaded)?, ..Batch::of_images(self.images(&loaded, &Augment::default())?) });
+            let images = self.images(&loaded, &Augment::default())?;
+            return Ok(Batch { teacher_images: self.clean(&loaded)?, keys: loaded.keys, ..Batch::of_images(images) });
         };
         self.check(loaded.clean.is_some())?;
         let &[batch, h, w, _] = loaded.bytes.shape() else { crate::bail!("a batch is {:?} but [B, H, W, C] is needed", loaded.bytes) };
@@ -55,7 +56,8 @@ impl Feed {
         mixed.finish(&mut images)?;
         let targets = Tensor::from_slice(&[batch, *classes], &mixed.targets(&loaded.labels, *classes)?)?;
         let teacher_images = self.clean(&loaded)?;
-        Ok(Batch { teacher_images, targets: Some(targets.on(&self.device)?), labels: loaded.labels, ..Batch::of_images(images) })
+        let (labels, keys) = (loaded.labels, loaded.keys);
+        Ok(Batch { teacher_images, targets: Some(targets.on(&self.device)?), labels, keys, ..Batch::of_images(images) })
     }
 
     /// A batch to be judged by.

@@ -110,6 +110,8 @@ pub struct Job<'a> {
     pub common: &'a CommonArgs,
     /// Strength of the jitter of the colours that the student sees, where its teacher sees the clean view of the same cut.
     pub jitter: Option<f64>,
+    /// Fixed views of each image.
+    pub views: Option<u64>,
     pub settings: Map<String, Value>,
 }
 
@@ -161,12 +163,14 @@ impl Job<'_> {
             workers: run.workers(),
             seed: run.seed,
             strict: images.strict_data,
+            views: self.views,
             ..LoaderOptions::default()
         };
         let shown = spread(validation.clone().unwrap_or_else(|| train.clone()), SHOWN);
-        let few = LoaderOptions { batch: SHOWN, order: Order::Sequential, workers: 0, ..loading };
+        let few = LoaderOptions { batch: SHOWN, order: Order::Sequential, workers: 0, views: None, ..loading };
         let after = pictures(Loader::new(shown, crop.evaluation(side)?, few), feed.clone());
-        let in_order = |set| Ok(Loader::new(set, crop.evaluation(side)?, LoaderOptions { order: Order::Sequential, ..loading }));
+        let in_order =
+            |set| Ok(Loader::new(set, crop.evaluation(side)?, LoaderOptions { order: Order::Sequential, views: None, ..loading }));
         let ready = Ready {
             command: self.command,
             method,
@@ -202,5 +206,5 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         mae.params.move_to(&making.device, common.run.precision.dtype())?;
         Ok(Box::new(mae))
     };
-    Job { command: "pretrain mae", folder: "pretrain-mae", common, jitter: None, settings }.train(make, say)
+    Job { command: "pretrain mae", folder: "pretrain-mae", common, jitter: None, views: None, settings }.train(make, say)
 }

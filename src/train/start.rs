@@ -65,8 +65,8 @@ const FREE: [&str; 11] = [
 ];
 
 /// These may not differ: the place in the epoch and the order of the images depend on them.
-const FIXED: [&str; 9] =
-    ["batch-size", "accum-iter", "seed", "train-images", "data-fraction", "model", "input-size", "in-chans", "repeated-aug"];
+const FIXED: [&str; 10] =
+    ["batch-size", "accum-iter", "seed", "train-images", "data-fraction", "model", "input-size", "in-chans", "repeated-aug", "views"];
 
 /// What differs from the settings that a checkpoint was made with: an error where that cannot be, else a sentence each.
 pub fn compare(now: &Map<String, Value>, then: &Map<String, Value>, from: &Path) -> Result<Vec<String>> {
@@ -138,6 +138,7 @@ impl Start {
     /// Trains to the end, or until a signal asks to stop.
     pub fn train(&self, run: &RunArgs, ready: Ready, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         let Ready { command, mut method, optimizer, loader, validation, feed, after, settings, classes } = ready;
+        loader.check()?;
         feed.fits(loader.transform())?;
         let batches = loader.batches();
         if batches < run.accum_iter {

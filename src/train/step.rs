@@ -221,7 +221,7 @@ impl Step {
                 _ => crate::bail!("a step on {} is recorded for batches with {what} or for batches without", gpu.name()),
             }
         }
-        Ok(Batch { labels: batch.labels.clone(), ..own.clone() })
+        Ok(Batch { labels: batch.labels.clone(), keys: batch.keys.clone(), ..own.clone() })
     }
 }
 

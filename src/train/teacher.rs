@@ -32,6 +32,10 @@ pub struct TeacherArgs {
     /// Take the running average of the teacher's weights
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
     pub teacher_ema: bool,
+    /// See each image in so many fixed views, one an epoch in turn; what only the student sees of it is new in every epoch all the same [default: a
+    /// new view in every epoch]
+    #[arg(long, value_name = "N")]
+    pub views: Option<u64>,
 }
 
 /// What a method needs of its teacher.

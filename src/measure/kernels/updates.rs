@@ -6,6 +6,7 @@ use crate::nn::presets;
 use crate::nn::vit::{Tokens, Vit};
 use crate::optim::adamw::AdamW;
 use crate::optim::ema::Ema;
+use crate::optim::lamb::Lamb;
 use crate::optim::lars::Lars;
 use crate::optim::sgd::Sgd;
 use crate::optim::{Optimizer, clip, groups};
@@ -16,6 +17,7 @@ use crate::tensor::{Device, Dtype, Tensor};
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Rule {
     AdamW,
+    Lamb,
     Lars,
     Sgd,
     Clip,
@@ -23,11 +25,12 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 5] = [Rule::AdamW, Rule::Lars, Rule::Sgd, Rule::Clip, Rule::Ema];
+    pub const ALL: [Rule; 6] = [Rule::AdamW, Rule::Lamb, Rule::Lars, Rule::Sgd, Rule::Clip, Rule::Ema];
 
     pub fn name(self) -> &'static str {
         match self {
             Rule::AdamW => "adamw",
+            Rule::Lamb => "lamb",
             Rule::Lars => "lars",
             Rule::Sgd => "sgd",
             Rule::Clip => "clip",
@@ -41,6 +44,7 @@ impl Rule {
         match self {
             Rule::AdamW => 28 + working,
             // The norms have to be known before anything can move.
+            Rule::Lamb => 40 + working,
             Rule::Lars => 28 + working,
             Rule::Sgd => 20 + working,
             Rule::Clip | Rule::Ema => 12,
@@ -112,6 +116,7 @@ impl<'a> Update<'a> {
         let groups = groups::by_decay(&model.params, 0.05, &[]);
         let state = match rule {
             Rule::AdamW => State::Optimizer(Box::new(AdamW::new(groups, (0.9, 0.95), 1e-8)?)),
+            Rule::Lamb => State::Optimizer(Box::new(Lamb::new(groups, (0.9, 0.999), 1e-8, Lamb::MOST)?)),
             Rule::Lars => State::Optimizer(Box::new(Lars::new(groups, 0.9, 1e-3)?)),
             Rule::Sgd => State::Optimizer(Box::new(Sgd::new(groups, 0.9)?)),
             Rule::Clip => State::Clip,

@@ -5,6 +5,7 @@ use super::compare::Record;
 use crate::error::Result;
 use crate::optim::adamw::AdamW;
 use crate::optim::groups::{self, Group, LayerDecay, vit_layer};
+use crate::optim::lamb::Lamb;
 use crate::optim::lars::Lars;
 use crate::optim::sgd::Sgd;
 use crate::optim::{Optimizer, clip, schedule};
@@ -181,14 +182,18 @@ pub fn make(kind: &str, numbers: &Fields, groups: Vec<Group>) -> Result<Box<dyn 
         ensure!(off, "the optimiser's {variant} is not supported yet");
     }
     Ok(match kind {
-        "adamw" => {
+        "adamw" | "lamb" => {
             let betas = if numbers.has("betas") { numbers.numbers("betas")? } else { vec![0.9, 0.999] };
             let [b1, b2] = betas[..] else { bail!("betas are {betas:?} but two are needed") };
-            Box::new(AdamW::new(groups, (b1, b2), numbers.number_or("eps", 1e-8)?)?)
+            let eps = numbers.number_or("eps", 1e-8)?;
+            match kind {
+                "lamb" => Box::new(Lamb::new(groups, (b1, b2), eps, numbers.number_or("max_grad_norm", Lamb::MOST)?)?),
+                _ => Box::new(AdamW::new(groups, (b1, b2), eps)?),
+            }
         }
         "lars" => Box::new(Lars::new(groups, numbers.number_or("momentum", 0.9)?, numbers.number_or("trust_coefficient", 0.001)?)?),
         "sgd" => Box::new(Sgd::new(groups, numbers.number_or("momentum", 0.0)?)?),
-        other => bail!("there is no optimiser {other:?}, only adamw, lars and sgd"),
+        other => bail!("there is no optimiser {other:?}, only adamw, lamb, lars and sgd"),
     })
 }
 
