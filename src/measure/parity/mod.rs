@@ -12,6 +12,7 @@ mod compare;
 mod dmae;
 mod hog;
 mod mae;
+mod maskedkd;
 mod ops;
 mod pth;
 mod steps;
@@ -72,7 +73,7 @@ pub struct Summary {
     pub rows: Vec<Row>,
 }
 
-const NOT_YET: [&str; 4] = ["maskedkd", "tinymim", "dmjd", "convmae"];
+const NOT_YET: [&str; 3] = ["tinymim", "dmjd", "convmae"];
 
 /// Runs every case and prints its row as soon as it is done, then the counts.
 pub fn run(options: &Options, print: &mut dyn FnMut(&str)) -> Result<Summary> {
@@ -213,6 +214,7 @@ fn run_case(path: &Path, options: &Options) -> Result<Ran> {
         "mae" if kind.is_empty() => mae::run(&case, dtype, &mut record)?,
         "mae" => return Ok(Ran::Unsupported(format!("models of kind {kind:?} are not supported yet"))),
         "dmae" => dmae::run(&case, dtype, &mut record)?,
+        "maskedkd" => maskedkd::run(&case, dtype, &mut record)?,
         "vit" | "linprobe" if matches!(kind, "" | "deit" | "deit_distilled") => vit::run(&case, dtype, &mut record)?,
         "vit" | "linprobe" => return Ok(Ran::Unsupported(format!("models of kind {kind:?} are not supported yet"))),
         "hog" => hog::run(&case, dtype, &mut record)?,
