@@ -15,7 +15,8 @@ use std::collections::BTreeSet;
 const LIMITS: [(Dtype, f64); 2] = [(Dtype::F32, 3e-6), (Dtype::F64, 1e-7)];
 
 fn fixture(name: &str) -> TensorFile {
-    formats::open(format!("{}/tests/fixtures/networks/{name}.safetensors", env!("CARGO_MANIFEST_DIR"))).unwrap()
+    let folder = if name.starts_with("maskedkd") { "parity" } else { "networks" };
+    formats::open(format!("{}/tests/fixtures/{folder}/{name}.safetensors", env!("CARGO_MANIFEST_DIR"))).unwrap()
 }
 
 fn tensor(file: &TensorFile, name: &str) -> Tensor {

@@ -12,6 +12,7 @@ mod compare;
 mod dmae;
 mod hog;
 mod mae;
+mod maskedkd;
 mod ops;
 mod pth;
 mod steps;
@@ -73,7 +74,7 @@ pub struct Summary {
     pub rows: Vec<Row>,
 }
 
-const NOT_YET: [&str; 3] = ["maskedkd", "dmjd", "convmae"];
+const NOT_YET: [&str; 2] = ["dmjd", "convmae"];
 
 /// Runs every case and prints its row as soon as it is done, then the counts.
 pub fn run(options: &Options, print: &mut dyn FnMut(&str)) -> Result<Summary> {
@@ -215,6 +216,7 @@ fn run_case(path: &Path, options: &Options) -> Result<Ran> {
         "mae" => return Ok(Ran::Unsupported(format!("models of kind {kind:?} are not supported yet"))),
         "tinymim" => tinymim::run(&case, dtype, &mut record)?,
         "dmae" => dmae::run(&case, dtype, &mut record)?,
+        "maskedkd" => maskedkd::run(&case, dtype, &mut record)?,
         "vit" | "linprobe" if matches!(kind, "" | "deit" | "deit_distilled") => vit::run(&case, dtype, &mut record)?,
         "vit" | "linprobe" => return Ok(Ran::Unsupported(format!("models of kind {kind:?} are not supported yet"))),
         "hog" => hog::run(&case, dtype, &mut record)?,

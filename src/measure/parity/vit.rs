@@ -99,7 +99,7 @@ impl Subject for Model<'_> {
             record.tensor(at.output("logits_dist"), distillation.value());
             record.tensor(at.output("eval_logits"), output.evaluated()?.value());
         }
-        let loss = base_loss(self.case, at, &output.logits)?;
+        let loss = base_loss(self.case, "loss", at, &output.logits)?;
         if let Some(statistics) = &output.statistics {
             self.classifier.update_statistics(&mut self.params, statistics, images.shape()[0])?;
         }
@@ -114,19 +114,25 @@ impl Subject for Model<'_> {
             let depth = self.classifier.vit.config.depth;
             return Ok(vec![steps::layer_groups(&self.params, source.number("layer_decay")?, weight_decay, depth)?]);
         }
-        let skipped: &[&str] = &["pos_embed", "cls_token", "dist_token"];
-        Ok([&[], skipped].map(|skipped| groups::by_decay(&self.params, weight_decay, skipped)).to_vec())
+        decay_groups(&self.params, optim)
     }
 }
 
-/// The classification loss that `options.loss` names.
-fn base_loss(case: &Case, at: &Place, logits: &Var) -> Result<Var> {
+/// Groups by weight decay: with the tokens and the table decayed, without any of them, and without all but the distillation token.
+pub fn decay_groups(params: &Params, optim: &Fields) -> Result<Vec<Vec<Group>>> {
+    let weight_decay = optim.number_or("weight_decay", 0.0)?;
+    let skipped: [&[&str]; 3] = [&[], &["pos_embed", "cls_token", "dist_token"], &["pos_embed", "cls_token"]];
+    Ok(skipped.map(|skipped| groups::by_decay(params, weight_decay, skipped)).to_vec())
+}
+
+/// The classification loss that this field of the options names.
+pub fn base_loss(case: &Case, field: &str, at: &Place, logits: &Var) -> Result<Var> {
     let options = case.part("options")?;
-    let kind = if options.has("loss") { options.text("loss")? } else { "ce" };
+    let kind = if options.has(field) { options.text(field)? } else { "ce" };
     match kind {
         "ce" => logits.cross_entropy(&case.labels(&at.input("labels"))?, 0.0),
         "label_smoothing_ce" => logits.cross_entropy(&case.labels(&at.input("labels"))?, options.number("smoothing")?),
         "soft_target_ce" => logits.cross_entropy_soft(&case.tensor(&at.input("targets"), logits.dtype())?),
-        other => bail!("options.loss is {other:?}; there are ce, label_smoothing_ce and soft_target_ce"),
+        other => bail!("options.{field} is {other:?}; there are ce, label_smoothing_ce and soft_target_ce"),
     }
 }
