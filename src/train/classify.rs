@@ -17,7 +17,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::methods::supervised::Supervised;
 use crate::nn;
-use crate::nn::classifier::{ClassifierConfig, Pool};
+use crate::nn::classifier::{Classifier, ClassifierConfig, Pool};
 use crate::nn::presets::{self, Family};
 use crate::nn::vit::{Position, Tokens, Vit, VitConfig};
 use crate::nn::weights::{self, Head, Policy, Which};
@@ -100,20 +100,28 @@ impl ClassifierArgs {
                 self.model.trim_start_matches("mae_")
             )));
         }
-        if named.family == Some(Family::Distilled) {
-            return Err(Error::usage(format!(
-                "--model {}: the second head of a distilled model learns from a teacher, which this command does not have; masque evaluate judges one",
-                self.model
-            )));
-        }
         let mut vit = named.classifier(images.input_size, drop_path)?;
         (vit.patch, vit.channels) = (self.patch_size.unwrap_or(vit.patch), images.in_chans);
         vit.check().map_err(|error| Error::usage(format!("--input-size and --patch-size: {}", error.chain())))?;
         if !(0.0..1.0).contains(&drop_path) {
             return Err(Error::usage(format!("--drop-path {drop_path} is not in [0, 1)")));
         }
+        if vit.distillation_token && self.global_pool {
+            return Err(Error::usage(format!("--model {} reads its two tokens; give --global-pool=false with it", self.model)));
+        }
         let pool = if self.global_pool { Pool::Mean } else { Pool::ClassToken };
         Ok(ClassifierConfig { vit, classes, pool, probe })
+    }
+
+    /// Refuses a student of a teacher where there is none.
+    fn learns_alone(&self, config: ClassifierConfig) -> Result<ClassifierConfig> {
+        if config.vit.distillation_token {
+            return Err(Error::usage(format!(
+                "--model {}: the second head of a distilled model learns from a teacher, which this command does not have; masque distill deit trains one, masque evaluate judges one",
+                self.model
+            )));
+        }
+        Ok(config)
     }
 
     /// How many classes the head has; the labels of both sets must fit.
@@ -130,12 +138,12 @@ impl ClassifierArgs {
     }
 
     /// The encoder's weights from --finetune, and a new head.
-    fn load(&self, model: &mut Supervised, rng: &Rng, say: &mut dyn FnMut(&str)) -> Result<()> {
+    pub fn load(&self, params: &mut Params, model: &Classifier, rng: &Rng, say: &mut dyn FnMut(&str)) -> Result<()> {
         let Some(path) = &self.finetune else {
             if self.finetune_ema {
                 return Err(Error::usage("--finetune-ema says which weights --finetune takes; give a checkpoint by --finetune PATH"));
             }
-            return if self.start == StartName::Xavier { start_like_mae(model, rng) } else { Ok(()) };
+            return if self.start == StartName::Xavier { start_like_mae(params, model, rng) } else { Ok(()) };
         };
         if self.start != StartName::Normal {
             return Err(Error::usage("--start says how a model starts from scratch; leave it out beside --finetune"));
@@ -149,34 +157,34 @@ impl ClassifierArgs {
             HeadName::Keep => Head::Keep,
             HeadName::Fresh => Head::Fresh,
         };
-        let report = weights::load(&mut model.params, &model.model.vit.config, &file, Policy::Encoder(head))?;
+        let report = weights::load(params, &model.vit.config, &file, Policy::Encoder(head))?;
         say(&report.text());
         if report.has_head() {
             return Ok(());
         }
         for name in ["head.weight", "head.1.weight"] {
-            let Ok(id) = model.params.find(name) else { continue };
-            let shape = model.params.value(id).shape().to_vec();
+            let Ok(id) = params.find(name) else { continue };
+            let shape = params.value(id).shape().to_vec();
             let drawn = rng.normal("fresh head", shape.iter().product());
             let drawn: Vec<f32> = drawn.into_iter().map(|z| (z as f64 * self.head_std) as f32).collect();
-            model.params.set_value(id, &Tensor::from_slice(&shape, &drawn)?)?;
+            params.set_value(id, &Tensor::from_slice(&shape, &drawn)?)?;
         }
         Ok(())
     }
 }
 
 /// Gives the encoder the values that its pre-training would begin with.
-fn start_like_mae(model: &mut Supervised, rng: &Rng) -> Result<()> {
-    let config = VitConfig { position: Position::SinCos, ..model.model.vit.config.clone() };
-    if model.model.vit.config.position != Position::Learned || config.distillation_token || config.layer_scale.is_some() {
+fn start_like_mae(params: &mut Params, model: &Classifier, rng: &Rng) -> Result<()> {
+    let config = VitConfig { position: Position::SinCos, ..model.vit.config.clone() };
+    if model.vit.config.position != Position::Learned || config.distillation_token || config.layer_scale.is_some() {
         return Err(Error::usage("--start xavier is for plain ViT classifiers; leave it out, or choose a vit_ model"));
     }
     let mut b = ParamsBuilder::default();
     let tokens = Tokens::new(&mut b, &config)?;
-    let normed = model.params.find("norm.weight").is_ok();
+    let normed = params.find("norm.weight").is_ok();
     Vit::new(&mut b, config, tokens, normed, nn::Start::Xavier)?;
-    let fresh = b.build(model.params.dtype(), rng)?;
-    fresh.ids().try_for_each(|id| model.params.set_value(model.params.find(fresh.name(id))?, fresh.value(id)))
+    let fresh = b.build(params.dtype(), rng)?;
+    fresh.ids().try_for_each(|id| params.set_value(params.find(fresh.name(id))?, fresh.value(id)))
 }
 
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
@@ -230,7 +238,7 @@ impl FinetuneArgs {
 }
 
 /// The same groups with the head's parameters in groups of their own that learn so many times as fast.
-fn faster_head(groups: Vec<Group>, params: &Params, factor: f64) -> Vec<Group> {
+pub fn faster_head(groups: Vec<Group>, params: &Params, factor: f64) -> Vec<Group> {
     if factor == 1.0 {
         return groups;
     }
@@ -266,15 +274,21 @@ pub struct ProbeArgs {
 }
 
 /// What is the same for both: the sets, how they are read, how batches are made.
-struct Sets {
-    train: Arc<dyn Dataset>,
-    val: Arc<dyn Dataset>,
-    classes: usize,
-    loading: LoaderOptions,
+pub struct Sets {
+    pub train: Arc<dyn Dataset>,
+    pub val: Arc<dyn Dataset>,
+    pub classes: usize,
+    pub loading: LoaderOptions,
 }
 
 impl Sets {
-    fn open(classifier: &ClassifierArgs, run: &RunArgs, images: &ImagesArgs, repeated: bool, say: &mut dyn FnMut(&str)) -> Result<Self> {
+    pub fn open(
+        classifier: &ClassifierArgs,
+        run: &RunArgs,
+        images: &ImagesArgs,
+        repeated: bool,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Self> {
         run.check()?;
         images.check()?;
         let (train, val) = (images.open(Part::Train)?, images.open(Part::Val)?);
@@ -292,7 +306,7 @@ impl Sets {
         Ok(Self { train, val, classes, loading })
     }
 
-    fn in_order(&self, train: bool, transform: Transform) -> Loader {
+    pub fn in_order(&self, train: bool, transform: Transform) -> Loader {
         let set = if train { &self.train } else { &self.val };
         Loader::new(set.clone(), transform, LoaderOptions { order: Order::Sequential, ..self.loading })
     }
@@ -304,7 +318,7 @@ pub fn finetune(args: &FinetuneArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
         mixing.check(args.run.batch_size)?;
     }
     let sets = Sets::open(&args.classifier, &args.run, &args.images, args.augment.repeated_aug, say)?;
-    let config = args.classifier.config(&args.images, sets.classes, args.drop_path, false)?;
+    let config = args.classifier.learns_alone(args.classifier.config(&args.images, sets.classes, args.drop_path, false)?)?;
     let depth = config.vit.depth;
     let labels = Labels { classes: sets.classes, mixing };
     let settings = settings(&FinetuneArgs { images: args.images.resolved(), ..args.clone() })?;
@@ -315,7 +329,7 @@ pub fn finetune(args: &FinetuneArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
 
 pub fn probe(args: &ProbeArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let sets = Sets::open(&args.classifier, &args.run, &args.images, false, say)?;
-    let config = args.classifier.config(&args.images, sets.classes, 0.0, args.knn.is_none())?;
+    let config = args.classifier.learns_alone(args.classifier.config(&args.images, sets.classes, 0.0, args.knn.is_none())?)?;
     let settings = settings(&ProbeArgs { images: args.images.resolved(), ..args.clone() })?;
     let job = Job { word: "probe", classifier: &args.classifier, run: &args.run, images: &args.images, crop: &args.crop, sets, settings };
     if let Some(neighbours) = args.knn {
@@ -327,14 +341,14 @@ pub fn probe(args: &ProbeArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     job.train(config, transform, labels, |params| Ok(Box::new(Lars::new(groups::all(params, decay), 0.9, 0.001)?)), say)
 }
 
-struct Job<'a> {
-    word: &'static str,
-    classifier: &'a ClassifierArgs,
-    run: &'a RunArgs,
-    images: &'a ImagesArgs,
-    crop: &'a CropArgs,
-    sets: Sets,
-    settings: serde_json::Map<String, serde_json::Value>,
+pub struct Job<'a> {
+    pub word: &'static str,
+    pub classifier: &'a ClassifierArgs,
+    pub run: &'a RunArgs,
+    pub images: &'a ImagesArgs,
+    pub crop: &'a CropArgs,
+    pub sets: Sets,
+    pub settings: serde_json::Map<String, serde_json::Value>,
 }
 
 impl Job<'_> {
@@ -343,13 +357,13 @@ impl Job<'_> {
         let rng = Rng::new(self.run.seed);
         let mut model = Supervised::new(config, Dtype::F32, &rng)?;
         if !resumed {
-            self.classifier.load(&mut model, &rng, say)?;
+            self.classifier.load(&mut model.params, &model.model, &rng, say)?;
         }
         model.params.move_to(device, self.run.precision.dtype())?;
         Ok(model)
     }
 
-    fn feed(&self, device: Device, labels: Option<Labels>) -> Feed {
+    pub fn feed(&self, device: Device, labels: Option<Labels>) -> Feed {
         let [mean, std] = self.images.statistics();
         Feed { device, mean, std, labels }
     }
@@ -375,6 +389,7 @@ impl Job<'_> {
             loader: Loader::new(self.sets.train.clone(), transform, self.sets.loading),
             validation: Some(self.sets.in_order(false, self.crop.evaluation(self.images.input_size)?)),
             feed: self.feed(device, Some(labels)),
+            schedule: self.run.schedule(),
             after: None,
             settings: self.settings,
             classes: self.sets.train.classes().to_vec(),
@@ -383,7 +398,7 @@ impl Job<'_> {
     }
 
     /// What `--eval --resume PATH` says of a checkpoint, whoever wrote it.
-    fn evaluate(self, config: ClassifierConfig, say: &mut dyn FnMut(&str)) -> Result<Ended> {
+    pub fn evaluate(self, config: ClassifierConfig, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         let path = match self.run.resume.as_deref() {
             Some("auto") => Start::of(self.run, self.word)?.from.map(|(path, _)| path),
             path => path.map(PathBuf::from),

@@ -2,7 +2,7 @@
 
 use super::args::settings;
 use super::pretrain::{CommonArgs, InitArgs, Job, Making};
-use super::run::Ended;
+use super::run::{Ended, Schedule};
 use super::teacher::{TeacherArgs, Wanted, check_sees};
 use crate::error::{Error, Result};
 use crate::methods::Method;
@@ -32,6 +32,9 @@ pub struct DmaePretrainArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub init: InitArgs,
+    /// After the warm-up the learning rate stays at its peak
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub fixed_lr: bool,
     /// Start those of the student's tensors whose names contain one of --load-weights-keywords from this checkpoint
     #[arg(long, value_name = "PATH")]
     pub student_init_weights: Option<PathBuf>,
@@ -116,5 +119,10 @@ pub fn dmae(args: &DmaePretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
         dmae.mae.params.move_to(&device, common.run.precision.dtype())?;
         Ok(Box::new(dmae))
     };
-    Job { command: "pretrain dmae", folder: "pretrain-dmae", common, jitter: None, views: args.teacher.views, settings }.train(make, say)
+    let schedule = match common.run.schedule() {
+        Schedule::Mae { peak, min, warmup, .. } => Schedule::Mae { peak, min, warmup, fixed: args.fixed_lr },
+        other => other,
+    };
+    let views = args.teacher.views;
+    Job { command: "pretrain dmae", folder: "pretrain-dmae", common, jitter: None, views, schedule, settings }.train(make, say)
 }

@@ -19,6 +19,7 @@ pub mod augment;
 pub mod chart;
 pub mod checkpoint;
 pub mod classify;
+pub mod distill;
 pub mod dmae;
 pub mod evaluate;
 pub mod events;

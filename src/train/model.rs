@@ -153,6 +153,9 @@ impl ModelArgs {
 
 /// The encoder of a file: shapes are its tensors', heads are the name's where one is typed or stands in its settings, else those of the published size.
 pub fn encoder_of(contents: &Contents, settings: &Map<String, Value>, name: Option<&str>) -> Result<VitConfig> {
+    if let Some(cait) = contents.cait()? {
+        return Ok(cait.vit);
+    }
     let name = name.or_else(|| settings.get("model").and_then(Value::as_str));
     let Some(name) = name else { return contents.vit() };
     let grid = contents.grid.ok_or_else(|| Error::new("its position table is of no square grid"))?;

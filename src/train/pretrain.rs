@@ -4,7 +4,7 @@ use super::args::{RunArgs, settings};
 use super::feed::Feed;
 use super::images::{CropArgs, ImagesArgs, Part, spread};
 use super::picture;
-use super::run::{After, Ended};
+use super::run::{After, Ended, Schedule};
 use super::start::{Ready, Start};
 use super::visualize::{self, Normalised};
 use crate::data::loader::{Loader, LoaderOptions, Order};
@@ -112,6 +112,7 @@ pub struct Job<'a> {
     pub jitter: Option<f64>,
     /// Fixed views of each image.
     pub views: Option<u64>,
+    pub schedule: Schedule,
     pub settings: Map<String, Value>,
 }
 
@@ -178,6 +179,7 @@ impl Job<'_> {
             loader: Loader::new(train, transform, loading),
             validation: validation.map(in_order).transpose()?,
             feed,
+            schedule: self.schedule,
             after: Some(after),
             settings: self.settings,
             classes: Vec::new(),
@@ -206,5 +208,6 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         mae.params.move_to(&making.device, common.run.precision.dtype())?;
         Ok(Box::new(mae))
     };
-    Job { command: "pretrain mae", folder: "pretrain-mae", common, jitter: None, views: None, settings }.train(make, say)
+    Job { command: "pretrain mae", folder: "pretrain-mae", common, jitter: None, views: None, schedule: common.run.schedule(), settings }
+        .train(make, say)
 }

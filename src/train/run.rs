@@ -22,7 +22,7 @@ use crate::error::{Context, Error, Result};
 use crate::formats;
 use crate::methods::Method;
 use crate::optim::ema::Ema;
-use crate::optim::schedule;
+use crate::optim::schedule::{self, TimmCosine};
 use crate::rng::Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -72,12 +72,24 @@ impl Mean {
     }
 }
 
-/// The learning rate as MAE's programs move it; epochs may be fractions.
+/// How the learning rate moves.
 #[derive(Clone, Copy, Debug)]
-pub struct Schedule {
-    pub peak: f64,
-    pub min: f64,
-    pub warmup: f64,
+pub enum Schedule {
+    /// As MAE's programs move it; epochs may be fractions. `fixed`: after the warm-up it stays at its peak.
+    Mae { peak: f64, min: f64, warmup: f64, fixed: bool },
+    /// As timm moves it, by whole epochs.
+    Timm(TimmCosine),
+}
+
+impl Schedule {
+    /// At this fractional epoch of so many.
+    pub fn at(&self, epoch: f64, epochs: f64) -> f64 {
+        match *self {
+            Schedule::Mae { peak, warmup, fixed: true, .. } if epoch >= warmup => peak,
+            Schedule::Mae { peak, min, warmup, .. } => schedule::mae_cosine(epoch, peak, min, warmup, epochs),
+            Schedule::Timm(cosine) => cosine.during_epoch(epoch as usize),
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -271,8 +283,7 @@ impl Run<'_> {
     ) -> Result<()> {
         let place = &mut self.place;
         let at = place.epoch as f64 + place.micro as f64 / batches as f64;
-        let s = self.schedule;
-        let lr = schedule::mae_cosine(at, s.peak, s.min, s.warmup, self.options.epochs as f64);
+        let lr = self.schedule.at(at, self.options.epochs as f64);
         let rng = Rng::new(self.options.seed);
         let before = self.step.method().teacher_cost();
         let mut apart = self.feed.device.gpu().is_none();

@@ -4,7 +4,7 @@ use super::args::{RunArgs, command};
 use super::checkpoint::{self, Shelf};
 use super::feed::Feed;
 use super::record::{self, Record};
-use super::run::{After, Ended, Place, Run, restore};
+use super::run::{After, Ended, Place, Run, Schedule, restore};
 use super::step::{Step, StepOptions};
 use crate::data::loader::Loader;
 use crate::error::{Context, Error, Result};
@@ -33,6 +33,7 @@ pub struct Ready<'a> {
     pub loader: Loader,
     pub validation: Option<Loader>,
     pub feed: Feed,
+    pub schedule: Schedule,
     pub after: Option<After<'a>>,
     pub settings: Map<String, Value>,
     /// The classes that are learned; none where labels are not read.
@@ -137,7 +138,7 @@ impl Start {
 
     /// Trains to the end, or until a signal asks to stop.
     pub fn train(&self, run: &RunArgs, ready: Ready, say: &mut dyn FnMut(&str)) -> Result<Ended> {
-        let Ready { command, mut method, optimizer, loader, validation, feed, after, settings, classes } = ready;
+        let Ready { command, mut method, optimizer, loader, validation, feed, schedule, after, settings, classes } = ready;
         loader.check()?;
         feed.fits(loader.transform())?;
         let batches = loader.batches();
@@ -161,7 +162,7 @@ impl Start {
             step,
             loader: Arc::new(loader),
             feed,
-            schedule: run.schedule(),
+            schedule,
             ema,
             validation: validation.map(Arc::new),
             after,

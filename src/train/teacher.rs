@@ -7,6 +7,7 @@ use crate::error::{Context, Error, Result};
 use crate::formats::TensorFile;
 use crate::methods::teacher::{Network, Teacher};
 use crate::nn::Start;
+use crate::nn::cait::Cait;
 use crate::nn::classifier::{Classifier, ClassifierConfig, Pool};
 use crate::nn::contents::Contents;
 use crate::nn::decoder::{Decoder, DecoderTokens};
@@ -109,6 +110,10 @@ impl TeacherArgs {
                 let vit = Vit::new(&mut b, vit, tokens, true, Start::Normal)?;
                 let decoder = Decoder::new(&mut b, &decoder, &vit.config, decoder_tokens, Start::Normal)?;
                 (Network::Autoencoder(vit, decoder), Policy::Strict)
+            }
+            Wanted::Classifier if contents.cait.is_some() => {
+                let config = contents.cait().with_context(attempt)?.ok_or_else(|| Error::new(format!("{}: it is no CaiT", attempt())))?;
+                (Network::Cait(Cait::new(&mut b, config)?), Policy::Strict)
             }
             Wanted::Classifier => {
                 let classes = contents.classes.ok_or_else(|| {

@@ -60,5 +60,6 @@ pub fn tinymim(args: &TinymimPretrainArgs, say: &mut dyn FnMut(&str)) -> Result<
         Ok(Box::new(tinymim))
     };
     let jitter = Some(method.color_jitter).filter(|strength| *strength > 0.0);
-    Job { command: "pretrain tinymim", folder: "pretrain-tinymim", common, jitter, views: args.teacher.views, settings }.train(make, say)
+    let (views, schedule) = (args.teacher.views, common.run.schedule());
+    Job { command: "pretrain tinymim", folder: "pretrain-tinymim", common, jitter, views, schedule, settings }.train(make, say)
 }
