@@ -15,6 +15,7 @@
 //! | [`visualize`], [`picture`], [`chart`], [`report`] | pictures, curves, and the page that shows them |
 
 pub mod args;
+pub mod cache;
 pub mod chart;
 pub mod checkpoint;
 pub mod classify;
