@@ -246,7 +246,7 @@ impl Tensor {
         }
         if let Storage::Gpu(block) = &self.storage {
             let mut here = Self::empty(&self.shape, self.dtype)?;
-            block.gpu().download(block, here.buffer_mut())?;
+            block.gpu().download(block, here.bytes_mut())?;
             return here.on(device);
         }
         let mut there = Self::empty_on(device, &self.shape, self.dtype)?;
@@ -259,7 +259,7 @@ impl Tensor {
         ensure!(self.shape == from.shape && self.dtype == from.dtype, "upload: {self:?} from {from:?}");
         let bytes = from.bytes();
         match &self.storage {
-            Storage::Cpu(_) => self.buffer_mut().copy_from_slice(bytes),
+            Storage::Cpu(_) => self.bytes_mut().copy_from_slice(bytes),
             Storage::Gpu(block) => block.gpu().upload(block, 0, bytes)?,
         }
         Ok(())
@@ -268,7 +268,7 @@ impl Tensor {
     /// Zeros everywhere.
     pub fn clear(&mut self) -> Result<()> {
         match &mut self.storage {
-            Storage::Cpu(_) => self.buffer_mut().fill(0),
+            Storage::Cpu(_) => self.bytes_mut().fill(0),
             Storage::Gpu(block) => {
                 let block = Arc::get_mut(block).expect("a tensor is written only by its one owner");
                 let gpu = block.gpu().clone();
@@ -309,17 +309,18 @@ impl Tensor {
     /// The elements, to be written; the tensor must be the only handle on them.
     pub fn data_mut<T: Element>(&mut self) -> &mut [T] {
         assert!(self.dtype == T::DTYPE, "a tensor of {} written as {}", self.dtype, T::DTYPE);
-        bytemuck::cast_slice_mut(self.buffer_mut())
+        bytemuck::cast_slice_mut(self.bytes_mut())
     }
 
-    fn bytes(&self) -> &[u8] {
+    /// The elements as they lie in memory, whatever they are.
+    pub fn bytes(&self) -> &[u8] {
         match &self.storage {
             Storage::Cpu(buffer) => &buffer.bytes()[..self.numel() * self.dtype.size()],
             Storage::Gpu(_) => panic!("the numbers of {self:?} are read where they are not"),
         }
     }
 
-    fn buffer_mut(&mut self) -> &mut [u8] {
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
         let bytes = self.numel() * self.dtype.size();
         match &mut self.storage {
             Storage::Cpu(buffer) => {
@@ -361,7 +362,7 @@ impl Tensor {
                 let to = Arc::get_mut(to).expect("a tensor is written only by its one owner");
                 from.gpu().copy(to, from, bytes)?;
             }
-            _ => self.buffer_mut().copy_from_slice(other.bytes()),
+            _ => self.bytes_mut().copy_from_slice(other.bytes()),
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use crate::measure::{info, kernels, loading, ops, parity, step};
 use crate::tensor::Dtype;
 use crate::train::evaluate::EvaluateArgs;
 use crate::train::run::Ended;
-use crate::train::{classify, dmae, pretrain, tinymim};
+use crate::train::{classify, distill, dmae, pretrain, tinymim};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -37,6 +37,12 @@ enum Command {
     /// Train a classifier: from a pre-trained encoder, or from scratch
     #[command(args_override_self = true, allow_negative_numbers = true)]
     Finetune(Box<classify::FinetuneArgs>),
+    /// Train a classifier by DeiT's recipe
+    #[command(args_override_self = true, allow_negative_numbers = true)]
+    Train(Box<distill::TrainArgs>),
+    /// Train a classifier that learns from a teacher's answers too
+    #[command(subcommand)]
+    Distill(Distill),
     /// Judge an encoder's features: a linear head on frozen features, or nearest neighbours
     #[command(args_override_self = true, allow_negative_numbers = true)]
     Probe(Box<classify::ProbeArgs>),
@@ -78,6 +84,19 @@ enum Pretrain {
     /// TinyMIM: relate tokens as one block of a teacher does, or follow its features or its class token
     #[command(args_override_self = true, allow_negative_numbers = true)]
     Tinymim(Box<tinymim::TinymimPretrainArgs>),
+}
+
+#[derive(Subcommand)]
+enum Distill {
+    /// MaskedKD: the teacher sees the patches alone that the student looks at
+    #[command(args_override_self = true, allow_negative_numbers = true)]
+    Maskedkd(Box<distill::MaskedKdArgs>),
+    /// The teacher sees everything; one loss for its answers and one for the labels
+    #[command(args_override_self = true, allow_negative_numbers = true)]
+    Logit(Box<distill::LogitDistillArgs>),
+    /// DeiT's: a second token of the student follows the teacher
+    #[command(args_override_self = true, allow_negative_numbers = true)]
+    Deit(Box<distill::LogitDistillArgs>),
 }
 
 #[derive(Subcommand)]
@@ -190,6 +209,14 @@ fn command() -> clap::Command {
         .mut_subcommand("finetune", |c| {
             named(defaults(c, &[("epochs", "50"), ("warmup_epochs", "5"), ("min_lr", "1e-6"), ("save_freq", "1")]))
         })
+        .mut_subcommand("train", |c| named(defaults(c, DEIT)))
+        .mut_subcommand("distill", |c| {
+            c.mut_subcommand("maskedkd", |c| named(defaults(c, DEIT)))
+                .mut_subcommand("logit", |c| named(defaults(c, DEIT)))
+                .mut_subcommand("deit", |c| {
+                    named(defaults(defaults(c, DEIT), &[("model", "deit_base_distilled_patch16_224"), ("distillation_type", "none")]))
+                })
+        })
         .mut_subcommand("probe", |c| {
             let probe = [("epochs", "90"), ("warmup_epochs", "10"), ("batch_size", "512"), ("blr", "0.1"), ("weight_decay", "0")];
             let model = [("save_freq", "1"), ("global_pool", "false"), ("head_std", "0.01"), ("crop", "once")];
@@ -201,6 +228,22 @@ fn command() -> clap::Command {
             )
         })
 }
+
+/// What DeiT's program starts from.
+const DEIT: &[(&str, &str)] = &[
+    ("model", "deit_base_patch16_224"),
+    ("global_pool", "false"),
+    ("head", "keep"),
+    ("head_std", "0.02"),
+    ("epochs", "300"),
+    ("lr", "5e-4"),
+    ("min_lr", "1e-5"),
+    ("warmup_epochs", "5"),
+    ("save_freq", "1"),
+    ("mixup", "0.8"),
+    ("cutmix", "1"),
+    ("repeated_aug", "true"),
+];
 
 /// Help and version go to standard output with code 0, mistakes to standard error in one line with code 2.
 fn clap_exit(error: &clap::Error) -> ExitCode {
@@ -231,6 +274,10 @@ fn execute(command: Command) -> Result<ExitCode> {
         Command::Pretrain(Pretrain::Mae(args)) => return Ok(ended(pretrain::mae(&args, &mut |line| say(line))?)),
         Command::Pretrain(Pretrain::Dmae(args)) => return Ok(ended(dmae::dmae(&args, &mut |line| say(line))?)),
         Command::Pretrain(Pretrain::Tinymim(args)) => return Ok(ended(tinymim::tinymim(&args, &mut |line| say(line))?)),
+        Command::Train(args) => return Ok(ended(distill::train(&args, &mut |line| say(line))?)),
+        Command::Distill(Distill::Maskedkd(args)) => return Ok(ended(distill::maskedkd(&args, &mut |line| say(line))?)),
+        Command::Distill(Distill::Logit(args)) => return Ok(ended(distill::logit(&args, false, &mut |line| say(line))?)),
+        Command::Distill(Distill::Deit(args)) => return Ok(ended(distill::logit(&args, true, &mut |line| say(line))?)),
         Command::Finetune(args) => return Ok(ended(classify::finetune(&args, &mut |line| say(line))?)),
         Command::Probe(args) => return Ok(ended(classify::probe(&args, &mut |line| say(line))?)),
         Command::Evaluate(args) => args.run(&mut |line| say(line)).map(|_| ())?,

@@ -28,12 +28,16 @@ pub fn find(name: &str) -> Result<Preset> {
 }
 
 /// The commands that take recipes, and the recipe that each takes where no other and no images are named.
-const COMMANDS: [(&str, &str); 5] = [
+const COMMANDS: [(&str, &str); 9] = [
     ("pretrain mae", "glyphs-pretrain"),
     ("pretrain dmae", "glyphs-dmae"),
     ("pretrain tinymim", "glyphs-tinymim"),
     ("finetune", "glyphs-finetune"),
     ("probe", "glyphs-probe"),
+    ("train", "glyphs-train"),
+    ("distill maskedkd", "glyphs-maskedkd"),
+    ("distill logit", "glyphs-logit"),
+    ("distill deit", "glyphs-deit"),
 ];
 
 /// Underscores in the names of flags become hyphens.
@@ -59,7 +63,7 @@ fn command_words(arguments: &[String]) -> Vec<usize> {
 }
 
 /// Flags of the official programs that say nothing here, whether a value follows, and why.
-const OFFICIAL: [(&str, bool, &str); 9] = [
+const OFFICIAL: [(&str, bool, &str); 28] = [
     ("--dist-eval", false, "evaluation is always exact"),
     ("--pin-mem", false, "batches always go through pinned memory"),
     ("--no-pin-mem", false, "batches always go through pinned memory"),
@@ -69,6 +73,25 @@ const OFFICIAL: [(&str, bool, &str); 9] = [
     ("--world-size", true, "this version computes on one device"),
     ("--log-dir", true, "TensorBoard's files are in the run folder"),
     ("--start-epoch", true, "--resume knows where a run stands"),
+    ("--cooldown-epochs", true, "a run has --epochs epochs"),
+    ("--patience-epochs", true, "the cosine does not wait for anything"),
+    ("--decay-epochs", true, "the cosine has one cycle"),
+    ("--decay-rate", true, "the cosine has one cycle"),
+    ("--dr", true, "the cosine has one cycle"),
+    ("--momentum", true, "the update rules have betas"),
+    ("--lr-noise", true, "no published recipe uses it; the learning rate has no noise"),
+    ("--lr-noise-pct", true, "the learning rate has no noise"),
+    ("--lr-noise-std", true, "the learning rate has no noise"),
+    ("--src", false, "--crop simple is DeiT-III's simple crop"),
+    ("--resplit", false, "no augmentation is split"),
+    ("--train-interpolation", true, "training images are always resized bicubically"),
+    ("--data-set", true, "images are told by what is in the folder"),
+    ("--inat-category", true, "classes are the folders"),
+    ("--distributed", false, "this version computes on one device"),
+    ("--nodes", true, "this version computes on one device"),
+    ("--model-ema", false, "--model-ema-decay switches the averages on"),
+    ("--no-model-ema", false, "the averages are off without --model-ema-decay"),
+    ("--model-ema-force-cpu", false, "the averages are where the parameters are"),
 ];
 
 /// Takes out the official flags that mean nothing here, and says so; --cls-token is another word for --global-pool=false.
@@ -82,6 +105,9 @@ fn official(arguments: &mut Vec<String>) -> Result<()> {
         if name == "--cls-token" {
             let pool = value.as_deref() == Some("false");
             arguments[at] = format!("--global-pool={pool}");
+        }
+        if let Some(switch) = ["--no-repeated-aug", "--no-train-mode", "--no-maskedkd"].into_iter().find(|switch| *switch == name) {
+            arguments[at] = format!("--{}=false", switch.trim_start_matches("--no-"));
         }
         let Some((flag, takes, why)) = OFFICIAL.iter().find(|(flag, ..)| *flag == name) else {
             at += 1;

@@ -103,6 +103,11 @@ impl Transform {
         Ok(Self { colours: Colours::Jitter(checked_jitter(strength)?), clean: true, ..self })
     }
 
+    /// What is done to the picture that a teacher sees.
+    pub fn for_teacher(&self) -> Self {
+        if self.clean { Self { colours: Colours::Kept, erasing: None, clean: false, ..self.clone() } } else { self.clone() }
+    }
+
     pub fn probe(side: usize) -> Self {
         Self::mirrored(side, Crop::Once { scale: [0.08, 1.0], ratio: ASPECTS })
     }

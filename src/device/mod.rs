@@ -8,10 +8,12 @@
 //! | [`product`] | what a matrix product on a GPU is asked for |
 //! | [`emulated`] | the kernels compiled by the C++ compiler, one fiber a CUDA thread |
 //! | [`real`] | CUDA: context, stream, fatbins, graphs, cuBLASLt |
+//! | [`disk`] | the room on a disk |
 //! | [`libs`] | finding CUDA's libraries; what is missing is a sentence |
 //!
 //! All `unsafe` code of the numeric part is on this floor.
 
+pub mod disk;
 #[cfg(feature = "emulated")]
 pub mod emulated;
 pub mod gemm;

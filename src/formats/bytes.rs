@@ -1,6 +1,7 @@
 //! Bytes that are shared, not copied: a slice of a mapped file or of memory.
 
 use std::fs::{self, File};
+use std::io::{Seek, SeekFrom, Write};
 use std::ops::{Deref, Range};
 use std::path::Path;
 use std::sync::Arc;
@@ -66,7 +67,33 @@ impl Deref for Bytes {
 }
 
 fn map_read_only(file: &File) -> std::io::Result<Mmap> {
-    // SAFETY: the map is read-only, and files are replaced by renaming, which leaves a mapped one as it was; another program that
-    // cuts the file short while it is mapped ends this process with a bus error, as it does for every program that maps files.
+    // SAFETY: the map is read-only. Files are replaced by renaming, which leaves a mapped one as it was, except for what `MappedFile`
+    // writes, while nobody holds a slice of its map, and which nobody else maps while it is locked. Another program that cuts the file short while it is mapped ends this process with a bus error, as it does for every program that maps files.
     unsafe { Mmap::map(file) }
+}
+
+/// A file of fixed length that this process reads through a map and changes by writing.
+pub struct MappedFile {
+    file: File,
+    map: Mmap,
+}
+
+impl MappedFile {
+    pub fn open(path: &Path) -> Result<Self> {
+        let attempt = || format!("cannot open {}", path.display());
+        let file = File::options().read(true).write(true).open(path).with_context(attempt)?;
+        ensure!(file.metadata().with_context(attempt)?.len() > 0, "cannot open {}: it is empty", path.display());
+        let map = map_read_only(&file).with_context(attempt)?;
+        Ok(Self { file, map })
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+
+    /// Writes inside the file; whoever looked at its bytes is done, as the borrow says.
+    pub fn write(&mut self, at: u64, bytes: &[u8]) -> std::io::Result<()> {
+        self.file.seek(SeekFrom::Start(at))?;
+        self.file.write_all(bytes)
+    }
 }

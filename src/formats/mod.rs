@@ -17,7 +17,7 @@ mod zip;
 mod zip_write;
 
 pub(crate) use atomic::write as write_atomically;
-pub use bytes::Bytes;
+pub use bytes::{Bytes, MappedFile};
 pub use checksum::{crc32c, extend_crc32c};
 pub use pth::{Checkpoint, OptimizerState, write_pth};
 pub use safetensors::{parse_safetensors, write_safetensors};

@@ -362,6 +362,15 @@ impl Method for MaskedKd {
         &self.student.vit
     }
 
+    fn prepare(&self, batch: &mut Batch, _rng: &Rng) -> Result<()> {
+        if let Some((teacher, distilling)) = &self.taught
+            && !distilling.masks_teacher()
+        {
+            batch.teacher_output = teacher.recall(batch, |images| teacher.logits(images, None))?;
+        }
+        Ok(())
+    }
+
     fn scores(&self, batch: &Batch, _rng: &Rng) -> Result<Scores> {
         let answers = answers(&self.student, &self.params, &batch.images)?;
         score(answers.data(), &batch.labels, self.student.classes).context("evaluation")

@@ -2,6 +2,7 @@
 //!
 //! With `kept` it sees those patches alone: positions first, then the choice, then all blocks on the short sequence. Asked for an early block it stops there.
 
+use super::Batch;
 use crate::error::Result;
 use crate::nn::Scope;
 use crate::nn::cait::Cait;
@@ -34,6 +35,12 @@ pub struct Cost {
     pub passes: u64,
 }
 
+/// Where a teacher's answers are known from before.
+pub trait Memory {
+    /// The answers to the images of a batch, on any device; `compute` asks the teacher about those that are not known.
+    fn recall(&self, batch: &Batch, compute: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Tensor>;
+}
+
 pub struct Teacher {
     pub params: Params,
     pub network: Network,
@@ -41,13 +48,15 @@ pub struct Teacher {
     pub name: String,
     /// The names of its classes, where its file says them.
     pub classes: Vec<String>,
+    /// Its answers to views that return, where they are kept.
+    pub memory: Option<Box<dyn Memory>>,
     seconds: Cell<f64>,
     passes: Cell<u64>,
 }
 
 impl Teacher {
     pub fn new(name: impl Into<String>, params: Params, network: Network) -> Self {
-        Self { params, network, name: name.into(), classes: Vec::new(), seconds: Cell::new(0.0), passes: Cell::new(0) }
+        Self { params, network, name: name.into(), classes: Vec::new(), memory: None, seconds: Cell::new(0.0), passes: Cell::new(0) }
     }
 
     /// The part of it that sees patches.
@@ -87,6 +96,17 @@ impl Teacher {
         self.seconds.set(self.seconds.get() + started.elapsed().as_secs_f64());
         self.passes.set(self.passes.get() + 1);
         Ok(answer)
+    }
+
+    /// What `ask` gives for a batch, remembered where there is a memory; None where there is none. For [`Method::prepare`](super::Method::prepare).
+    pub fn recall(&self, batch: &Batch, ask: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Option<Tensor>> {
+        let Some(memory) = &self.memory else { return Ok(None) };
+        memory.recall(batch, &mut |images| ask(&images.on(self.params.device())?)).map(Some)
+    }
+
+    pub fn forget_cost(&self) {
+        self.seconds.set(0.0);
+        self.passes.set(0);
     }
 
     /// What it has cost so far, at so many multiply-accumulates an image.

@@ -282,6 +282,47 @@ pub struct TinymimConfig {
     pub decoder: Option<(DecoderConfig, Option<f64>)>,
 }
 
+impl TinymimConfig {
+    /// What the teacher's block gives of images [B, C, H, W]: packed q, k, v, features, or class tokens. Nothing behind it is run.
+    pub fn ask(&self, teacher: &Teacher, images: &Tensor, kept: Option<&Tensor>, rng: &Rng) -> Result<Tensor> {
+        let encoder = teacher.encoder()?;
+        let rng = rng.within("teacher.");
+        teacher.pass(|s| {
+            let s = &s.with_noise(&rng);
+            let x = encoder.first_blocks(s, &encoder.embed(s, images, kept)?, self.block)?;
+            let answer = match (self.target, self.feature) {
+                (Target::Relations, _) | (Target::Features, Feature::Qkv) => encoder.qkv(s, &x, self.block)?,
+                (Target::Features, feature) => chosen(encoder.parts(s, &x, self.block)?, feature),
+                (Target::ClassToken, _) => self.class_token(s, encoder, &encoder.block(s, &x, self.block)?)?,
+            };
+            Ok(answer.value().clone())
+        })
+    }
+
+    fn class_token(&self, s: &Scope, vit: &Vit, x: &Var) -> Result<Var> {
+        let token = x.token(0)?; // [B, C]
+        if self.class_token_norm { vit.norm(s, &token) } else { Ok(token) }
+    }
+
+    /// What the teacher is asked for, in words.
+    pub fn asked(&self) -> &'static str {
+        match (self.target, self.feature) {
+            (Target::Relations, _) | (Target::Features, Feature::Qkv) => "queries, keys and values",
+            (Target::Features, Feature::Output | Feature::FfnResidual) => "features, the output",
+            (Target::Features, Feature::Ffn) => "features, the MLP's branch",
+            (Target::Features, Feature::Attention) => "features, the attention's branch",
+            (Target::Features, Feature::AttentionResidual) => "features behind the attention",
+            (Target::ClassToken, _) if self.class_token_norm => "class tokens behind the norm",
+            (Target::ClassToken, _) => "class tokens",
+        }
+    }
+
+    /// Whether the teacher answers the same of the same image.
+    pub fn repeats(&self, teacher: &VitConfig) -> bool {
+        self.masks.is_none() && teacher.drop_path == DropPath::Constant(0.0)
+    }
+}
+
 pub struct Tinymim {
     pub params: Params,
     pub student: Vit,
@@ -318,25 +359,18 @@ impl Tinymim {
         Ok(Self { params: b.build(dtype, rng)?, student, teacher, heads, decoder, c })
     }
 
-    /// What the teacher's block gives of images [B, C, H, W]: packed q, k, v, features, or class tokens. Nothing behind it is run.
+    /// What the teacher's block gives of images [B, C, H, W]; see [`TinymimConfig::ask`].
     pub fn teach(&self, images: &Tensor, kept: Option<&Tensor>, rng: &Rng) -> Result<Tensor> {
-        let (encoder, block) = (self.teacher.encoder()?, self.c.block);
-        let rng = rng.within("teacher.");
-        self.teacher.pass(|s| {
-            let s = &s.with_noise(&rng);
-            let x = encoder.first_blocks(s, &encoder.embed(s, images, kept)?, block)?;
-            let answer = match (self.c.target, self.c.feature) {
-                (Target::Relations, _) | (Target::Features, Feature::Qkv) => encoder.qkv(s, &x, block)?,
-                (Target::Features, feature) => chosen(encoder.parts(s, &x, block)?, feature),
-                (Target::ClassToken, _) => self.class_token(s, encoder, &encoder.block(s, &x, block)?)?,
-            };
-            Ok(answer.value().clone())
-        })
+        self.c.ask(&self.teacher, images, kept, rng)
     }
 
-    fn class_token(&self, s: &Scope, vit: &Vit, x: &Var) -> Result<Var> {
-        let token = x.token(0)?; // [B, C]
-        if self.c.class_token_norm { vit.norm(s, &token) } else { Ok(token) }
+    /// Hands out the teacher and how it is asked about whole images, so that its answers can be remembered.
+    pub fn remembering(
+        &mut self,
+        remember: impl FnOnce(&mut Teacher, &dyn Fn(&Teacher, &Tensor) -> Result<Tensor>) -> Result<()>,
+    ) -> Result<()> {
+        let (teacher, c) = (&mut self.teacher, &self.c);
+        remember(teacher, &|teacher, images| c.ask(teacher, images, None, &Rng::new(0)))
     }
 
     /// The residual stream that enters the student's last block, [B, 1 + K, C].
@@ -389,7 +423,7 @@ impl Tinymim {
                 Ok(vec![("features", 1.0, self.features(s, 0, &own, &teacher)?)])
             }
             (Target::ClassToken, _) => {
-                let own = self.class_token(s, &self.student, &self.student.block(s, x, last)?)?;
+                let own = self.c.class_token(s, &self.student, &self.student.block(s, x, last)?)?;
                 Ok(vec![("class token", 1.0, self.heads[0].forward(s, &own)?.distill_kl(taught, 1.0, Reduction::Batch)?)])
             }
         }
@@ -418,21 +452,6 @@ impl Tinymim {
     fn seen(&self) -> usize {
         self.c.masks.as_ref().map_or(self.c.student.patches(), Masks::kept_each)
     }
-
-    /// Whether the teacher answers the same of the same image.
-    pub fn repeats(&self) -> bool {
-        self.c.masks.is_none() && self.teacher.vit().drop_path == DropPath::Constant(0.0)
-    }
-
-    /// What the teacher is asked for, in words.
-    pub fn asked(&self) -> String {
-        let what = match (self.c.target, self.c.feature) {
-            (Target::Relations, _) | (Target::Features, Feature::Qkv) => "queries, keys and values".to_string(),
-            (Target::Features, feature) => format!("features ({feature:?})"),
-            (Target::ClassToken, _) => format!("class tokens{}", if self.c.class_token_norm { " behind the norm" } else { "" }),
-        };
-        format!("{what} of block {}", self.c.block + 1)
-    }
 }
 
 fn chosen(parts: Parts, feature: Feature) -> Var {
@@ -456,6 +475,11 @@ impl Method for Tinymim {
 
     fn encoder(&self) -> &Vit {
         &self.student
+    }
+
+    fn prepare(&self, batch: &mut Batch, rng: &Rng) -> Result<()> {
+        batch.teacher_output = self.teacher.recall(batch, |images| self.teach(images, None, rng))?;
+        Ok(())
     }
 
     fn scores(&self, batch: &Batch, rng: &Rng) -> Result<Scores> {

@@ -19,7 +19,7 @@ pub struct AugmentArgs {
     #[arg(long, value_name = "STRENGTH")]
     pub color_jitter: Option<f64>,
     /// DeiT-III's ThreeAugment in the place of policy and erasing, with --color-jitter
-    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
+    #[arg(long, alias = "ThreeAugment", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
     pub three_augment: bool,
     /// See each image three times an epoch, and a third of the images (DeiT's repeated augmentation)
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]

@@ -2,6 +2,7 @@
 
 use super::args::{RunArgs, settings};
 use super::augment::AugmentArgs;
+use super::cache::{Kept, Shown};
 use super::classify::{ClassifierArgs, Job, Sets, faster_head};
 use super::feed::Labels;
 use super::images::{CropArgs, ImagesArgs};
@@ -21,7 +22,7 @@ use crate::optim::lamb::Lamb;
 use crate::optim::schedule::{TimmCosine, peak_per_512};
 use crate::param::Params;
 use crate::rng::Rng;
-use crate::tensor::Dtype;
+use crate::tensor::{Dtype, Tensor};
 use clap::{ArgAction, Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -182,7 +183,7 @@ impl TrainArgs {
 }
 
 /// What a command adds to the recipe: from the student's configuration, its teacher and how it teaches.
-type Teaching<'a> = dyn FnOnce(&ClassifierConfig, &Device, &mut dyn FnMut(&str)) -> Result<Option<(Teacher, Distilling)>> + 'a;
+type Teaching<'a> = dyn FnOnce(&ClassifierConfig, &Device, Shown, &mut dyn FnMut(&str)) -> Result<Option<(Teacher, Distilling)>> + 'a;
 
 struct Command<'a> {
     words: &'static str,
@@ -190,6 +191,7 @@ struct Command<'a> {
     args: &'a TrainArgs,
     settings: serde_json::Map<String, serde_json::Value>,
     views: Option<u64>,
+    cached: bool,
 }
 
 impl Command<'_> {
@@ -199,6 +201,11 @@ impl Command<'_> {
         let mixing = args.augment.mixing()?;
         if !args.classifier.eval {
             mixing.check(args.run.batch_size)?;
+        }
+        if self.cached && mixing.is_on() {
+            return Err(Error::usage(
+                "--teacher-cache keeps what is answered to images that return, and mixed images do not; give --mixup 0 --cutmix 0, or leave it out",
+            ));
         }
         let mut sets = Sets::open(&args.classifier, &args.run, &args.images, args.augment.repeated_aug, say)?;
         sets.loading.views = self.views;
@@ -220,7 +227,15 @@ impl Command<'_> {
         }
         let start = Start::of(&args.run, self.folder)?;
         let device = args.run.open_device()?;
-        let taught = teaching(&config, &device, say)?;
+        let shown = Shown {
+            images: job.sets.train.clone(),
+            transform: transform.clone(),
+            statistics: args.images.statistics(),
+            seed: args.run.seed,
+            views: self.views,
+            precision: args.run.precision,
+        };
+        let taught = teaching(&config, &device, shown, say)?;
         let rng = Rng::new(args.run.seed);
         let mut method = MaskedKd::new(config, taught, args.bce_loss, Dtype::F32, &rng)?;
         if start.from.is_none() {
@@ -252,8 +267,8 @@ fn resolved(args: &TrainArgs) -> TrainArgs {
 
 pub fn train(args: &TrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let settings = settings(&resolved(args))?;
-    let command = Command { words: "train", folder: "train", args, settings, views: None };
-    let labels_alone: Box<Teaching> = Box::new(|config, _, _| {
+    let command = Command { words: "train", folder: "train", args, settings, views: None, cached: false };
+    let labels_alone: Box<Teaching> = Box::new(|config, _, _, _| {
         if config.vit.distillation_token {
             return Err(Error::usage(
                 "the distillation token of --model has nobody to learn from here; take masque distill deit with a teacher, or a deit_ model without _distilled",
@@ -271,12 +286,21 @@ fn opened(
     config: &ClassifierConfig,
     distilling: &Distilling,
     device: &Device,
+    shown: &Shown,
     say: &mut dyn FnMut(&str),
 ) -> Result<Teacher> {
-    let teacher = teacher.open(Wanted::Classifier, device, train.run.precision, say)?;
+    if distilling.masks_teacher() {
+        teacher.without_cache("the teacher sees other patches each time")?;
+    }
+    let args = teacher;
+    let mut teacher = teacher.open(Wanted::Classifier, device, train.run.precision, say)?;
     check_sees(&teacher, &config.vit, distilling.masks_teacher())?;
     match teacher.answers() {
-        Some(classes) if classes == config.classes => Ok(teacher),
+        Some(classes) if classes == config.classes => {
+            let logits = |teacher: &Teacher, images: &Tensor| teacher.logits(images, None);
+            args.remember(&mut teacher, Kept { what: "logits", block: None }, shown, logits, say)?;
+            Ok(teacher)
+        }
         classes => Err(Error::new(format!(
             "the teacher {} answers {} classes and the student {}; take a teacher of the same classes, or give --nb-classes",
             teacher.name,
@@ -288,10 +312,11 @@ fn opened(
 
 pub fn logit(args: &LogitDistillArgs, deit: bool, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let settings = settings(&LogitDistillArgs { train: resolved(&args.train), ..args.clone() })?;
+    let cached = args.teacher.teacher_cache.is_some();
     let words = if deit { "distill deit" } else { "distill logit" };
     let folder = if deit { "distill-deit" } else { "distill-logit" };
-    let command = Command { words, folder, args: &args.train, settings, views: args.teacher.views };
-    let teaching: Box<Teaching> = Box::new(move |config, device, say| {
+    let command = Command { words, folder, args: &args.train, settings, views: args.teacher.views, cached };
+    let teaching: Box<Teaching> = Box::new(move |config, device, shown, say| {
         if deit != config.vit.distillation_token {
             return Err(Error::usage(match deit {
                 true => format!(
@@ -305,7 +330,7 @@ pub fn logit(args: &LogitDistillArgs, deit: bool, say: &mut dyn FnMut(&str)) -> 
             }));
         }
         let Some(distilling) = args.logits.config(&config.vit)? else { return Ok(None) };
-        let teacher = opened(&args.teacher, &args.train, config, &distilling, device, say)?;
+        let teacher = opened(&args.teacher, &args.train, config, &distilling, device, &shown, say)?;
         Ok(Some((teacher, distilling)))
     });
     command.run(teaching, say)
@@ -313,14 +338,16 @@ pub fn logit(args: &LogitDistillArgs, deit: bool, say: &mut dyn FnMut(&str)) -> 
 
 pub fn maskedkd(args: &MaskedKdArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let settings = settings(&MaskedKdArgs { train: resolved(&args.train), ..args.clone() })?;
-    let command = Command { words: "distill maskedkd", folder: "distill-maskedkd", args: &args.train, settings, views: args.teacher.views };
-    let teaching: Box<Teaching> = Box::new(move |config, device, say| {
+    let cached = args.teacher.teacher_cache.is_some();
+    let command =
+        Command { words: "distill maskedkd", folder: "distill-maskedkd", args: &args.train, settings, views: args.teacher.views, cached };
+    let teaching: Box<Teaching> = Box::new(move |config, device, shown, say| {
         let Some(logits) = args.logits.config(&config.vit)? else {
             say(&format!("--distillation-type {:?}: there is no teacher", Distillation::None).to_lowercase());
             return Ok(None);
         };
         let distilling = args.masking.apply(logits, &config.vit)?;
-        let teacher = opened(&args.teacher, &args.train, config, &distilling, device, say)?;
+        let teacher = opened(&args.teacher, &args.train, config, &distilling, device, &shown, say)?;
         let patches = config.vit.patches();
         say(&match distilling.masks_teacher() {
             true => format!("the teacher sees {} of {patches} patches, chosen by {}", distilling.keep, distilling.selection),

@@ -98,12 +98,13 @@ impl DmaePretrainArgs {
 }
 
 pub fn dmae(args: &DmaePretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
+    args.teacher.without_cache("the teacher of DMAE sees the patches that the student keeps, which are others each time")?;
     let (common, method) = (&args.common, &args.method);
     let mae = method.mae.config(common.images.input_size, common.images.in_chans)?;
     let masks = method.mae.masks(&mae.encoder)?;
     let settings = settings(&DmaePretrainArgs { common: common.resolved(), ..args.clone() })?;
     let make = |making: Making| -> Result<Box<dyn Method>> {
-        let Making { device, resumed, say } = making;
+        let Making { device, resumed, say, .. } = making;
         let wanted = if method.student_reconstruction_target.needs_prediction() { Wanted::Autoencoder } else { Wanted::Encoder };
         let teacher = args.teacher.open(wanted, &device, common.run.precision, say)?;
         check_sees(&teacher, &mae.encoder, true)?;

@@ -16,6 +16,7 @@
 
 pub mod args;
 pub mod augment;
+pub mod cache;
 pub mod chart;
 pub mod checkpoint;
 pub mod classify;

@@ -1,6 +1,7 @@
 //! `masque pretrain`: a method that learns from images alone.
 
 use super::args::{RunArgs, settings};
+use super::cache::Shown;
 use super::feed::Feed;
 use super::images::{CropArgs, ImagesArgs, Part, spread};
 use super::picture;
@@ -122,6 +123,8 @@ pub struct Making<'a> {
     /// Whether a checkpoint brings the weights.
     pub resumed: bool,
     pub say: &'a mut dyn FnMut(&str),
+    /// What a teacher would see.
+    pub shown: Shown,
 }
 
 impl Job<'_> {
@@ -143,8 +146,6 @@ impl Job<'_> {
         };
         train.notes().iter().chain(validation.iter().flat_map(|set| set.notes())).for_each(|note| say(note));
 
-        let mut method = make(Making { device: device.clone(), resumed: start.from.is_some(), say: &mut *say })?;
-        let optimizer = AdamW::new(groups::by_decay(method.params(), run.weight_decay, &[]), BETAS, 1e-8)?;
         let cut = crop.training(side)?;
         let transform = match self.jitter {
             Some(_) if images.in_chans != 3 => {
@@ -157,6 +158,16 @@ impl Job<'_> {
             None => cut,
         };
         let [mean, std] = images.statistics();
+        let shown = Shown {
+            images: train.clone(),
+            transform: transform.clone(),
+            statistics: [mean.clone(), std.clone()],
+            seed: run.seed,
+            views: self.views,
+            precision: run.precision,
+        };
+        let mut method = make(Making { device: device.clone(), resumed: start.from.is_some(), say: &mut *say, shown })?;
+        let optimizer = AdamW::new(groups::by_decay(method.params(), run.weight_decay, &[]), BETAS, 1e-8)?;
         let feed = Feed { device, mean, std, labels: None };
         let loading = LoaderOptions {
             batch: run.batch_size,

@@ -51,8 +51,9 @@ fn numbered(name: &str) -> impl Iterator<Item = PathBuf> {
 }
 
 /// These say where and how a run is computed and stored, not what it computes.
-const FREE: [&str; 11] = [
+const FREE: [&str; 12] = [
     "output-dir",
+    "teacher-cache",
     "resume",
     "save-freq",
     "save-updates",

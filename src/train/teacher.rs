@@ -37,6 +37,10 @@ pub struct TeacherArgs {
     /// new view in every epoch]
     #[arg(long, value_name = "N")]
     pub views: Option<u64>,
+    /// Keep what the teacher answers to fixed views in this folder and compute it once; with --views, where its answers return: it sees whole images that are
+    /// not mixed
+    #[arg(long, value_name = "FOLDER")]
+    pub teacher_cache: Option<PathBuf>,
 }
 
 /// What a method needs of its teacher.

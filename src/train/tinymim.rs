@@ -1,6 +1,7 @@
 //! `masque pretrain tinymim`: an encoder that learns how the tokens of a teacher relate.
 
 use super::args::settings;
+use super::cache::Kept;
 use super::pretrain::{CommonArgs, Job, Making};
 use super::run::Ended;
 use super::teacher::{TeacherArgs, Wanted, check_sees};
@@ -42,13 +43,19 @@ pub fn tinymim(args: &TinymimPretrainArgs, say: &mut dyn FnMut(&str)) -> Result<
     let resolved = TinymimArgs { last_heads: config.student.last_heads, ..method.clone() };
     let settings = settings(&TinymimPretrainArgs { method: resolved, common: common.resolved(), ..args.clone() })?;
     let make = |making: Making| -> Result<Box<dyn Method>> {
-        let Making { device, resumed, say } = making;
+        let Making { device, resumed, say, shown } = making;
         let teacher = args.teacher.open_as(Wanted::Encoder, |config| method.teacher(config), &device, common.run.precision, say)?;
         check_sees(&teacher, &config.student, true)?;
-        let heads = config.heads;
+        let (heads, block, asked) = (config.heads, config.block + 1, config.asked());
+        if !config.repeats(teacher.vit()) {
+            args.teacher.without_cache(
+                "with --masking the teacher sees other patches each time, and with --teacher-drop-path it answers otherwise",
+            )?;
+        }
         let mut tinymim = Tinymim::new(config, teacher, Dtype::F32, &Rng::new(common.run.seed))?;
         let of = if method.target == Target::Relations { format!(" in {heads} heads") } else { String::new() };
-        say(&format!("the teacher is asked for {}{of}, of {}", tinymim.asked(), tinymim.teacher.vit().depth));
+        say(&format!("the teacher is asked for {asked} of block {block}{of}, of {}", tinymim.teacher.vit().depth));
+        tinymim.remembering(|teacher, ask| args.teacher.remember(teacher, Kept { what: asked, block: Some(block) }, &shown, ask, say))?;
         if method.target == Target::Relations && tinymim.student.config.heads != heads {
             say(&format!("the student's last block has {heads} heads, the others {}", tinymim.student.config.heads));
         }

@@ -1,5 +1,6 @@
 //! The recipes: what was published for each method, and one of each kind for the built-in images.
 
+mod distill;
 mod dmae;
 mod mae;
 mod tinymim;
@@ -34,7 +35,7 @@ fn glyphs(name: &'static str, command: &'static str, about: &'static str, more: 
 
 /// Every recipe there is.
 pub fn all() -> Vec<Preset> {
-    [mae::all(), dmae::all(), tinymim::all()].into_iter().flatten().collect()
+    [mae::all(), dmae::all(), tinymim::all(), distill::all()].into_iter().flatten().collect()
 }
 
 /// Fine-tuning on the built-in images, without what depends on the encoder.
