@@ -320,7 +320,7 @@ pub fn finetune(args: &FinetuneArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
     let sets = Sets::open(&args.classifier, &args.run, &args.images, args.augment.repeated_aug, say)?;
     let config = args.classifier.learns_alone(args.classifier.config(&args.images, sets.classes, args.drop_path, false)?)?;
     let depth = config.vit.depth;
-    let labels = Labels { classes: sets.classes, mixing };
+    let labels = Labels { classes: sets.classes, mixing, labelled: None };
     let settings = settings(&FinetuneArgs { images: args.images.resolved(), ..args.clone() })?;
     let job =
         Job { word: "finetune", classifier: &args.classifier, run: &args.run, images: &args.images, crop: &args.crop, sets, settings };
@@ -335,7 +335,7 @@ pub fn probe(args: &ProbeArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     if let Some(neighbours) = args.knn {
         return job.neighbours(config, knn::Knn { neighbours, temperature: args.knn_temperature }, say);
     }
-    let labels = Labels { classes: job.sets.classes, mixing: Mixing { smoothing: 0.0, ..Mixing::default() } };
+    let labels = Labels { classes: job.sets.classes, mixing: Mixing { smoothing: 0.0, ..Mixing::default() }, labelled: None };
     let transform = args.crop.training(args.images.input_size)?;
     let decay = args.run.weight_decay;
     job.train(config, transform, labels, |params| Ok(Box::new(Lars::new(groups::all(params, decay), 0.9, 0.001)?)), say)

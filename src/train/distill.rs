@@ -4,7 +4,7 @@ use super::args::{RunArgs, settings};
 use super::augment::AugmentArgs;
 use super::cache::{Kept, Shown};
 use super::classify::{ClassifierArgs, Job, Sets, faster_head};
-use super::feed::Labels;
+use super::feed::{Labelled, Labels};
 use super::images::{CropArgs, ImagesArgs};
 use super::run::{Ended, Schedule};
 use super::start::{Ready, Start};
@@ -75,6 +75,11 @@ pub struct TrainArgs {
     /// =false, or --no-train-mode, trains without stochastic depth
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true", action = ArgAction::Set)]
     pub train_mode: bool,
+    /// Only so many training images have labels that may be looked at: the first built-in ones, or ones spread over a sorted set; of the others the teacher's
+    /// answers alone are learned [default: all]
+    #[arg(long, value_name = "N")]
+    #[serde(default)]
+    pub labelled_images: Option<usize>,
     /// Train the attention, the head and the positions alone
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
     pub attn_only: bool,
@@ -155,6 +160,19 @@ impl TrainArgs {
         Ok(())
     }
 
+    /// Which of so many images have labels.
+    fn labelled(&self, images: usize, mixed: bool) -> Result<Option<Labelled>> {
+        let Some(count) = self.labelled_images else { return Ok(None) };
+        let usage = |text: String| Err(Error::usage(format!("--labelled-images {count}: {text}")));
+        match count {
+            0 => usage("at least one label is needed; --distillation-alpha 1 learns from the teacher alone".into()),
+            count if count > images => usage(format!("there are {images} training images; leave the flag out for all of them")),
+            _ if mixed => usage("a mixed image has two labels, of which one may be missing; give --mixup 0 --cutmix 0".into()),
+            _ if self.bce_loss => usage("--bce-loss takes an image without a label for one of no class; leave one of the two out".into()),
+            count => Ok(Some(Labelled { count, of: images, spread: !self.images.is_synthetic() })),
+        }
+    }
+
     fn schedule(&self) -> Schedule {
         let lr = self.run.lr.unwrap_or(5e-4);
         let peak = if self.unscale_lr { lr } else { peak_per_512(lr, self.run.effective_batch()) };
@@ -212,7 +230,7 @@ impl Command<'_> {
         let drop_path = if args.train_mode { args.drop_path } else { 0.0 };
         let config = args.classifier.config(&args.images, sets.classes, drop_path, false)?;
         let transform = args.augment.transform(&args.images, &args.crop)?;
-        let labels = Labels { classes: sets.classes, mixing };
+        let labels = Labels { classes: sets.classes, mixing, labelled: args.labelled(sets.train.len(), mixing.is_on())? };
         let job = Job {
             word: self.words,
             classifier: &args.classifier,

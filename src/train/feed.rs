@@ -15,6 +15,25 @@ pub struct Labels {
     pub classes: usize,
     /// How images and their labels are mixed and smoothed.
     pub mixing: Mixing,
+    /// Which images have one; None: all.
+    pub labelled: Option<Labelled>,
+}
+
+/// Some images of a set have a label that may be looked at.
+#[derive(Clone, Copy, Debug)]
+pub struct Labelled {
+    pub count: usize,
+    /// Images of the set.
+    pub of: usize,
+    /// Whether they are spread over the set, which is sorted by class; else they are the first.
+    pub spread: bool,
+}
+
+impl Labelled {
+    fn has(&self, image: usize) -> bool {
+        let before = |image: usize| image as u128 * self.count as u128 / self.of.max(1) as u128;
+        if self.spread { before(image + 1) > before(image) } else { image < self.count }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -45,7 +64,7 @@ impl Feed {
 
     /// A batch to learn from; what is drawn comes from its own stream.
     pub fn training(&self, loaded: Loaded, draws: &mut Stream) -> Result<Batch> {
-        let Some(Labels { classes, mixing }) = &self.labels else {
+        let Some(Labels { classes, mixing, labelled }) = &self.labels else {
             let images = self.images(&loaded, &Augment::default())?;
             return Ok(Batch { teacher_images: self.clean(&loaded)?, keys: loaded.keys, ..Batch::of_images(images) });
         };
@@ -54,7 +73,11 @@ impl Feed {
         let mixed = mixing.draw(batch, [h, w], draws)?;
         let mut images = self.images(&loaded, &Augment { mix: mixed.whole(), ..Augment::default() })?;
         mixed.finish(&mut images)?;
-        let targets = Tensor::from_slice(&[batch, *classes], &mixed.targets(&loaded.labels, *classes)?)?;
+        let mut targets = mixed.targets(&loaded.labels, *classes)?;
+        // A target of zeros asks for nothing: neither loss nor gradient.
+        let unlabelled = loaded.indices.iter().map(|&image| labelled.is_some_and(|labelled| !labelled.has(image)));
+        targets.chunks_exact_mut(*classes).zip(unlabelled).filter(|(_, none)| *none).for_each(|(row, _)| row.fill(0.0));
+        let targets = Tensor::from_slice(&[batch, *classes], &targets)?;
         let teacher_images = self.clean(&loaded)?;
         let (labels, keys) = (loaded.labels, loaded.keys);
         Ok(Batch { teacher_images, targets: Some(targets.on(&self.device)?), labels, keys, ..Batch::of_images(images) })
@@ -72,5 +95,20 @@ impl Feed {
 
     fn images(&self, loaded: &Loaded, augment: &Augment) -> Result<Tensor> {
         loaded.images(&self.device, &self.mean, &self.std, augment)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labelled_images_are_as_many_as_asked_for() {
+        for (count, of, spread) in [(2000, 16384, true), (2000, 16384, false), (3, 3, true), (1, 10, true)] {
+            let labelled = Labelled { count, of, spread };
+            let has: Vec<usize> = (0..of).filter(|&image| labelled.has(image)).collect();
+            assert_eq!(has.len(), count);
+            assert_eq!(has.last() == Some(&(count - 1)), !spread || count == of);
+        }
     }
 }

@@ -133,7 +133,7 @@ pub enum Part {
 }
 
 impl ImagesArgs {
-    fn is_synthetic(&self) -> bool {
+    pub fn is_synthetic(&self) -> bool {
         self.data_path.as_os_str() == "synthetic"
     }
 

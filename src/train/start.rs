@@ -67,8 +67,19 @@ const FREE: [&str; 12] = [
 ];
 
 /// These may not differ: the place in the epoch and the order of the images depend on them.
-const FIXED: [&str; 10] =
-    ["batch-size", "accum-iter", "seed", "train-images", "data-fraction", "model", "input-size", "in-chans", "repeated-aug", "views"];
+const FIXED: [&str; 11] = [
+    "batch-size",
+    "accum-iter",
+    "seed",
+    "train-images",
+    "data-fraction",
+    "model",
+    "input-size",
+    "in-chans",
+    "repeated-aug",
+    "views",
+    "labelled-images",
+];
 
 /// What differs from the settings that a checkpoint was made with: an error where that cannot be, else a sentence each.
 pub fn compare(now: &Map<String, Value>, then: &Map<String, Value>, from: &Path) -> Result<Vec<String>> {

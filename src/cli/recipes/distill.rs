@@ -204,10 +204,11 @@ fn large_set(letter: &str) -> Option<(&'static str, &'static str, &'static str)>
 }
 
 /// What all recipes for the built-in images share beyond those of fine-tuning.
-const GLYPHS_STUDENT: [(&str, &str); 9] = [
+const GLYPHS_STUDENT: [(&str, &str); 10] = [
     ("model", "glyph_t"),
     ("start", "xavier"),
     ("unscale-lr", "true"),
+    ("warmup-epochs", "0"),
     ("warmup-lr", "0"),
     ("mixup", "0"),
     ("cutmix", "0"),
@@ -218,7 +219,8 @@ const GLYPHS_STUDENT: [(&str, &str); 9] = [
 const TEACHER: (&str, &str) = ("teacher-path", "runs/teacher/best.safetensors");
 
 fn built_in() -> Vec<Preset> {
-    let student: Vec<_> = GLYPHS_LABELLED.iter().filter(|(flag, _)| *flag != "global-pool").copied().chain(GLYPHS_STUDENT).collect();
+    let own = |flag: &str| GLYPHS_STUDENT.iter().all(|(other, _)| *other != flag);
+    let student: Vec<_> = GLYPHS_LABELLED.iter().filter(|(flag, _)| own(flag)).copied().chain(GLYPHS_STUDENT).collect();
     let deit: Vec<_> = student.iter().filter(|(flag, _)| *flag != "start").copied().collect();
     vec![
         glyphs("glyphs-train", "train", "built-in images: a tiny ViT from 2000 labels, ten epochs", &student),
