@@ -158,14 +158,14 @@ fn a_teacher_is_fed_the_clean_view_with_labels_and_without() {
         (0..4).flat_map(image).map(level).collect()
     };
     let plain = Mixing { smoothing: 0.0, ..Mixing::default() };
-    for labels in [None, Some(Labels { classes: 11, mixing: plain })] {
+    for labels in [None, Some(Labels { classes: 11, mixing: plain, labelled: None })] {
         let batch = feed(labels).training(load(), &mut draws).unwrap();
         let [clean, coloured] = views(&load());
         assert_eq!(batch.for_teacher().data::<f32>(), normalised(&clean));
         assert_eq!(batch.images.data::<f32>(), normalised(&coloured));
         assert_eq!(batch.targets.is_some(), labels.is_some());
     }
-    let mixed = feed(Some(Labels { classes: 11, mixing: Mixing { mixup: 0.8, ..plain } }));
+    let mixed = feed(Some(Labels { classes: 11, mixing: Mixing { mixup: 0.8, ..plain }, labelled: None }));
     let error = mixed.training(load(), &mut draws).map(|_| ()).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("--mixup"), "{error}");
     assert!(mixed.fits(&transform).is_err() && mixed.fits(&Transform::mae_pretrain(SIDE)).is_ok());
