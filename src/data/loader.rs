@@ -46,6 +46,22 @@ impl Default for LoaderOptions {
     }
 }
 
+impl LoaderOptions {
+    /// Whether views and order can be meant.
+    pub fn check(&self) -> Result<()> {
+        match (self.views, self.order) {
+            (Some(views), _) if views == 0 || views > 1 << 32 => Err(Error::usage(format!(
+                "--views {views}: an image is seen in 1 to {} fixed views; leave the flag out for new ones in every epoch",
+                1u64 << 32
+            ))),
+            (Some(views), Order::Repeated { times }) => Err(Error::usage(format!(
+                "--views {views} shows an image once in an epoch, and --repeated-aug {times} times in different ways; give --repeated-aug=false, or no --views"
+            ))),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Boxes to be erased, on the host.
 pub struct Erased {
     /// (top, left, height, width), u32 [B, R, 4]; of height 0 where nothing is erased.
@@ -157,16 +173,7 @@ impl Loader {
 
     /// Whether its options can be meant.
     pub fn check(&self) -> Result<()> {
-        match (self.options.views, self.options.order) {
-            (Some(views), _) if views == 0 || views > 1 << 32 => Err(Error::usage(format!(
-                "--views {views}: an image is seen in 1 to {} fixed views; leave the flag out for new ones in every epoch",
-                1u64 << 32
-            ))),
-            (Some(views), Order::Repeated { times }) => Err(Error::usage(format!(
-                "--views {views} shows an image once in an epoch, and --repeated-aug {times} times in different ways; give --repeated-aug=false, or no --views"
-            ))),
-            _ => Ok(()),
-        }
+        self.options.check()
     }
 
     /// Batches in an epoch.

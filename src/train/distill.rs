@@ -227,6 +227,7 @@ impl Command<'_> {
         }
         let mut sets = Sets::open(&args.classifier, &args.run, &args.images, args.augment.repeated_aug, say)?;
         sets.loading.views = self.views;
+        sets.loading.check()?;
         let drop_path = if args.train_mode { args.drop_path } else { 0.0 };
         let config = args.classifier.config(&args.images, sets.classes, drop_path, false)?;
         let transform = args.augment.transform(&args.images, &args.crop)?;

@@ -157,6 +157,16 @@ impl Job<'_> {
             Some(strength) => cut.two_views(strength)?,
             None => cut,
         };
+        let loading = LoaderOptions {
+            batch: run.batch_size,
+            order: Order::Shuffled,
+            workers: run.workers(),
+            seed: run.seed,
+            strict: images.strict_data,
+            views: self.views,
+            ..LoaderOptions::default()
+        };
+        loading.check()?;
         let [mean, std] = images.statistics();
         let shown = Shown {
             images: train.clone(),
@@ -169,15 +179,6 @@ impl Job<'_> {
         let mut method = make(Making { device: device.clone(), resumed: start.from.is_some(), say: &mut *say, shown })?;
         let optimizer = AdamW::new(groups::by_decay(method.params(), run.weight_decay, &[]), BETAS, 1e-8)?;
         let feed = Feed { device, mean, std, labels: None };
-        let loading = LoaderOptions {
-            batch: run.batch_size,
-            order: Order::Shuffled,
-            workers: run.workers(),
-            seed: run.seed,
-            strict: images.strict_data,
-            views: self.views,
-            ..LoaderOptions::default()
-        };
         let shown = spread(validation.clone().unwrap_or_else(|| train.clone()), SHOWN);
         let few = LoaderOptions { batch: SHOWN, order: Order::Sequential, workers: 0, views: None, ..loading };
         let after = pictures(Loader::new(shown, crop.evaluation(side)?, few), feed.clone());
