@@ -154,7 +154,7 @@ impl Run {
         let options =
             LoaderOptions { batch: BATCH, order: Order::Shuffled, seed: self.seed, views: self.views, ..LoaderOptions::default() };
         let loader = Loader::new(self.images(), self.transform.clone(), options);
-        let labels = Some(Labels { classes: CLASSES, mixing: Mixing::default() });
+        let labels = Some(Labels { classes: CLASSES, mixing: Mixing::default(), labelled: None });
         let feed = Feed { device: self.device.clone(), mean: vec![self.mean; 3], std: vec![0.25; 3], labels };
         let mut losses = Vec::new();
         for epoch in 0..self.epochs {
