@@ -62,8 +62,10 @@ fn command_words(arguments: &[String]) -> Vec<usize> {
     words
 }
 
-/// Flags of the official programs that say nothing here, whether a value follows, and why.
-const OFFICIAL: [(&str, bool, &str); 28] = [
+/// A flag of the official programs that says nothing here, whether a value follows, and why.
+type Inert = (&'static str, bool, &'static str);
+
+const OFFICIAL: [Inert; 9] = [
     ("--dist-eval", false, "evaluation is always exact"),
     ("--pin-mem", false, "batches always go through pinned memory"),
     ("--no-pin-mem", false, "batches always go through pinned memory"),
@@ -73,50 +75,70 @@ const OFFICIAL: [(&str, bool, &str); 28] = [
     ("--world-size", true, "this version computes on one device"),
     ("--log-dir", true, "TensorBoard's files are in the run folder"),
     ("--start-epoch", true, "--resume knows where a run stands"),
-    ("--cooldown-epochs", true, "a run has --epochs epochs"),
-    ("--patience-epochs", true, "the cosine does not wait for anything"),
-    ("--decay-epochs", true, "the cosine has one cycle"),
-    ("--decay-rate", true, "the cosine has one cycle"),
-    ("--dr", true, "the cosine has one cycle"),
-    ("--momentum", true, "the update rules have betas"),
-    ("--lr-noise", true, "no published recipe uses it; the learning rate has no noise"),
-    ("--lr-noise-pct", true, "the learning rate has no noise"),
-    ("--lr-noise-std", true, "the learning rate has no noise"),
-    ("--src", false, "--crop simple is DeiT-III's simple crop"),
-    ("--resplit", false, "no augmentation is split"),
-    ("--train-interpolation", true, "training images are always resized bicubically"),
-    ("--data-set", true, "images are told by what is in the folder"),
-    ("--inat-category", true, "classes are the folders"),
-    ("--distributed", false, "this version computes on one device"),
-    ("--nodes", true, "this version computes on one device"),
+];
+
+/// The same of DeiT's and MaskedKD's programs.
+const OFFICIAL_DEIT: [Inert; 18] = [
+    ("--cooldown-epochs", true, "a run has just --epochs, as in the official program"),
+    ("--patience-epochs", true, "it is for another schedule"),
+    ("--decay-epochs", true, "it is for another schedule"),
+    ("--decay-rate", true, "it says nothing of one cycle of the cosine"),
+    ("--dr", true, "it says nothing of one cycle of the cosine"),
+    ("--lr-noise-pct", true, "the rate has no noise"),
+    ("--lr-noise-std", true, "the rate has no noise"),
+    ("--momentum", true, "it is for another optimiser"),
+    ("--src", false, "it is the crop of --three-augment alone; --crop simple asks for it anywhere"),
+    ("--resplit", false, "the official program does not read it"),
     ("--model-ema", false, "--model-ema-decay switches the averages on"),
     ("--no-model-ema", false, "the averages are off without --model-ema-decay"),
     ("--model-ema-force-cpu", false, "the averages are where the parameters are"),
+    ("--nodes", true, "this version computes on one device"),
+    ("--distributed", false, "this version computes on one device"),
+    ("--inat-category", true, "folders of classes say what they are"),
+    ("--data-set", true, "what lies at --data-path says what it is"),
+    ("--train-interpolation", true, "images are always resized bicubically"),
 ];
 
-/// Takes out the official flags that mean nothing here, and says so; --cls-token is another word for --global-pool=false.
-fn official(arguments: &mut Vec<String>) -> Result<()> {
+/// What may be typed of an inert flag: anything else would mean something that is not done.
+const ACCEPTED: [(&str, &[&str], &str); 3] = [
+    ("--world-size", &["1"], "this version computes on one device; several come later"),
+    ("--data-set", &["IMNET", "CIFAR"], "folders of classes and CIFAR's files are read, from --data-path"),
+    ("--train-interpolation", &["bicubic"], "images are resized bicubically only"),
+];
+
+/// Official switches that are typed here with a value.
+const SWITCHES: [(&str, &str); 4] = [
+    ("--cls-token", "--global-pool"),
+    ("--no-maskedkd", "--maskedkd"),
+    ("--no-repeated-aug", "--repeated-aug"),
+    ("--no-train-mode", "--train-mode"),
+];
+
+/// Takes out the official flags that mean nothing here, and says so; negative switches become values of the positive ones.
+fn official(arguments: &mut Vec<String>, command: &str) -> Result<()> {
+    let deit: &[Inert] = if matches!(command, "train" | "distill") { &OFFICIAL_DEIT } else { &[] };
+    let three = arguments.iter().any(|argument| argument.starts_with("--three-augment") || argument.starts_with("--ThreeAugment"));
     let mut at = 1;
     while at < arguments.len() {
         let (name, value) = match arguments[at].split_once('=') {
             Some((name, value)) => (name.to_string(), Some(value.to_string())),
             None => (arguments[at].clone(), None),
         };
-        if name == "--cls-token" {
-            let pool = value.as_deref() == Some("false");
-            arguments[at] = format!("--global-pool={pool}");
+        if let Some((_, positive)) = SWITCHES.iter().find(|(negative, _)| *negative == name) {
+            arguments[at] = format!("{positive}={}", value.as_deref() == Some("false"));
         }
-        if let Some(switch) = ["--no-repeated-aug", "--no-train-mode", "--no-maskedkd"].into_iter().find(|switch| *switch == name) {
-            arguments[at] = format!("--{}=false", switch.trim_start_matches("--no-"));
+        if name == "--src" && three {
+            arguments[at] = "--crop=simple".into();
         }
-        let Some((flag, takes, why)) = OFFICIAL.iter().find(|(flag, ..)| *flag == name) else {
+        let inert = |(flag, ..): &&Inert| *flag == name && !(three && name == "--src");
+        let Some((flag, takes, why)) = OFFICIAL.iter().chain(deit).find(inert) else {
             at += 1;
             continue;
         };
         let follows = *takes && value.is_none();
         let value = value.or_else(|| arguments.get(at + 1).filter(|_| follows).cloned()).unwrap_or_default();
-        if *flag == "--world-size" && value != "1" {
-            return Err(Error::usage(format!("--world-size {value}: this version computes on one device; several come later")));
+        if let Some((_, _, why)) = ACCEPTED.iter().find(|(known, accepted, _)| known == flag && !accepted.contains(&value.as_str())) {
+            return Err(Error::usage(format!("{flag} {value}: {why}")));
         }
         eprintln!("masque: {flag} has no effect: {why}");
         arguments.drain(at..(at + 1 + usize::from(follows)).min(arguments.len()));
@@ -128,8 +150,9 @@ fn official(arguments: &mut Vec<String>) -> Result<()> {
 pub fn expand(arguments: Vec<String>) -> Result<Vec<String>> {
     let mut arguments: Vec<String> = arguments.into_iter().map(hyphens).collect();
     let at = command_words(&arguments);
-    if at.first().is_some_and(|&at| COMMANDS.iter().any(|(command, _)| command.split(' ').next() == Some(arguments[at].as_str()))) {
-        official(&mut arguments)?;
+    let first = at.first().map(|&at| arguments[at].clone()).unwrap_or_default();
+    if COMMANDS.iter().any(|(command, _)| command.split(' ').next() == Some(first.as_str())) {
+        official(&mut arguments, &first)?;
     }
     let at = command_words(&arguments);
     let words: Vec<&str> = at.iter().map(|&at| arguments[at].as_str()).collect();
@@ -164,7 +187,9 @@ pub fn expand(arguments: Vec<String>) -> Result<Vec<String>> {
         }
         flags.extend(preset.flags.into_iter().map(|(flag, value)| format!("--{flag}={value}")));
     }
-    // A base rate that was typed is not to lose against a rate that was not.
+    // A base rate that was typed is not to lose against a rate that was not, nor an encoder against a start from scratch.
+    let encoder = given("--finetune").is_some() && given("--start").is_none();
+    flags.retain(|flag| !encoder || !flag.starts_with("--start="));
     flags.retain(|flag| !only_base_rate || !flag.starts_with("--lr="));
     arguments.splice(behind..behind, flags.iter().cloned());
     if let Some((at, _, joined)) = named {
@@ -203,6 +228,10 @@ mod tests {
         assert!(line.starts_with("masque pretrain mae --model=mae_vit_base_patch16 --batch-size=64"), "{line}");
         assert!(line.ends_with("--crop-min=0.2 --batch-size 8 --mask-ratio=0.5"), "{line}");
         assert!(expanded("masque finetune").unwrap().contains("--layer-decay=1"));
+        let taught = expanded("masque distill maskedkd --finetune x.pth --no-maskedkd --src --cooldown_epochs 3 --data_set IMNET").unwrap();
+        assert!(!taught.contains("--start") && taught.ends_with("--finetune x.pth --maskedkd=false"), "{taught}");
+        assert!(expanded("masque train --src --ThreeAugment").unwrap().ends_with("--crop=simple --ThreeAugment"));
+        assert!(expanded("masque train --data-set INAT19").unwrap_err().chain().contains("--data-set INAT19"));
         assert!(expanded("masque finetune --finetune x.pth").unwrap().contains("--layer-decay=0.75"));
         assert_eq!(expanded("masque finetune --data_path /d").unwrap(), "masque finetune --data-path /d");
         assert_eq!(

@@ -176,8 +176,8 @@ impl ClassifierArgs {
 /// Gives the encoder the values that its pre-training would begin with.
 fn start_like_mae(params: &mut Params, model: &Classifier, rng: &Rng) -> Result<()> {
     let config = VitConfig { position: Position::SinCos, ..model.vit.config.clone() };
-    if model.vit.config.position != Position::Learned || config.distillation_token || config.layer_scale.is_some() {
-        return Err(Error::usage("--start xavier is for plain ViT classifiers; leave it out, or choose a vit_ model"));
+    if model.vit.config.position != Position::Learned || config.layer_scale.is_some() {
+        return Err(Error::usage("--start xavier is for plain ViT and DeiT classifiers; leave it out, or choose a vit_ or deit_ model"));
     }
     let mut b = ParamsBuilder::default();
     let tokens = Tokens::new(&mut b, &config)?;
@@ -308,7 +308,7 @@ impl Sets {
 
     pub fn in_order(&self, train: bool, transform: Transform) -> Loader {
         let set = if train { &self.train } else { &self.val };
-        Loader::new(set.clone(), transform, LoaderOptions { order: Order::Sequential, ..self.loading })
+        Loader::new(set.clone(), transform, LoaderOptions { order: Order::Sequential, views: None, ..self.loading })
     }
 }
 

@@ -5,10 +5,10 @@ use super::augment::AugmentArgs;
 use super::cache::{Kept, Shown};
 use super::classify::{ClassifierArgs, Job, Sets, faster_head};
 use super::feed::{Labelled, Labels};
-use super::images::{CropArgs, ImagesArgs};
+use super::images::{CropArgs, CropName, ImagesArgs};
 use super::run::{Ended, Schedule};
 use super::start::{Ready, Start};
-use super::teacher::{TeacherArgs, Wanted, check_sees};
+use super::teacher::{TeacherArgs, Wanted, check_answers, check_sees};
 use crate::data::loader::Loader;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -25,6 +25,8 @@ use crate::rng::Rng;
 use crate::tensor::{Dtype, Tensor};
 use clap::{ArgAction, Args, ValueEnum};
 use serde::{Deserialize, Serialize};
+
+const WARMUP_LR: f64 = 1e-6;
 
 /// The recipe: the flags of DeiT's program.
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
@@ -48,11 +50,11 @@ pub struct TrainArgs {
     /// Take --lr as it is; without this flag it is the rate for 512 images
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = ArgAction::Set)]
     pub unscale_lr: bool,
-    /// How the learning rate moves: by whole epochs, the first two at --warmup-lr, then up to the peak and down half a cosine
+    /// How the learning rate moves
     #[arg(long, value_enum, default_value_t = Sched::Cosine)]
     pub sched: Sched,
     /// Learning rate that the warm-up begins with
-    #[arg(long, default_value_t = 1e-6, value_name = "RATE")]
+    #[arg(long, default_value_t = WARMUP_LR, value_name = "RATE")]
     pub warmup_lr: f64,
     /// Update rule
     #[arg(long, value_enum, default_value_t = Opt::Adamw)]
@@ -91,7 +93,10 @@ pub struct TrainArgs {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Sched {
+    /// timm's: by whole epochs, the first two at --warmup-lr, then up to the peak and down half a cosine
     Cosine,
+    /// MAE's: with every update, from 0; better where epochs are few
+    Updates,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]
@@ -148,8 +153,14 @@ impl TrainArgs {
         if !(self.warmup_lr.is_finite() && self.warmup_lr >= 0.0) {
             return usage(format!("--warmup-lr {} is not a number from 0 on", self.warmup_lr));
         }
-        if self.run.warmup_epochs.fract() != 0.0 {
-            return usage(format!("--warmup-epochs {}: this schedule moves by whole epochs", self.run.warmup_epochs));
+        if self.sched == Sched::Cosine && self.run.warmup_epochs.fract() != 0.0 {
+            return usage(format!(
+                "--warmup-epochs {}: --sched cosine moves by whole epochs; --sched updates takes fractions",
+                self.run.warmup_epochs
+            ));
+        }
+        if self.sched == Sched::Updates && self.warmup_lr != WARMUP_LR {
+            return usage(format!("--warmup-lr {} is for --sched cosine; --sched updates rises from 0", self.warmup_lr));
         }
         if self.bce_loss && self.augment.smoothing != 0.0 {
             return usage(format!(
@@ -176,6 +187,9 @@ impl TrainArgs {
     fn schedule(&self) -> Schedule {
         let lr = self.run.lr.unwrap_or(5e-4);
         let peak = if self.unscale_lr { lr } else { peak_per_512(lr, self.run.effective_batch()) };
+        if self.sched == Sched::Updates {
+            return Schedule::Mae { peak, min: self.run.min_lr, warmup: self.run.warmup_epochs, fixed: false };
+        }
         let (epochs, warmup) = (self.run.epochs as usize, self.run.warmup_epochs as usize);
         Schedule::Timm(TimmCosine::new(peak, epochs, self.run.min_lr, warmup, self.warmup_lr))
     }
@@ -230,7 +244,12 @@ impl Command<'_> {
         sets.loading.check()?;
         let drop_path = if args.train_mode { args.drop_path } else { 0.0 };
         let config = args.classifier.config(&args.images, sets.classes, drop_path, false)?;
-        let transform = args.augment.transform(&args.images, &args.crop)?;
+        let mut crop = args.crop.clone();
+        if crop.crop == CropName::Resized && args.images.input_size <= 32 {
+            say("up to 32 pixels images are cut out of a border of 4 and not resized, as in DeiT's program");
+            crop.crop = CropName::Padded;
+        }
+        let transform = args.augment.transform(&args.images, &crop)?;
         let labels = Labels { classes: sets.classes, mixing, labelled: args.labelled(sets.train.len(), mixing.is_on())? };
         let job = Job {
             word: self.words,
@@ -314,19 +333,10 @@ fn opened(
     let args = teacher;
     let mut teacher = teacher.open(Wanted::Classifier, device, train.run.precision, say)?;
     check_sees(&teacher, &config.vit, distilling.masks_teacher())?;
-    match teacher.answers() {
-        Some(classes) if classes == config.classes => {
-            let logits = |teacher: &Teacher, images: &Tensor| teacher.logits(images, None);
-            args.remember(&mut teacher, Kept { what: "logits", block: None }, shown, logits, say)?;
-            Ok(teacher)
-        }
-        classes => Err(Error::new(format!(
-            "the teacher {} answers {} classes and the student {}; take a teacher of the same classes, or give --nb-classes",
-            teacher.name,
-            classes.unwrap_or(0),
-            config.classes
-        ))),
-    }
+    check_answers(&teacher, config.classes, shown.images.classes())?;
+    let logits = |teacher: &Teacher, images: &Tensor| teacher.logits(images, None);
+    args.remember(&mut teacher, Kept { what: "logits", block: None }, shown, logits, say)?;
+    Ok(teacher)
 }
 
 pub fn logit(args: &LogitDistillArgs, deit: bool, say: &mut dyn FnMut(&str)) -> Result<Ended> {
@@ -367,11 +377,7 @@ pub fn maskedkd(args: &MaskedKdArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
         };
         let distilling = args.masking.apply(logits, &config.vit)?;
         let teacher = opened(&args.teacher, &args.train, config, &distilling, device, &shown, say)?;
-        let patches = config.vit.patches();
-        say(&match distilling.masks_teacher() {
-            true => format!("the teacher sees {} of {patches} patches, chosen by {}", distilling.keep, distilling.selection),
-            false => format!("the teacher sees all {patches} patches"),
-        });
+        say(&distilling.text(&teacher, &config.vit)?);
         Ok(Some((teacher, distilling)))
     });
     command.run(teaching, say)

@@ -114,6 +114,9 @@ impl ModelArgs {
         let settings = checkpoint::settings(&stored)?;
         let file = names::to_official(&stored)?.file;
         let contents = Contents::of(&file)?;
+        if contents.cait.is_some() {
+            return Err(Error::usage(format!("{} is a CaiT, which is a teacher here: masque distill takes it by --teacher-path", shown())));
+        }
         let vit =
             encoder_of(&contents, &settings, self.model.as_deref()).with_context(|| format!("{}: give its name by --model", shown()))?;
         let mut model = if contents.decoder.is_some() {

@@ -69,7 +69,9 @@ impl TeacherArgs {
     fn described(&self, wanted: Wanted) -> Result<(TensorFile, TensorFile, VitConfig)> {
         let path = self.teacher_path.as_ref().ok_or_else(|| {
             let make = if wanted == Wanted::Classifier { "finetune" } else { "pretrain mae" };
-            Error::usage(format!("a teacher is needed: give its checkpoint by --teacher-path PATH; masque {make} makes one"))
+            let published = self.teacher_model.as_deref().and_then(published);
+            let hint = published.map_or(String::new(), |(name, file)| format!("; {name} is published as {file}"));
+            Error::usage(format!("a teacher is needed: give its checkpoint by --teacher-path PATH; masque {make} makes one{hint}"))
         })?;
         let attempt = || format!("--teacher-path {}", path.display());
         let stored = weights::open(path, if self.teacher_ema { Which::Averages } else { Which::Trained }).with_context(attempt)?;
@@ -77,6 +79,22 @@ impl TeacherArgs {
         let file = names::to_official(&stored).with_context(attempt)?.file;
         let contents = Contents::of(&file).with_context(attempt)?;
         let name = self.teacher_model.as_deref();
+        if let Some(name) = name.filter(|name| name.starts_with("regnet")) {
+            return Err(Error::usage(format!(
+                "--teacher-model {name}: there are no RegNets here; a teacher is a ViT, DeiT, DeiT-III or CaiT"
+            )));
+        }
+        if let Some(name) = name.filter(|name| name.to_lowercase().starts_with("cait") != contents.cait.is_some()) {
+            let what = if contents.cait.is_some() { "a CaiT" } else { "no CaiT but a ViT" };
+            let path = path.display();
+            return Err(Error::usage(format!("--teacher-model {name}: {path} holds {what}; leave the flag out, or name what the file is")));
+        }
+        if contents.cait.is_some() && wanted != Wanted::Classifier {
+            return Err(Error::new(format!(
+                "{}: it is a CaiT, whose blocks give no features or relations of a plain ViT; it teaches classes, by masque distill",
+                attempt()
+            )));
+        }
         let vit = encoder_of(&contents, &settings, name).with_context(|| format!("{}: give its name by --teacher-model", attempt()))?;
         Ok((stored, file, vit))
     }
@@ -130,6 +148,7 @@ impl TeacherArgs {
         };
         let params = b.build(Dtype::F32, &Rng::new(0))?;
         let mut teacher = Teacher::new(shown.clone(), params, network);
+        teacher.classes = checkpoint::classes(&stored).with_context(attempt)?;
         let config = teacher.vit().clone();
         let mut report = weights::load(&mut teacher.params, &config, &stored, policy).with_context(attempt)?;
         if wanted == Wanted::Encoder {
@@ -141,6 +160,38 @@ impl TeacherArgs {
         teacher.params.move_to(device, precision.dtype())?;
         Ok(teacher)
     }
+}
+
+/// The files of the teachers that MaskedKD's program knows by name.
+fn published(name: &str) -> Option<(&'static str, &'static str)> {
+    const FILES: [(&str, &str); 7] = [
+        ("deit_small", "deit_small_patch16_224-cd65a155.pth"),
+        ("deit_base", "deit_base_patch16_224-b5f2ef4d.pth"),
+        ("deit3_small", "deit_3_small_224_1k.pth"),
+        ("deit3_base", "deit_3_base_224_1k.pth"),
+        ("deit3_large", "deit_3_large_224_1k.pth"),
+        ("deit3_huge", "deit_3_huge_224_1k.pth"),
+        ("caits_24", "S24_224.pth"),
+    ];
+    FILES.into_iter().find(|(known, _)| *known == name)
+}
+
+/// Refuses a teacher that answers other classes than the student learns: another number of them, or others where both have names.
+pub fn check_answers(teacher: &Teacher, classes: usize, names: &[String]) -> Result<()> {
+    let name = &teacher.name;
+    let answered = teacher.answers().ok_or_else(|| Error::new(format!("the teacher {name} has no head: it teaches no classes")))?;
+    if answered != classes {
+        return Err(Error::new(format!(
+            "the teacher {name} answers {answered} classes, the student {classes}; take a teacher of the same classes, or give --nb-classes {answered} where \
+             the images show only the first of them"
+        )));
+    }
+    if let Some((theirs, own)) = teacher.classes.iter().zip(names).find(|(theirs, own)| theirs != own) {
+        return Err(Error::new(format!(
+            "the teacher {name} learned the class {theirs} where the images have {own}: their answers do not mean the same"
+        )));
+    }
+    Ok(())
 }
 
 /// Refuses a teacher that cannot see the student's images patch by patch. `same_grid`: it is shown, or compared at, the student's patches.

@@ -209,7 +209,7 @@ const GLYPHS_STUDENT: [(&str, &str); 10] = [
     ("start", "xavier"),
     ("unscale-lr", "true"),
     ("warmup-epochs", "0"),
-    ("warmup-lr", "0"),
+    ("sched", "updates"),
     ("mixup", "0"),
     ("cutmix", "0"),
     ("repeated-aug", "false"),
@@ -221,7 +221,6 @@ const TEACHER: (&str, &str) = ("teacher-path", "runs/teacher/best.safetensors");
 fn built_in() -> Vec<Preset> {
     let own = |flag: &str| GLYPHS_STUDENT.iter().all(|(other, _)| *other != flag);
     let student: Vec<_> = GLYPHS_LABELLED.iter().filter(|(flag, _)| own(flag)).copied().chain(GLYPHS_STUDENT).collect();
-    let deit: Vec<_> = student.iter().filter(|(flag, _)| *flag != "start").copied().collect();
     vec![
         glyphs("glyphs-train", "train", "built-in images: a tiny ViT from 2000 labels, ten epochs", &student),
         glyphs(
@@ -240,7 +239,7 @@ fn built_in() -> Vec<Preset> {
             "glyphs-deit",
             "distill deit",
             "built-in images: the same with a distillation token that follows the teacher's first answers",
-            &[&deit[..], &[TEACHER, ("model", "deit_glyph_t_distilled_patch8_48"), ("distillation-type", "hard")]].concat(),
+            &[&student[..], &[TEACHER, ("model", "deit_glyph_t_distilled_patch8_48"), ("distillation-type", "hard")]].concat(),
         ),
     ]
 }
