@@ -68,6 +68,11 @@ fn a_chain_of_tinymim_keeps_the_heads_that_each_stage_was_trained_with() {
     assert!(text.contains("queries, keys and values of block 4 in 8 heads, of 4"), "{text}");
     assert!(text.contains("last block has 8 heads, the others 2"), "{text}");
     let student = base.join("first/best.safetensors");
+    // What lies behind the relations is in the file as it started.
+    let saved = masque::formats::open(&student).unwrap();
+    let all = |name: &str, value: f32| saved.get(&format!("model.{name}")).unwrap().to_f32().unwrap().iter().all(|&x| x == value);
+    assert!(all("norm.weight", 1.0) && all("norm.bias", 0.0) && all("blocks.2.norm2.weight", 1.0) && all("blocks.2.mlp.fc2.bias", 0.0));
+    assert!(!all("blocks.2.norm1.bias", 0.0) && !all("blocks.2.attn.qkv.bias", 0.0) && !all("blocks.1.mlp.fc2.bias", 0.0));
     let text = succeeds(with_teacher(&format!("pretrain tinymim {FEW} --intermediate 3"), &student, &base.join("second")));
     assert!(text.contains("of block 3 in 8 heads, of 3"), "{text}");
     // Another block of it has the heads of the others.
@@ -91,18 +96,47 @@ fn a_chain_of_tinymim_keeps_the_heads_that_each_stage_was_trained_with() {
 
 #[test]
 fn a_distilled_run_that_is_stopped_ends_with_the_bits_of_an_unbroken_one() {
-    let (base, teacher) = teacher("dmae-resumed");
-    let run = format!("pretrain dmae {FEW} --masking block --save-updates 3 --keep 9");
-    succeeds(with_teacher(&run, &teacher, &base.join("whole")));
-    succeeds(with_teacher(&run, &teacher, &base.join("broken")));
-    for update in checkpoints(&base.join("broken")).into_iter().filter(|&update| update > 3) {
-        std::fs::remove_file(base.join(format!("broken/checkpoint-{update:08}.safetensors"))).unwrap();
+    let (base, teacher) = teacher("distilled-resumed");
+    for (method, flags) in [
+        ("dmae", "--masking block"),
+        ("tinymim", "--color-jitter 0.4 --drop-path 0.1 --teacher-drop-path 0.1"),
+        ("tinymim", "--target features --feature qkv --masking random --reconstruct"),
+    ] {
+        let [whole, broken] = ["whole", "broken"].map(|name| base.join(format!("{method}-{}-{name}", flags.len())));
+        let run = format!("pretrain {method} {FEW} {flags} --save-updates 3 --keep 9");
+        succeeds(with_teacher(&run, &teacher, &whole));
+        succeeds(with_teacher(&run, &teacher, &broken));
+        for update in checkpoints(&broken).into_iter().filter(|&update| update > 3) {
+            std::fs::remove_file(broken.join(format!("checkpoint-{update:08}.safetensors"))).unwrap();
+        }
+        let mut command = masque(&format!("pretrain {method}"), &broken);
+        command.args(["--resume", "auto"]);
+        let text = succeeds(command);
+        assert!(text.contains("update 3"), "{text}");
+        assert!(last_tensors(&whole) == last_tensors(&broken), "{method} {flags}");
     }
-    let mut command = masque("pretrain dmae", &base.join("broken"));
-    command.args(["--resume", "auto"]);
-    let text = succeeds(command);
-    assert!(text.contains("update 3"), "{text}");
-    assert!(last_tensors(&base.join("whole")) == last_tensors(&base.join("broken")));
+}
+
+#[test]
+fn a_student_of_tinymim_with_a_decoder_shows_what_it_paints_and_is_converted() {
+    let (base, teacher) = teacher("tinymim-decoder");
+    let flags = "--target features --masking block --mask-ratio 0.5 --reconstruct --norm-pix-loss";
+    succeeds(with_teacher(&format!("pretrain tinymim {FEW} {flags}"), &teacher, &base.join("student")));
+    let steps = rows(base.join("student/steps.jsonl"));
+    let part = |key: &str| steps[0][key].as_f64().unwrap();
+    assert!((part("loss_features") + part("loss_pixels") - part("loss")).abs() < 1e-5 * part("loss"), "{steps:?}");
+    let program = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_masque")).args(arguments).current_dir(&base).output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {}", said(&output));
+        said(&output)
+    };
+    program(&["visualize", "student/best.safetensors", "--output", "painted.png"]);
+    // The file says that pixels were normalised: to say it again changes nothing.
+    program(&["visualize", "student/best.safetensors", "--norm-pix-loss", "--mask-ratio", "0.5", "--output", "again.png"]);
+    assert!(std::fs::read(base.join("painted.png")).unwrap() == std::fs::read(base.join("again.png")).unwrap());
+    program(&["convert", "student/best.safetensors", "student.pth"]);
+    let text = succeeds(with_teacher(&format!("pretrain tinymim {FEW}"), &base.join("student.pth"), &base.join("next")));
+    assert!(text.contains("queries, keys and values of block 2 in 4 heads, of 3"), "{text}");
 }
 
 #[cfg(feature = "emulated")]
@@ -160,6 +194,19 @@ fn a_teacher_or_a_flag_that_cannot_be_meant_is_one_sentence() {
         ("pretrain tinymim --last-heads 8", 2, &["8 heads", "block 3 4;", "--last-heads"]),
         ("pretrain tinymim --intermediate 4 --teacher-last-heads 64", 2, &["64 heads", "width of 32"]),
         ("pretrain tinymim --teacher-last-heads 5", 2, &["--teacher-last-heads", "5 heads"]),
+        (
+            "pretrain tinymim --teacher-last-heads 8",
+            2,
+            &["last block, 4", "block 3 is asked", "--intermediate 4", "--teacher-last-heads 4"],
+        ),
+        ("pretrain tinymim --target features --last-heads 5", 2, &["--last-heads 5", "width of 32"]),
+        ("pretrain tinymim --heads 5", 2, &["--heads", "5 heads"]),
+        ("pretrain tinymim --target features --relations qq", 2, &["--relations", "--target relations"]),
+        ("pretrain tinymim --target features --relation-softmax=false", 2, &["--relation-softmax=false", "--target relations"]),
+        ("pretrain tinymim --feature qkv", 2, &["--feature", "--target features"]),
+        ("pretrain tinymim --class-token-norm=false", 2, &["--class-token-norm=false", "--target class-token"]),
+        ("pretrain tinymim --mask-ratio 0.5", 2, &["--mask-ratio", "--masking random"]),
+        ("pretrain tinymim --keep-rounding round", 2, &["--keep-rounding", "--masking random"]),
         ("pretrain tinymim --reconstruct", 2, &["--reconstruct", "--masking random"]),
         ("pretrain tinymim --norm-pix-loss", 2, &["--norm-pix-loss", "--reconstruct"]),
         ("pretrain tinymim --relations qk,qk", 2, &["--relations names one twice"]),

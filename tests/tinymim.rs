@@ -155,6 +155,61 @@ fn stochastic_depth_is_the_same_in_all_blocks_but_the_last() {
 }
 
 #[test]
+fn nothing_is_dropped_in_evaluation() {
+    let mut config = config(Target::Relations, Feature::Output);
+    config.student.drop_path = DropPath::ButLast(0.5);
+    let tinymim = Tinymim::new(config, teacher(&Device::Cpu, Dtype::F64, 0.5), Dtype::F64, &Rng::new(3)).unwrap();
+    let score = |step: u64| tinymim.scores(&batch(Dtype::F64), &Rng::new(5).at(step)).unwrap().loss;
+    assert_eq!(score(0), score(1));
+}
+
+#[test]
+fn the_teacher_records_nothing() {
+    for (config, _) in every_target().into_iter().filter(|(config, _)| config.masks.is_none()) {
+        let tinymim = Tinymim::new(config, teacher(&Device::Cpu, Dtype::F64, 0.0), Dtype::F64, &Rng::new(3)).unwrap();
+        let recorded = |batch: &Batch| {
+            let tape = Tape::new();
+            tinymim.loss(&tape, batch, &Rng::new(5)).unwrap();
+            tape.recorded()
+        };
+        let known = tinymim.teach(&images(2, Dtype::F64), None, None).unwrap();
+        assert_eq!(recorded(&batch(Dtype::F64)), recorded(&Batch { teacher_output: Some(known), ..batch(Dtype::F64) }));
+    }
+}
+
+#[test]
+fn a_teacher_costs_what_is_run_of_it_and_a_student_what_its_target_needs() {
+    let (n, d) = (17, 24); // of 16 patches, with the class token
+    let block = |n: u64, d: u64| 12 * n * d * d + 2 * n * n * d;
+    let costs = |target, feature, decoder: bool| {
+        let mut config = config(target, feature);
+        if decoder {
+            (config.masks, config.decoder) = (masked(Masking::Random), Some((DecoderConfig { width: 8, depth: 1, heads: 2 }, None)));
+        }
+        let tinymim = Tinymim::new(config, teacher(&Device::Cpu, Dtype::F32, 0.0), Dtype::F32, &Rng::new(3)).unwrap();
+        (tinymim.macs(), tinymim.teacher_cost().unwrap().macs)
+    };
+    let (embed, student) = (16 * 192 * 12, |blocks: u64| blocks * block(n, 12));
+    let teacher = 16 * 192 * d + 2 * block(n, d);
+    // Two blocks, q, k and v of the third, two products.
+    assert_eq!(
+        costs(Target::Relations, Feature::Output, false),
+        ([embed + student(2) + 3 * n * 144 + 2 * n * n * 12; 2], teacher + 3 * n * d * d)
+    );
+    assert_eq!(
+        costs(Target::Features, Feature::Qkv, false),
+        ([embed + student(2) + 3 * n * 144 + 3 * n * 12 * d; 2], teacher + 3 * n * d * d)
+    );
+    assert_eq!(costs(Target::Features, Feature::Ffn, false), ([embed + student(3) + n * 12 * d; 2], teacher + block(n, d)));
+    assert_eq!(costs(Target::ClassToken, Feature::Output, false), ([embed + student(3) + 12 * d; 2], teacher + block(n, d)));
+    // A decoder needs the whole last block; both see half of the patches.
+    let k = 9;
+    let decoder = k * 12 * 8 + block(n, 8) + n * 8 * 192;
+    let student = 8 * 192 * 12 + 3 * block(k, 12) + 2 * k * k * 12 + decoder;
+    assert_eq!(costs(Target::Relations, Feature::Output, true), ([student; 2], 8 * 192 * d + 2 * block(k, d) + 3 * k * d * d));
+}
+
+#[test]
 fn a_teacher_sees_its_own_view_and_an_answer_that_is_known_is_not_asked_again() {
     for (config, _) in every_target().into_iter().filter(|(config, _)| config.masks.is_none()) {
         let asked = config.asked();
@@ -163,10 +218,46 @@ fn a_teacher_sees_its_own_view_and_an_answer_that_is_known_is_not_asked_again() 
         let both = value(&batch(Dtype::F64));
         assert_ne!(both, value(&Batch::of_images(images(1, Dtype::F64))), "{asked}");
         let passes = tinymim.teacher_cost().unwrap().passes;
-        let known = tinymim.teach(&images(2, Dtype::F64), None, &Rng::new(0)).unwrap();
+        let known = tinymim.teach(&images(2, Dtype::F64), None, None).unwrap();
         let batch = Batch { teacher_output: Some(known), ..Batch::of_images(images(1, Dtype::F64)) };
         assert_eq!(both, value(&batch), "{asked}");
         assert_eq!(tinymim.teacher_cost().unwrap().passes, passes + 1);
+    }
+}
+
+/// Steps of AdamW with much weight decay, and what came of each parameter: its name, how it started, how it is.
+#[cfg(feature = "emulated")]
+fn after_steps(device: &Device, precision: Dtype) -> Vec<(String, Vec<f64>, Vec<f64>)> {
+    use masque::train::step::{Step, StepOptions};
+    let config = config(Target::Relations, Feature::Output);
+    let mut tinymim = Tinymim::new(config, teacher(device, precision, 0.0), Dtype::F32, &Rng::new(3)).unwrap();
+    tinymim.params.move_to(device, precision).unwrap();
+    let values = |params: &masque::param::Params| -> Vec<(String, Vec<f64>)> {
+        params.trained().map(|id| (params.name(id).to_string(), params.value(id).read().unwrap())).collect()
+    };
+    let before = values(&tinymim.params);
+    let adamw = AdamW::new(groups::by_decay(&tinymim.params, 0.5, &[]), (0.9, 0.95), 1e-8).unwrap();
+    let options = StepOptions { accumulate: 2, clip: Some(1.0) };
+    let mut step = Step::new(Box::new(tinymim), Box::new(adamw), options);
+    for i in 0..5 {
+        (0..2).for_each(|micro| _ = step.add(&batch(Dtype::F32), &Rng::new(5).at(2 * i + micro)).unwrap());
+        step.finish(1e-2).unwrap();
+    }
+    assert_eq!(step.is_recorded(), device.gpu().is_some());
+    let after = values(step.method().params());
+    before.into_iter().zip(after).map(|((name, before), (_, after))| (name, before, after)).collect()
+}
+
+#[cfg(feature = "emulated")]
+#[test]
+fn recorded_steps_leave_alone_what_lies_behind_the_relations() {
+    use masque::device::gpu::Gpu;
+    let gpu = Device::Gpu(Gpu::emulated().unwrap());
+    for (device, precision) in [(&Device::Cpu, Dtype::F32), (&gpu, Dtype::F32), (&gpu, Dtype::Bf16)] {
+        for (name, before, after) in after_steps(device, precision) {
+            let behind = ["blocks.2.attn.proj", "blocks.2.norm2", "blocks.2.mlp", "norm."].iter().any(|start| name.starts_with(start));
+            assert_eq!(before == after, behind, "{name} on {device} in {precision}");
+        }
     }
 }
 

@@ -208,11 +208,18 @@ impl TinymimArgs {
         if let Some(family) = named.family.filter(|family| *family != Family::Mae) {
             return usage(format!("--model {} is a {family:?} classifier; pre-training takes tinymim_vit_... or a size", self.model));
         }
+        self.check_read()?;
         let block = self.intermediate.unwrap_or_else(|| usual_block(teacher.depth));
         if block == 0 || block > teacher.depth {
             return usage(format!("--intermediate {block}: the teacher has blocks 1 to {}", teacher.depth));
         }
         let heads = teacher.heads_of(block - 1);
+        if let Some(last) = self.teacher_last_heads.filter(|&last| block < teacher.depth && last != teacher.heads) {
+            return usage(format!(
+                "--teacher-last-heads {last} is about the teacher's last block, {}, but block {block} is asked; give --intermediate {} or --teacher-last-heads {}",
+                teacher.depth, teacher.depth, teacher.heads
+            ));
+        }
         let mut student = named.encoder(image)?;
         (student.patch, student.channels) = (self.patch_size.unwrap_or(student.patch), channels);
         student.heads = self.heads.unwrap_or(student.heads);
@@ -224,7 +231,13 @@ impl TinymimArgs {
                 "relations are compared head by head, but the student's last block has {own} heads and the teacher's block {block} {heads}; leave --last-heads out"
             ));
         }
-        if own == 0 || !student.width.is_multiple_of(own) {
+        if self.target != Target::Relations || self.last_heads.is_some() {
+            let fits = own > 0 && student.width.is_multiple_of(own);
+            let flag = if self.last_heads.is_some() { "--last-heads" } else { "--heads" };
+            if !fits {
+                return usage(format!("{flag} {own}: the student's width of {} does not split into so many heads", student.width));
+            }
+        } else if own == 0 || !student.width.is_multiple_of(own) {
             return usage(format!(
                 "the teacher's block {block} has {heads} heads, into which the student's width of {} does not split; give --intermediate or --teacher-last-heads",
                 student.width
@@ -244,9 +257,6 @@ impl TinymimArgs {
             Seen::Saliency => Some(Masking::Saliency),
         };
         let masks = masks.map(|kind| Masks::new(kind, &student, self.mask_ratio, self.keep_rounding)).transpose()?;
-        if self.norm_pix_loss && !self.reconstruct {
-            return usage("--norm-pix-loss says how --reconstruct compares pixels; give that too, or leave it out".to_string());
-        }
         Ok(TinymimConfig {
             student,
             block: block - 1,
@@ -259,6 +269,26 @@ impl TinymimArgs {
             masks,
             decoder: self.reconstruct.then(|| (named.decoder.clone(), self.norm_pix_loss.then_some(pixels::EPS))),
         })
+    }
+}
+
+impl TinymimArgs {
+    /// Refuses flags that say something of a target or of masks that are not chosen.
+    fn check_read(&self) -> Result<()> {
+        let (relations, features, masked) = (self.target == Target::Relations, self.target == Target::Features, self.masking != Seen::None);
+        let unread = [
+            ("--relations", "--target relations", !relations && self.relations != [Pair::Qk, Pair::Vv]),
+            ("--relation-softmax=false", "--target relations", !relations && !self.relation_softmax),
+            ("--feature", "--target features", !features && self.feature != Feature::Output),
+            ("--class-token-norm=false", "--target class-token", self.target != Target::ClassToken && !self.class_token_norm),
+            ("--mask-ratio", "--masking random", !masked && self.mask_ratio != 0.75),
+            ("--keep-rounding", "--masking random", !masked && self.keep_rounding != KeepRounding::Floor),
+            ("--norm-pix-loss", "--reconstruct", !self.reconstruct && self.norm_pix_loss),
+        ];
+        match unread.into_iter().find(|(.., unread)| *unread) {
+            Some((flag, of, _)) => Err(Error::usage(format!("{flag} has no effect without {of}; give that too, or leave {flag} out"))),
+            None => Ok(()),
+        }
     }
 }
 
@@ -283,20 +313,26 @@ pub struct TinymimConfig {
 }
 
 impl TinymimConfig {
-    /// What the teacher's block gives of images [B, C, H, W]: packed q, k, v, features, or class tokens. Nothing behind it is run.
-    pub fn ask(&self, teacher: &Teacher, images: &Tensor, kept: Option<&Tensor>, rng: &Rng) -> Result<Tensor> {
+    /// What the teacher's block gives of images [B, C, H, W]: packed q, k, v, features, or class tokens. Nothing behind it is run. Its stochastic depth
+    /// draws from `noise`.
+    pub fn ask(&self, teacher: &Teacher, images: &Tensor, kept: Option<&Tensor>, noise: Option<&Rng>) -> Result<Tensor> {
         let encoder = teacher.encoder()?;
-        let rng = rng.within("teacher.");
+        let noise = noise.map(|rng| rng.within("teacher."));
         teacher.pass(|s| {
-            let s = &s.with_noise(&rng);
+            let s = &Scope { noise: noise.as_ref(), ..*s };
             let x = encoder.first_blocks(s, &encoder.embed(s, images, kept)?, self.block)?;
             let answer = match (self.target, self.feature) {
-                (Target::Relations, _) | (Target::Features, Feature::Qkv) => encoder.qkv(s, &x, self.block)?,
-                (Target::Features, feature) => chosen(encoder.parts(s, &x, self.block)?, feature),
-                (Target::ClassToken, _) => self.class_token(s, encoder, &encoder.block(s, &x, self.block)?)?,
+                _ if self.ends_at_qkv() => encoder.qkv(s, &x, self.block)?,
+                (Target::Features, feature) => chosen(&encoder.parts(s, &x, self.block)?, feature),
+                _ => self.class_token(s, encoder, &encoder.block(s, &x, self.block)?)?,
             };
             Ok(answer.value().clone())
         })
+    }
+
+    /// Whether nothing behind queries, keys and values of the blocks that are compared has to be run.
+    fn ends_at_qkv(&self) -> bool {
+        matches!((self.target, self.feature), (Target::Relations, _) | (Target::Features, Feature::Qkv))
     }
 
     fn class_token(&self, s: &Scope, vit: &Vit, x: &Var) -> Result<Var> {
@@ -360,8 +396,8 @@ impl Tinymim {
     }
 
     /// What the teacher's block gives of images [B, C, H, W]; see [`TinymimConfig::ask`].
-    pub fn teach(&self, images: &Tensor, kept: Option<&Tensor>, rng: &Rng) -> Result<Tensor> {
-        self.c.ask(&self.teacher, images, kept, rng)
+    pub fn teach(&self, images: &Tensor, kept: Option<&Tensor>, noise: Option<&Rng>) -> Result<Tensor> {
+        self.c.ask(&self.teacher, images, kept, noise)
     }
 
     /// Hands out the teacher and how it is asked about whole images, so that its answers can be remembered.
@@ -370,7 +406,7 @@ impl Tinymim {
         remember: impl FnOnce(&mut Teacher, &dyn Fn(&Teacher, &Tensor) -> Result<Tensor>) -> Result<()>,
     ) -> Result<()> {
         let (teacher, c) = (&mut self.teacher, &self.c);
-        remember(teacher, &|teacher, images| c.ask(teacher, images, None, &Rng::new(0)))
+        remember(teacher, &|teacher, images| c.ask(teacher, images, None, None))
     }
 
     /// The residual stream that enters the student's last block, [B, 1 + K, C].
@@ -403,29 +439,27 @@ impl Tinymim {
         self.heads[head].forward(s, student)?.feature_loss(target.value(), SMOOTH)
     }
 
-    /// The loss as it stands between the student's last block and the teacher's answer.
-    fn distillation(&self, s: &Scope, x: &Var, taught: &Tensor) -> Result<Vec<(&'static str, f64, Var)>> {
-        let last = self.c.student.depth - 1;
+    /// The loss as it stands between what the student's last block gives and the teacher's answer. `parts` is None where nothing behind `qkv` is needed.
+    fn distillation(&self, s: &Scope, qkv: &Var, parts: Option<&Parts>, taught: &Tensor) -> Result<Vec<(&'static str, f64, Var)>> {
         let teacher = Var::constant(taught.clone());
-        match (self.c.target, self.c.feature) {
-            (Target::Relations, _) => self.relations(&self.relating(s, x)?, taught),
-            (Target::Features, Feature::Qkv) => {
-                let qkv = self.relating(s, x)?;
+        match (self.c.target, self.c.feature, parts) {
+            (Target::Relations, ..) => self.relations(qkv, taught),
+            (Target::Features, Feature::Qkv, _) => {
                 let part = |packed: &Var, part: usize| -> Result<Var> {
                     let &[batch, n, c] = packed.shape() else { bail!("q, k and v are {:?} but [B, N, 3 C] is needed", packed.value()) };
                     packed.take_heads(part, 3, 1)?.reshape(&[batch, n, c / 3])
                 };
-                let term = |(i, name)| Ok((name, 1.0, self.features(s, i, &part(&qkv, i)?, &part(&teacher, i)?)?));
+                let term = |(i, name)| Ok((name, 1.0, self.features(s, i, &part(qkv, i)?, &part(&teacher, i)?)?));
                 ["q", "k", "v"].into_iter().enumerate().map(term).collect()
             }
-            (Target::Features, feature) => {
-                let own = chosen(self.student.parts(s, x, last)?, feature);
-                Ok(vec![("features", 1.0, self.features(s, 0, &own, &teacher)?)])
+            (Target::Features, feature, Some(parts)) => {
+                Ok(vec![("features", 1.0, self.features(s, 0, &chosen(parts, feature), &teacher)?)])
             }
-            (Target::ClassToken, _) => {
-                let own = self.c.class_token(s, &self.student, &self.student.block(s, x, last)?)?;
+            (Target::ClassToken, _, Some(parts)) => {
+                let own = self.c.class_token(s, &self.student, &parts.output)?;
                 Ok(vec![("class token", 1.0, self.heads[0].forward(s, &own)?.distill_kl(taught, 1.0, Reduction::Batch)?)])
             }
+            (_, _, None) => bail!("the student's last block was not run"),
         }
     }
 
@@ -436,16 +470,23 @@ impl Tinymim {
         let kept = mask.as_ref().map(|mask| &mask.kept);
         let taught = match &batch.teacher_output {
             Some(known) => known.on(device)?,
-            None => self.teach(&batch.for_teacher().on(device)?, kept, rng)?,
+            None => self.teach(&batch.for_teacher().on(device)?, kept, s.noise)?,
         };
         let x = self.before_last(s, &images, kept)?;
-        let mut terms = self.distillation(s, &x, &taught)?;
-        if let (Some((decoder, norm_pix)), Some(mask)) = (&self.decoder, &mask) {
-            let latent = self.student.norm(s, &self.student.block(s, &x, self.c.student.depth - 1)?)?;
+        let whole = if self.ends_at_qkv() { None } else { Some(self.student.parts(s, &x, self.c.student.depth - 1)?) };
+        let qkv = whole.as_ref().map_or_else(|| self.relating(s, &x), |parts| Ok(parts.qkv.clone()))?;
+        let mut terms = self.distillation(s, &qkv, whole.as_ref(), &taught)?;
+        if let (Some((decoder, norm_pix)), Some(mask), Some(parts)) = (&self.decoder, &mask, &whole) {
+            let latent = self.student.norm(s, &parts.output)?;
             let pred = decoder.forward(s, &latent, &mask.restore)?;
             terms.push(("pixels", 1.0, pred.pixel_loss(&images, self.c.student.patch, *norm_pix, &mask.hidden)?));
         }
         Loss::sum(terms)
+    }
+
+    /// Whether the student's last block ends at queries, keys and values too: a decoder needs all of it.
+    fn ends_at_qkv(&self) -> bool {
+        self.c.ends_at_qkv() && self.decoder.is_none()
     }
 
     /// Patches that both see.
@@ -454,14 +495,15 @@ impl Tinymim {
     }
 }
 
-fn chosen(parts: Parts, feature: Feature) -> Var {
-    match feature {
-        Feature::Output | Feature::FfnResidual => parts.output,
-        Feature::Ffn => parts.mlp,
-        Feature::Attention => parts.attention,
-        Feature::AttentionResidual => parts.attended,
-        Feature::Qkv => parts.qkv,
-    }
+fn chosen(parts: &Parts, feature: Feature) -> Var {
+    let chosen = match feature {
+        Feature::Output | Feature::FfnResidual => &parts.output,
+        Feature::Ffn => &parts.mlp,
+        Feature::Attention => &parts.attention,
+        Feature::AttentionResidual => &parts.attended,
+        Feature::Qkv => &parts.qkv,
+    };
+    chosen.clone()
 }
 
 impl Method for Tinymim {
@@ -477,8 +519,8 @@ impl Method for Tinymim {
         &self.student
     }
 
-    fn prepare(&self, batch: &mut Batch, rng: &Rng) -> Result<()> {
-        batch.teacher_output = self.teacher.recall(batch, |images| self.teach(images, None, rng))?;
+    fn prepare(&self, batch: &mut Batch, _rng: &Rng) -> Result<()> {
+        batch.teacher_output = self.teacher.recall(batch, |images| self.teach(images, None, None))?;
         Ok(())
     }
 
@@ -489,22 +531,24 @@ impl Method for Tinymim {
 
     fn macs(&self) -> [u64; 2] {
         let (c, seen) = (&self.c.student, self.seen());
-        let (n, width) = ((seen + 1) as u64, c.width as u64);
-        let packed = c.depth - 1;
+        let (n, width) = ((seen + c.extra()) as u64, c.width as u64);
         let until = |depth: usize| flops::vit_macs(&VitConfig { depth, ..c.clone() }, seen);
-        let products = if self.c.target == Target::Relations { self.c.relations.len() as u64 * n * n * width } else { 0 };
-        let ends_there = self.c.target == Target::Relations || self.c.feature == Feature::Qkv;
-        let mut all = if ends_there && self.decoder.is_none() { until(packed) + 3 * n * width * width } else { until(c.depth) } + products;
-        all += (self.heads.len() as u64) * n * width * self.teacher.vit().width as u64;
+        let mut all = if self.ends_at_qkv() { until(c.depth - 1) + 3 * n * width * width } else { until(c.depth) };
+        let (products, projected) = match self.c.target {
+            Target::Relations => (self.c.relations.len() as u64, 0),
+            Target::Features => (0, n),
+            Target::ClassToken => (0, 1),
+        };
+        all += products * n * n * width + self.heads.len() as u64 * projected * width * self.teacher.vit().width as u64;
         all += self.decoder.as_ref().map_or(0, |(decoder, _)| flops::decoder_macs(&decoder.config, c, seen));
         let looks = self.c.masks.as_ref().is_some_and(|masks| masks.kind() == Masking::Saliency);
         [all + if looks { flops::vit_macs(c, c.patches()) } else { 0 }, all]
     }
 
     fn teacher_cost(&self) -> Option<Cost> {
-        let (n, width) = ((self.seen() + 1) as u64, self.teacher.vit().width as u64);
-        let ends_there = self.c.target == Target::Relations || (self.c.target == Target::Features && self.c.feature == Feature::Qkv);
-        let macs = match ends_there {
+        let teacher = self.teacher.vit();
+        let (n, width) = ((self.seen() + teacher.extra()) as u64, teacher.width as u64);
+        let macs = match self.c.ends_at_qkv() {
             true => self.teacher.macs(self.seen(), self.c.block) + 3 * n * width * width,
             false => self.teacher.macs(self.seen(), self.c.block + 1),
         };

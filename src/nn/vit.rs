@@ -307,6 +307,11 @@ impl Vit {
         self.norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(s, x))
     }
 
+    /// Whether there is a final norm.
+    pub fn has_norm(&self) -> bool {
+        self.norm.is_some()
+    }
+
     /// Embedding, blocks and norm.
     pub fn forward(&self, s: &Scope, images: &Tensor, kept: Option<&Tensor>) -> Result<Var> {
         self.norm(s, &self.blocks(s, &self.embed(s, images, kept)?)?)

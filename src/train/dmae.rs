@@ -3,7 +3,7 @@
 use super::args::settings;
 use super::pretrain::{CommonArgs, InitArgs, Job, Making};
 use super::run::{Ended, Schedule};
-use super::teacher::{TeacherArgs, Wanted, check_sees};
+use super::teacher::{TeacherArgs, Wanted, check_sees, check_tokens};
 use crate::error::{Error, Result};
 use crate::methods::Method;
 use crate::methods::dmae::{Dmae, DmaeArgs};
@@ -108,6 +108,7 @@ pub fn dmae(args: &DmaePretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
         let wanted = if method.student_reconstruction_target.needs_prediction() { Wanted::Autoencoder } else { Wanted::Encoder };
         let teacher = args.teacher.open(wanted, &device, common.run.precision, say)?;
         check_sees(&teacher, &mae.encoder, true)?;
+        check_tokens(&teacher, &mae.encoder)?;
         let config = method.config(mae, &teacher)?;
         let pairs: Vec<String> = config.align.pairs.iter().map(|(own, theirs)| format!("{own} with {theirs}")).collect();
         say(&format!("blocks of student and teacher that are aligned, from 0: {}", pairs.join(", ")));

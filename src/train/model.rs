@@ -149,8 +149,10 @@ impl ModelArgs {
         let decoder = contents.decoder()?.ok_or_else(|| Error::new("there is no decoder"))?;
         // Where a file does not say what its pixels were, they are taken to be raw, as those of the models published for pictures are.
         let args = if formats::is_pth(&self.checkpoint)? { Checkpoint::open(&self.checkpoint)?.args()? } else { None };
-        let normalised = args.as_ref().and_then(|args| args.get("norm_pix_loss")?.as_bool()).unwrap_or(false);
-        Ok(MaeConfig { encoder: vit, decoder, mask_ratio: 0.75, norm_pix: normalised.then_some(pixels::EPS) })
+        let said = || args.as_ref().and_then(|args| args.get("norm_pix_loss")?.as_bool());
+        let normalised = settings.get("norm-pix-loss").and_then(Value::as_bool).or_else(said).unwrap_or(false);
+        let mask_ratio = settings.get("mask-ratio").and_then(Value::as_f64).unwrap_or(0.75);
+        Ok(MaeConfig { encoder: vit, decoder, mask_ratio, norm_pix: normalised.then_some(pixels::EPS) })
     }
 }
 

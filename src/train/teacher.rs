@@ -112,6 +112,12 @@ impl TeacherArgs {
         let shown = self.teacher_path.iter().map(|path| path.display().to_string()).collect::<String>();
         let attempt = || format!("--teacher-path {shown}");
         let contents = Contents::of(&file).with_context(attempt)?;
+        if contents.cait.is_some() && wanted != Wanted::Classifier {
+            return Err(Error::new(format!(
+                "{}: it is a CaiT, whose blocks give no features or relations of a plain ViT; it teaches classes, by masque distill",
+                attempt()
+            )));
+        }
         let vit = change(vit)?;
         let mut b = ParamsBuilder::default();
         let (network, policy) = match wanted {
@@ -189,6 +195,20 @@ pub fn check_answers(teacher: &Teacher, classes: usize, names: &[String]) -> Res
     if let Some((theirs, own)) = teacher.classes.iter().zip(names).find(|(theirs, own)| theirs != own) {
         return Err(Error::new(format!(
             "the teacher {name} learned the class {theirs} where the images have {own}: their answers do not mean the same"
+        )));
+    }
+    Ok(())
+}
+
+/// Refuses a teacher with other tokens in front of the patches than the student's, where each token is compared with its own.
+pub fn check_tokens(teacher: &Teacher, student: &VitConfig) -> Result<()> {
+    let (own, name) = (teacher.vit(), &teacher.name);
+    if own.extra() != student.extra() {
+        return Err(Error::new(format!(
+            "the teacher {name} has {} tokens in front of the patches, the student {}, and they are compared token by token; take a teacher \
+             without a distillation token",
+            own.extra(),
+            student.extra()
         )));
     }
     Ok(())

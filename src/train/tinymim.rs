@@ -4,7 +4,7 @@ use super::args::settings;
 use super::cache::Kept;
 use super::pretrain::{CommonArgs, Job, Making};
 use super::run::Ended;
-use super::teacher::{TeacherArgs, Wanted, check_sees};
+use super::teacher::{TeacherArgs, Wanted, check_sees, check_tokens};
 use crate::error::{Error, Result};
 use crate::methods::Method;
 use crate::methods::tinymim::{Target, Tinymim, TinymimArgs};
@@ -46,6 +46,14 @@ pub fn tinymim(args: &TinymimPretrainArgs, say: &mut dyn FnMut(&str)) -> Result<
         let Making { device, resumed, say, shown } = making;
         let teacher = args.teacher.open_as(Wanted::Encoder, |config| method.teacher(config), &device, common.run.precision, say)?;
         check_sees(&teacher, &config.student, true)?;
+        if method.target != Target::ClassToken {
+            check_tokens(&teacher, &config.student)?;
+        } else if method.class_token_norm && !teacher.encoder()?.has_norm() {
+            return Err(Error::usage(format!(
+                "--target class-token: the teacher {} has no final norm, as it pools its patches; give --class-token-norm=false",
+                teacher.name
+            )));
+        }
         let (heads, block, asked) = (config.heads, config.block + 1, config.asked());
         if !config.repeats(teacher.vit()) {
             args.teacher.without_cache(

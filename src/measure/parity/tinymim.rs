@@ -109,7 +109,7 @@ impl Subject for Distilled<'_> {
         let tinymim = &self.tinymim;
         let [images, clean]: [Result<Tensor>; 2] =
             ["images", "images_teacher"].map(|name| self.case.images(&at.input(name), tinymim.params.dtype()));
-        let taught = tinymim.teach(&clean?, None, &Rng::new(0))?;
+        let taught = tinymim.teach(&clean?, None, None)?;
         self.note("teacher", &Var::constant(taught.clone()), at, record)?;
         let s = Scope::new(tape, &tinymim.params);
         let x = tinymim.before_last(&s, &images?, None)?;
