@@ -202,8 +202,11 @@ pub fn command(words: &str, settings: &Map<String, Value>) -> String {
     command_line(all.iter().map(String::as_str))
 }
 
-/// A number as it was typed: one that was an f32 has its digits, not those of the f64 it is stored as.
+/// An element of a list as it was typed: a number that was an f32 has its digits, not those of the f64 it is stored as.
 fn shortest(value: &Value) -> String {
+    if let Some(word) = value.as_str() {
+        return word.to_string();
+    }
     let narrow = value.as_f64().map(|x| (x as f32, x)).filter(|(narrow, x)| f64::from(*narrow) == *x);
     narrow.map_or_else(|| value.to_string(), |(narrow, _)| narrow.to_string())
 }
@@ -215,9 +218,8 @@ mod tests {
 
     #[test]
     fn numbers_of_a_command_have_the_digits_that_were_typed() {
-        let settings =
-            json!({ "mean": [0.485f32, 0.5f32], "betas": [0.9, 0.95], "lr": 2e-3, "resume": null, "flip": true, "model": "glyph_s" });
+        let settings = json!({ "mean": [0.485f32, 0.5f32], "betas": [0.9, 0.95], "lr": 2e-3, "resume": null, "flip": true, "model": "glyph_s", "relations": ["qk", "vv"] });
         let text = command("finetune", settings.as_object().unwrap());
-        assert_eq!(text, "masque finetune --mean=0.485,0.5 --betas=0.9,0.95 --lr=0.002 --flip=true --model=glyph_s");
+        assert_eq!(text, "masque finetune --mean=0.485,0.5 --betas=0.9,0.95 --lr=0.002 --flip=true --model=glyph_s --relations=qk,vv");
     }
 }
