@@ -56,6 +56,48 @@ fn a_run_with_a_cache_ends_with_the_weights_of_one_without() {
     }
 }
 
+/// A classifier that has learned a little.
+fn classifier(name: &str) -> PathBuf {
+    let base = folder(name);
+    succeeds(masque(
+        "train --model glyph_s --train-images 64 --val-images 8 --batch-size 16 --epochs 1 --warmup-epochs 0",
+        &base.join("teacher"),
+    ));
+    base
+}
+
+const LOGITS: &str =
+    "--train-images 48 --val-images 8 --batch-size 8 --epochs 4 --warmup-epochs 1 --log-freq 1 --views 2 --repeated-aug=false";
+
+#[test]
+fn logits_of_a_teacher_that_sees_everything_are_cached() {
+    let base = classifier("cached-logits");
+    for (number, command) in
+        ["distill logit", "distill maskedkd --len-num-keep 36 --aa rand-m9-mstd0.5-inc1 --reprob 0.5"].into_iter().enumerate()
+    {
+        let [plain, first] = ["plain", "first"].map(|name| format!("{name}-{number}"));
+        let line = format!("{command} {LOGITS}");
+        succeeds(run(&line, &base, &plain, None));
+        let text = succeeds(run(&line, &base, &first, Some(&format!("cache-{number}"))));
+        assert!(text.contains("96 answers of"), "{text}");
+        assert!(last_tensors(&base.join(plain)) == last_tensors(&base.join(&first)), "{command}");
+        let asked = asked(&base.join(first));
+        assert!(asked[..12].iter().all(|&ms| ms > 0.0) && asked[12..].iter().all(|&ms| ms == 0.0), "{asked:?}");
+    }
+    for (options, code, part) in [
+        ("distill maskedkd --len-num-keep 18", 2, "other patches each time"),
+        ("distill logit --mixup 0.8", 2, "--mixup 0"),
+        ("distill logit --distillation-type none", 2, "there is no teacher"),
+        ("distill logit --repeated-aug", 2, "--repeated-aug"),
+        ("distill logit --aa rand-m9-mstd0.5-inc1", 1, "its transform is"),
+    ] {
+        let line = if options.contains("--repeated-aug") { LOGITS.replace(" --repeated-aug=false", "") } else { LOGITS.to_string() };
+        let (found, text) = fails(run(&format!("{options} {line}"), &base, "none", Some("cache-0")));
+        let last = text.lines().last().unwrap_or_default();
+        assert!(found == Some(code) && last.starts_with("masque: ") && last.contains(part), "{options}: {found:?} {text}");
+    }
+}
+
 #[test]
 fn a_cache_whose_writer_was_killed_is_gone_on_with() {
     let (base, _) = teacher("cache-killed");
@@ -91,8 +133,8 @@ fn caches_that_cannot_be_meant_are_one_sentence() {
         (FEW.replace("48", "40"), 1, &["its images are 48 with checksum", "this run's 40"]),
         (format!("{FEW} --crop resized"), 1, &["its transform is"]),
         (few, 2, &["--views"]),
-        (format!("{FEW} --masking random"), 2, &["--teacher-cache", "drawn anew each time"]),
-        (format!("{FEW} --teacher-drop-path 0.1"), 2, &["--teacher-cache", "drawn anew each time"]),
+        (format!("{FEW} --masking random"), 2, &["--teacher-cache", "other patches each time"]),
+        (format!("{FEW} --teacher-drop-path 0.1"), 2, &["--teacher-cache", "other patches each time"]),
         (FEW.replace("tinymim", "dmae"), 2, &["--teacher-cache", "DMAE"]),
         (FEW.replace("--views 2", "--views 0"), 2, &["--views 0"]),
     ] {
@@ -103,7 +145,7 @@ fn caches_that_cannot_be_meant_are_one_sentence() {
     }
     // A run goes on with its views.
     let mut command = masque("pretrain tinymim", &base.join("own"));
-    command.args(["--resume", "auto", "--views", "1"]);
+    command.args(["--resume", "auto", "--views", "1", "--teacher-cache"]).arg(base.join("another"));
     let (code, text) = fails(command);
     assert!(code == Some(2) && text.contains("--views is 1 but"), "{text}");
 }

@@ -358,7 +358,10 @@ pub fn logit(args: &LogitDistillArgs, deit: bool, say: &mut dyn FnMut(&str)) -> 
                 ),
             }));
         }
-        let Some(distilling) = args.logits.config(&config.vit)? else { return Ok(None) };
+        let Some(distilling) = args.logits.config(&config.vit)? else {
+            args.teacher.without_cache("there is no teacher")?;
+            return Ok(None);
+        };
         let teacher = opened(&args.teacher, &args.train, config, &distilling, device, &shown, say)?;
         Ok(Some((teacher, distilling)))
     });
@@ -372,6 +375,7 @@ pub fn maskedkd(args: &MaskedKdArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
         Command { words: "distill maskedkd", folder: "distill-maskedkd", args: &args.train, settings, views: args.teacher.views, cached };
     let teaching: Box<Teaching> = Box::new(move |config, device, shown, say| {
         let Some(logits) = args.logits.config(&config.vit)? else {
+            args.teacher.without_cache("there is no teacher")?;
             say(&format!("--distillation-type {:?}: there is no teacher", Distillation::None).to_lowercase());
             return Ok(None);
         };
