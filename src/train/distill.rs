@@ -12,7 +12,7 @@ use super::teacher::{TeacherArgs, Wanted, check_answers, check_sees};
 use crate::data::loader::Loader;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::methods::maskedkd::{Distillation, Distilling, LogitArgs, MaskedKd, MaskingArgs};
+use crate::methods::maskedkd::{Distilling, LogitArgs, MaskedKd, MaskingArgs};
 use crate::methods::teacher::Teacher;
 use crate::nn::classifier::ClassifierConfig;
 use crate::optim::Optimizer;
@@ -317,6 +317,8 @@ pub fn train(args: &TrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     command.run(labels_alone, say)
 }
 
+const LABELS_ALONE: &str = "--distillation-type none: the student learns from labels alone, no teacher is opened";
+
 /// The teacher of logits, checked against the student.
 fn opened(
     teacher: &TeacherArgs,
@@ -360,9 +362,11 @@ pub fn logit(args: &LogitDistillArgs, deit: bool, say: &mut dyn FnMut(&str)) -> 
         }
         let Some(distilling) = args.logits.config(&config.vit)? else {
             args.teacher.without_cache("there is no teacher")?;
+            say(LABELS_ALONE);
             return Ok(None);
         };
         let teacher = opened(&args.teacher, &args.train, config, &distilling, device, &shown, say)?;
+        say(&distilling.text(&teacher, &config.vit)?);
         Ok(Some((teacher, distilling)))
     });
     command.run(teaching, say)
@@ -376,7 +380,7 @@ pub fn maskedkd(args: &MaskedKdArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
     let teaching: Box<Teaching> = Box::new(move |config, device, shown, say| {
         let Some(logits) = args.logits.config(&config.vit)? else {
             args.teacher.without_cache("there is no teacher")?;
-            say(&format!("--distillation-type {:?}: there is no teacher", Distillation::None).to_lowercase());
+            say(LABELS_ALONE);
             return Ok(None);
         };
         let distilling = args.masking.apply(logits, &config.vit)?;
