@@ -197,7 +197,7 @@ fn a_run_that_remembers_has_the_losses_of_one_that_does_not_bit_for_bit() {
         let (said, first, asked) = remembering.go().unwrap();
         assert!(first == plain, "run {number}");
         assert_eq!(asked, 2 * BATCHES, "two epochs show all views, and later ones ask nothing");
-        assert!(said.len() == 1 && said[0].contains("36 answers of 28 bytes, 5.6 kB in all") && said[0].ends_with("begun now"), "{said:?}");
+        assert!(said.len() == 1 && said[0].contains("36 answers of 28 bytes, 5.5 kB in all") && said[0].ends_with("begun now"), "{said:?}");
         let (said, again, asked) = remembering.go().unwrap();
         assert!(again == plain && asked == 0, "{asked}");
         assert!(said[0].ends_with("answers that are there are used"), "{said:?}");

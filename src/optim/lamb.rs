@@ -121,7 +121,7 @@ fn apply<T: Real + Element>(lamb: &mut Lamb, params: &mut Params) -> Result<()> 
     for (plan, range) in tensors {
         let (p, u) = sums[range.clone()].iter().fold((0.0, 0.0), |sum, piece| (sum.0 + piece.0, sum.1 + piece.1));
         let q = if plan.weight_decay > 0.0 && p > 0.0 && u > 0.0 { (p / u).sqrt() } else { 1.0 };
-        pieces[range].iter_mut().for_each(|piece| piece.rule.lr = piece.rule.lr * T::of(q));
+        pieces[range].iter_mut().for_each(|piece| piece.rule.lr *= T::of(q));
     }
     pieces.into_par_iter().for_each(|Piece { rule, value, state: [m, v], .. }| move_piece(value, m, v, rule));
     Ok(())
