@@ -189,7 +189,7 @@ fn targets_are_the_image_the_teacher_or_both() {
     let mask = dmae.mae.training_mask(&images(), &noise()).unwrap();
     let taught = dmae.teach(&images(), &mask).unwrap().prediction.unwrap().to_f64();
     let tape = Tape::off();
-    let learned = dmae.learn_from(&Scope::new(&tape, &dmae.mae.params), &images(), &mask).unwrap().prediction.value().to_f64();
+    let learned = dmae.learn_from(&Scope::new(&tape, &dmae.mae.params), &images(), &mask).unwrap().prediction.unwrap().value().to_f64();
     let hidden = mask.hidden.data::<f32>();
     let square = |i: usize| if hidden[i / 192] == 1.0 { (taught[i] - learned[i]).powi(2) } else { 0.0 };
     near(predicted, (0..taught.len()).map(square).sum::<f64>() / (24.0 * 192.0), "the mean");

@@ -42,9 +42,9 @@ pub struct DmaeArgs {
     /// Distance between features
     #[arg(long, value_enum, ignore_case = true, default_value_t = Func::L1)]
     pub embedding_distillation_func: Func,
-    /// How features are normalised before they are compared
-    #[arg(long, value_enum, default_value_t = Normalise::L2)]
-    pub distill_normalize: Normalise,
+    /// How features are normalised before they are compared [default: l2; none where there is no projection]
+    #[arg(long, value_enum)]
+    pub distill_normalize: Option<Normalise>,
     /// Weight of the alignment against the reconstruction
     #[arg(long, default_value_t = 1.0, value_name = "ALPHA")]
     pub distill_weight: f64,
@@ -54,7 +54,8 @@ pub struct DmaeArgs {
     /// The widths it goes from and to, as a check [default: those of student and teacher]
     #[arg(long, value_delimiter = ',', action = clap::ArgAction::Set, num_args = 1..=2, value_name = "FROM,TO")]
     pub aligned_feature_projection_dim: Option<Vec<usize>>,
-    /// What the decoder is to reconstruct
+    /// What the decoder is to reconstruct. Not built: the unpublished targets that make the decoder predict two or three things at once
+    /// (--distillation-disentangled-target)
     #[arg(long, value_enum, default_value_t = Target::OriginalImg)]
     pub student_reconstruction_target: Target,
     /// Weights of the image and of the teacher's prediction in their weighted sum
@@ -137,8 +138,8 @@ impl DmaeArgs {
     pub fn config(&self, mae: MaeConfig, teacher: &Teacher) -> Result<DmaeConfig> {
         let usage = |text: String| Err(Error::usage(text));
         let (student, depth) = (&mae.encoder, teacher.encoder()?.config.depth);
-        let own = self.aligned_blks_indices.clone().unwrap_or_else(|| vec![three_quarters(student.depth)]);
-        let theirs = match (&self.teacher_aligned_blks_indices, &self.aligned_blks_indices) {
+        let mut own = self.aligned_blks_indices.clone().unwrap_or_else(|| vec![three_quarters(student.depth)]);
+        let mut theirs = match (&self.teacher_aligned_blks_indices, &self.aligned_blks_indices) {
             (Some(theirs), _) => theirs.clone(),
             (None, Some(own)) => own.clone(),
             (None, None) => vec![three_quarters(depth)],
@@ -150,6 +151,9 @@ impl DmaeArgs {
                 theirs.len()
             ));
         }
+        // They are paired in rising order, however they were typed.
+        own.sort_unstable();
+        theirs.sort_unstable();
         for (flag, blocks, depth) in [("--aligned-blks-indices", &own, student.depth), ("--teacher-aligned-blks-indices", &theirs, depth)] {
             if let Some(block) = blocks.iter().find(|&&block| block >= depth) {
                 return usage(format!(
@@ -159,7 +163,7 @@ impl DmaeArgs {
                 ));
             }
             if !blocks.is_sorted_by(|a, b| a < b) {
-                return usage(format!("{flag} {blocks:?}: blocks are named once each, in rising order"));
+                return usage(format!("{flag} {blocks:?}: a block is named once"));
             }
         }
         let [from, to] = [student.width, teacher.vit().width];
@@ -189,7 +193,10 @@ impl DmaeArgs {
         let align = Align {
             pairs: own.into_iter().zip(theirs).collect(),
             distance: if self.embedding_distillation_func == Func::L1 { Distance::L1 } else { Distance::L2 },
-            normalise: self.distill_normalize,
+            normalise: self.distill_normalize.unwrap_or(match self.aligned_feature_projection_mode {
+                Projection::None => Normalise::None,
+                _ => Normalise::L2,
+            }),
             weight: self.distill_weight,
             projection: self.aligned_feature_projection_mode,
             target: self.student_reconstruction_target,
@@ -275,7 +282,8 @@ pub struct Learned {
     /// Of the aligned blocks, before they are projected.
     pub features: Vec<Var>,
     pub latent: Var,
-    pub prediction: Var,
+    /// Of the decoder; None where nothing is reconstructed.
+    pub prediction: Option<Var>,
 }
 
 impl Dmae {
@@ -323,7 +331,8 @@ impl Dmae {
         let aligned = |i: usize| self.align.pairs.iter().any(|pair| pair.0 == i);
         let x = encoder.blocks_seen(s, &x, |i, x| features.extend(aligned(i).then(|| x.clone())))?;
         let latent = encoder.norm(s, &x)?; // [B, 1 + K, C]
-        let prediction = self.mae.decoder.forward(s, &latent, &mask.restore)?; // [B, L, P]
+        let reconstructs = self.align.target != Target::None;
+        let prediction = reconstructs.then(|| self.mae.decoder.forward(s, &latent, &mask.restore)).transpose()?; // [B, L, P]
         Ok(Learned { features, latent, prediction })
     }
 
@@ -331,7 +340,6 @@ impl Dmae {
     fn alignment(&self, s: &Scope, head: &Head, own: &Var, theirs: &Tensor) -> Result<Var> {
         let (own, theirs) = (head.forward(s, own)?, Var::constant(theirs.clone()));
         let (own, theirs) = match self.align.normalise {
-            _ if self.align.projection == Projection::None => (own, theirs),
             Normalise::None => (own, theirs),
             Normalise::L2 => (own.l2_normalise(1e-12)?, theirs.l2_normalise(1e-12)?),
             Normalise::LayerNorm => (own, theirs.layernorm_plain(1e-6)?),
@@ -341,15 +349,13 @@ impl Dmae {
 
     /// Mean squared error over the hidden patches; None where nothing is reconstructed.
     fn reconstruction(&self, learned: &Learned, taught: &Taught, images: &Tensor, mask: &Mask) -> Result<Option<Var>> {
-        if self.align.target == Target::None {
-            return Ok(None);
-        }
+        let Some(own) = &learned.prediction else { return Ok(None) };
         if !self.align.target.needs_prediction() {
-            return self.mae.reconstruction(&learned.prediction, images, mask).map(Some);
+            return self.mae.reconstruction(own, images, mask).map(Some);
         }
         let prediction =
             taught.prediction.clone().ok_or_else(|| Error::new("the teacher has no decoder, whose predictions are the target"))?;
-        let dtype = learned.prediction.dtype();
+        let dtype = own.dtype();
         let (pixels, predicted) = (Var::constant(self.mae.target(images)?.cast(dtype)?), Var::constant(prediction.cast(dtype)?));
         let sum = |w0: f64, w1: f64| pixels.scale(w0)?.add(&predicted.scale(w1)?);
         let target = match self.align.target {
@@ -357,7 +363,7 @@ impl Dmae {
             Target::Difference => sum(1.0, -1.0)?,
             _ => sum(self.align.sum[0], self.align.sum[1])?,
         };
-        learned.prediction.masked_mse(target.value(), &mask.hidden).map(Some)
+        own.masked_mse(target.value(), &mask.hidden).map(Some)
     }
 
     /// The parts of the loss, each under its name with its weight.
@@ -396,12 +402,16 @@ impl Method for Dmae {
         let [all, trained] = self.mae.macs();
         let (from, to) = (self.mae.encoder.config.width, self.teacher.vit().width);
         let heads = (self.heads.len() * (self.mae.kept_each() + 1) * Head::macs(self.align.projection, from, to)) as u64;
-        [all + heads, trained + heads]
+        let unused = match self.align.target {
+            Target::None => flops::decoder_macs(&self.mae.decoder.config, &self.mae.encoder.config, self.mae.kept_each()),
+            _ => 0,
+        };
+        [all + heads - unused, trained + heads - unused]
     }
 
     fn teacher_cost(&self) -> Option<Cost> {
         let kept = self.mae.kept_each();
-        let decoder = match (&self.teacher.network, self.teacher_depth() == self.teacher.vit().depth) {
+        let decoder = match (&self.teacher.network, self.align.full_teacher || self.align.target.needs_prediction()) {
             (Network::Autoencoder(vit, decoder), true) => flops::decoder_macs(&decoder.config, &vit.config, kept),
             _ => 0,
         };

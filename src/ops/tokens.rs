@@ -178,8 +178,10 @@ vectorised! {
 fn joined<T: Real + Element>(x: &Tensor, tokens: &[Tensor]) -> Result<Tensor> {
     let (batch, n, c) = (x.shape()[0], x.shape()[1], x.last());
     let mut y = Tensor::empty(&[batch, tokens.len() + n, c], x.dtype())?;
-    let images = y.data_mut::<T>().par_chunks_mut(((tokens.len() + n) * c).max(1));
-    images.zip(x.data::<T>().par_chunks((n * c).max(1))).enumerate().for_each(|(image, (y, x))| {
+    let x = x.data::<T>();
+    y.data_mut::<T>().par_chunks_mut(((tokens.len() + n) * c).max(1)).enumerate().for_each(|(image, y)| {
+        // By number, as an image of which no patch is kept has tokens in front all the same.
+        let x = &x[image * n * c..][..n * c];
         let (front, rest) = y.split_at_mut(tokens.len() * c);
         for (y, token) in front.chunks_exact_mut(c.max(1)).zip(tokens) {
             let first = if token.numel() == c { 0 } else { image * c };

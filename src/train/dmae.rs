@@ -105,7 +105,9 @@ pub fn dmae(args: &DmaePretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
     let settings = settings(&DmaePretrainArgs { common: common.resolved(), ..args.clone() })?;
     let make = |making: Making| -> Result<Box<dyn Method>> {
         let Making { device, resumed, say, .. } = making;
-        let wanted = if method.student_reconstruction_target.needs_prediction() { Wanted::Autoencoder } else { Wanted::Encoder };
+        let predicts = method.student_reconstruction_target.needs_prediction();
+        let whole = predicts || (method.full_teacher && args.teacher.has_decoder()?);
+        let wanted = if whole { Wanted::Autoencoder } else { Wanted::Encoder };
         let teacher = args.teacher.open(wanted, &device, common.run.precision, say)?;
         check_sees(&teacher, &mae.encoder, true)?;
         check_tokens(&teacher, &mae.encoder)?;

@@ -60,6 +60,11 @@ impl TeacherArgs {
         self.open_as(wanted, Ok, device, precision, say)
     }
 
+    /// Whether its file has MAE's decoder.
+    pub fn has_decoder(&self) -> Result<bool> {
+        Ok(self.described(Wanted::Encoder)?.1.contains("decoder_embed.weight"))
+    }
+
     /// What its file says of it, before it is opened.
     pub fn config(&self, wanted: Wanted) -> Result<VitConfig> {
         Ok(self.described(wanted)?.2)

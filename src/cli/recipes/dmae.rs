@@ -27,8 +27,6 @@ pub fn all() -> Vec<Preset> {
             ("norm-pix-loss", "true"),
             ("norm-pix-eps", "0.01"),
             ("crop", "whole"),
-            ("aligned-blks-indices", "1"),
-            ("teacher-aligned-blks-indices", "2"),
             ("aligned-feature-projection-mode", "mlp-1layer"),
             ("distill-normalize", "layer-norm"),
         ],

@@ -132,7 +132,7 @@ impl Subject for Distilled<'_> {
             record.tensor(at.output(&format!("student_latent_{block}")), features.value());
         }
         record.tensor(at.output("student_latent_final"), learned.latent.value());
-        record.tensor(at.output("pred"), learned.prediction.value());
+        learned.prediction.iter().for_each(|prediction| record.tensor(at.output("pred"), prediction.value()));
         let terms = dmae.terms(&s, &images, &mask, &taught, &learned)?;
         for (name, _, term) in &terms {
             let name = if name == "pixels" { "loss_recon".to_string() } else { format!("loss_{name}") };
