@@ -214,7 +214,7 @@ fn command() -> clap::Command {
             c.mut_subcommand("maskedkd", |c| named(defaults(c, DEIT)))
                 .mut_subcommand("logit", |c| named(defaults(c, DEIT)))
                 .mut_subcommand("deit", |c| {
-                    named(defaults(defaults(c, DEIT), &[("model", "deit_base_distilled_patch16_224"), ("distillation_type", "none")]))
+                    named(defaults(defaults(c, DEIT), &[("model", "deit_base_distilled_patch16_224"), ("distillation_type", "hard")]))
                 })
         })
         .mut_subcommand("probe", |c| {

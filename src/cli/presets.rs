@@ -188,7 +188,10 @@ pub fn expand(arguments: Vec<String>) -> Result<Vec<String>> {
         flags.extend(preset.flags.into_iter().map(|(flag, value)| format!("--{flag}={value}")));
     }
     // A base rate that was typed is not to lose against a rate that was not, nor an encoder against a start from scratch.
-    let encoder = given("--finetune").is_some() && given("--start").is_none();
+    // Models of other kinds have a start of their own.
+    let typed = given("--model").map_or(String::new(), |(_, model, _)| model.replace('-', "_"));
+    let another = ["distilled", "_LS", "deit3"].iter().any(|kind| typed.contains(kind));
+    let encoder = (another || given("--finetune").is_some()) && given("--start").is_none();
     flags.retain(|flag| !encoder || !flag.starts_with("--start="));
     flags.retain(|flag| !only_base_rate || !flag.starts_with("--lr="));
     arguments.splice(behind..behind, flags.iter().cloned());

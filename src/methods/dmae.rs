@@ -409,6 +409,10 @@ impl Method for Dmae {
         [all + heads - unused, trained + heads - unused]
     }
 
+    fn teacher(&self) -> Option<&Teacher> {
+        Some(&self.teacher)
+    }
+
     fn teacher_cost(&self) -> Option<Cost> {
         let kept = self.mae.kept_each();
         let decoder = match (&self.teacher.network, self.align.full_teacher || self.align.target.needs_prediction()) {

@@ -110,8 +110,10 @@ pub struct MaskingArgs {
 #[serde(rename_all = "kebab-case")]
 pub enum Softmax {
     /// All of them, as the program does
+    #[value(alias = "all_keys")]
     AllKeys,
     /// The patches alone, as the paper's formula
+    #[value(alias = "patch_keys")]
     PatchKeys,
 }
 
@@ -402,6 +404,10 @@ impl Method for MaskedKd {
             _ => flops::classifier_macs(config, heads),
         };
         [all, all]
+    }
+
+    fn teacher(&self) -> Option<&Teacher> {
+        self.taught.as_ref().map(|(teacher, _)| teacher)
     }
 
     fn teacher_cost(&self) -> Option<Cost> {

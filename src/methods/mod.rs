@@ -18,7 +18,7 @@ use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use std::any::Any;
 use std::borrow::Cow;
-use teacher::Cost;
+use teacher::{Cost, Teacher};
 
 /// What a step of training sees.
 #[derive(Clone)]
@@ -102,6 +102,11 @@ pub trait Method: Any {
 
     /// Multiply-accumulates of a forward pass for one image, without a teacher's, and of the part of them that is trained.
     fn macs(&self) -> [u64; 2];
+
+    /// Whom it learns from, if from anybody.
+    fn teacher(&self) -> Option<&Teacher> {
+        None
+    }
 
     /// What its teacher costs; None where there is none.
     fn teacher_cost(&self) -> Option<Cost> {

@@ -33,6 +33,9 @@ pub struct Cost {
     /// Time that its passes took so far, and how many there were. Recorded passes of a GPU are not in it: there the eager ones in front of them tell.
     pub seconds: f64,
     pub passes: u64,
+    /// Of images whose answers may be remembered: how many were asked about, and how many there were.
+    pub asked: u64,
+    pub answered: u64,
 }
 
 /// Where a teacher's answers are known from before.
@@ -52,11 +55,33 @@ pub struct Teacher {
     pub memory: Option<Box<dyn Memory>>,
     seconds: Cell<f64>,
     passes: Cell<u64>,
+    asked: Cell<u64>,
+    answered: Cell<u64>,
+}
+
+impl Cost {
+    /// The part of images that it was asked about since then: all, unless answers are remembered.
+    pub fn share_since(&self, then: &Cost) -> f64 {
+        match self.answered - then.answered {
+            0 => 1.0,
+            answered => (self.asked - then.asked) as f64 / answered as f64,
+        }
+    }
 }
 
 impl Teacher {
     pub fn new(name: impl Into<String>, params: Params, network: Network) -> Self {
-        Self { params, network, name: name.into(), classes: Vec::new(), memory: None, seconds: Cell::new(0.0), passes: Cell::new(0) }
+        Self {
+            params,
+            network,
+            name: name.into(),
+            classes: Vec::new(),
+            memory: None,
+            seconds: Cell::new(0.0),
+            passes: Cell::new(0),
+            asked: Cell::new(0),
+            answered: Cell::new(0),
+        }
     }
 
     /// The part of it that sees patches.
@@ -101,7 +126,12 @@ impl Teacher {
     /// What `ask` gives for a batch, remembered where there is a memory; None where there is none. For [`Method::prepare`](super::Method::prepare).
     pub fn recall(&self, batch: &Batch, ask: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Option<Tensor>> {
         let Some(memory) = &self.memory else { return Ok(None) };
-        memory.recall(batch, &mut |images| ask(&images.on(self.params.device())?)).map(Some)
+        self.answered.set(self.answered.get() + batch.images.shape()[0] as u64);
+        let asking = &mut |images: &Tensor| {
+            self.asked.set(self.asked.get() + images.shape()[0] as u64);
+            ask(&images.on(self.params.device())?)
+        };
+        memory.recall(batch, asking).map(Some)
     }
 
     pub fn forget_cost(&self) {
@@ -111,7 +141,7 @@ impl Teacher {
 
     /// What it has cost so far, at so many multiply-accumulates an image.
     pub fn cost(&self, macs: u64) -> Cost {
-        Cost { macs, seconds: self.seconds.get(), passes: self.passes.get() }
+        Cost { macs, seconds: self.seconds.get(), passes: self.passes.get(), asked: self.asked.get(), answered: self.answered.get() }
     }
 
     /// What each of these blocks (rising, from 0) gives: the residual stream behind both of its branches, [B, extra + K, C]. Later blocks are not run.

@@ -101,6 +101,7 @@ pub enum Target {
     /// How tokens relate in a block
     Relations,
     /// The class token as a distribution over channels
+    #[value(alias = "class_token")]
     ClassToken,
     /// Features of a block
     Features,
@@ -543,6 +544,10 @@ impl Method for Tinymim {
         all += self.decoder.as_ref().map_or(0, |(decoder, _)| flops::decoder_macs(&decoder.config, c, seen));
         let looks = self.c.masks.as_ref().is_some_and(|masks| masks.kind() == Masking::Saliency);
         [all + if looks { flops::vit_macs(c, c.patches()) } else { 0 }, all]
+    }
+
+    fn teacher(&self) -> Option<&Teacher> {
+        Some(&self.teacher)
     }
 
     fn teacher_cost(&self) -> Option<Cost> {

@@ -118,7 +118,7 @@ fn depends_on(teacher: &Teacher, kept: Kept, shown: &Shown, views: u64, example:
 }
 
 /// Tells a teacher from any other.
-fn fingerprint(teacher: &Teacher) -> Result<String> {
+pub fn fingerprint(teacher: &Teacher) -> Result<String> {
     let about = match &teacher.network {
         Network::Encoder(vit) | Network::Autoencoder(vit, _) => format!("{:?}", vit.config),
         Network::Classifier(classifier) => format!("{:?} {}", classifier.vit.config, classifier.classes),

@@ -13,7 +13,8 @@ use crate::data::loader::Loader;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::methods::maskedkd::{Distilling, LogitArgs, MaskedKd, MaskingArgs};
-use crate::methods::teacher::Teacher;
+use crate::methods::selection::Selection;
+use crate::methods::teacher::{Network, Teacher};
 use crate::nn::classifier::ClassifierConfig;
 use crate::optim::Optimizer;
 use crate::optim::adamw::AdamW;
@@ -274,6 +275,11 @@ impl Command<'_> {
             precision: args.run.precision,
         };
         let taught = teaching(&config, &device, shown, say)?;
+        if let Some(count) = args.labelled_images.filter(|_| taught.is_none()) {
+            return Err(Error::usage(format!(
+                "--labelled-images {count}: images without labels teach nothing where there is no teacher; give --train-images {count}"
+            )));
+        }
         let rng = Rng::new(args.run.seed);
         let mut method = MaskedKd::new(config, taught, args.bce_loss, Dtype::F32, &rng)?;
         if start.from.is_none() {
@@ -336,6 +342,12 @@ fn opened(
     let mut teacher = teacher.open(Wanted::Classifier, device, train.run.precision, say)?;
     check_sees(&teacher, &config.vit, distilling.masks_teacher())?;
     check_answers(&teacher, config.classes, shown.images.classes())?;
+    if distilling.selection == Selection::Teacher && matches!(teacher.network, Network::Cait(_)) {
+        return Err(Error::usage(format!(
+            "--selection teacher: {} is a CaiT, whose class token looks at patches in blocks of its own; take another rule",
+            teacher.name
+        )));
+    }
     let logits = |teacher: &Teacher, images: &Tensor| teacher.logits(images, None);
     args.remember(&mut teacher, Kept { what: "logits", block: None }, shown, logits, say)?;
     Ok(teacher)

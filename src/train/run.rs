@@ -21,12 +21,13 @@ use crate::data::loader::Loader;
 use crate::error::{Context, Error, Result};
 use crate::formats;
 use crate::methods::Method;
+use crate::methods::teacher::Cost;
 use crate::optim::ema::Ema;
 use crate::optim::schedule::{self, TimmCosine};
 use crate::rng::Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -51,6 +52,8 @@ pub struct Place {
     /// Of this epoch.
     epoch_loss: Mean,
     epoch_lr: Mean,
+    #[serde(default)]
+    epoch_parts: BTreeMap<String, Mean>,
     /// Since the last row of `steps.jsonl`.
     row_loss: Mean,
 }
@@ -130,6 +133,8 @@ pub struct Run<'a> {
     pub told: HashSet<String>,
     /// Time since the last row of `steps.jsonl`, and of this epoch.
     pub spent: [Spent; 2],
+    /// What the teacher had cost when the epoch began.
+    pub cost: Option<Cost>,
 }
 
 /// Time that updates took, the teacher's apart.
@@ -316,6 +321,9 @@ impl Run<'_> {
         if outcome.taken {
             (place.in_a_row, place.back_at) = (0, None);
             place.row_loss.add(outcome.loss);
+            for (name, part) in &outcome.parts {
+                place.epoch_parts.entry(name.replace(' ', "_")).or_default().add(*part);
+            }
             if let Some(ema) = &mut self.ema {
                 ema.update(self.step.method().params())?;
             }
@@ -448,8 +456,14 @@ impl Run<'_> {
                 line.insert("student_s".into(), json!(spent.student));
             }
             let [forward, trained] = self.step.method().macs();
-            line.insert("teacher_flops_per_image".into(), json!(2 * cost.macs));
+            // What is remembered is not computed.
+            let asked = cost.share_since(&self.cost.unwrap_or_default());
+            line.insert("teacher_flops_per_image".into(), json!((2.0 * cost.macs as f64 * asked).round()));
             line.insert("student_flops_per_image".into(), json!(2 * (forward + 2 * trained)));
+        }
+        self.cost = self.step.method().teacher_cost();
+        for (name, mean) in std::mem::take(&mut self.place.epoch_parts) {
+            line.insert(format!("train_loss_{name}"), json!(mean.value()));
         }
         line.insert("epoch".into(), json!(number));
         line.insert("n_parameters".into(), json!(self.step.method().params().count_trained()));

@@ -1,6 +1,7 @@
 //! How a run begins: where it writes, what it goes on from, and what a command has made ready for the loop.
 
 use super::args::{RunArgs, command};
+use super::cache::fingerprint;
 use super::checkpoint::{self, Shelf};
 use super::feed::Feed;
 use super::record::{self, Record};
@@ -161,7 +162,8 @@ impl Start {
             )));
         }
         let data = [("command", json!(command)), ("train-images", json!(loader.dataset().len())), ("classes", json!(classes))];
-        let data = data.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
+        let teacher = method.teacher().map(fingerprint).transpose()?.map(|known| ("teacher", json!(known)));
+        let data = data.into_iter().chain(teacher).map(|(key, value)| (key.to_string(), value)).collect();
         self.check(&settings, &data, say)?;
         // Nothing in the folder is read or changed while another process writes into it.
         let _lock = record::lock(&self.folder)?;
@@ -185,6 +187,7 @@ impl Start {
             place,
             told: Default::default(),
             spent: Default::default(),
+            cost: None,
         };
         let ended = run.run()?;
         if ended.signal.is_none() {
@@ -224,6 +227,17 @@ impl Start {
             }
         }
         notes.iter().for_each(|note| say(note));
+        // Another teacher may be typed; one that has changed in its place is no longer whom the run learned from.
+        let (was, is) = (header.data.get("teacher"), data.get("teacher"));
+        let typed = settings.get("teacher-path") != header.settings.get("teacher-path");
+        if was.is_some() && was != is && !typed {
+            let short = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or("none").to_string();
+            return Err(Error::new(format!(
+                "the teacher is not the one that {shown} was made with ({} now, {} then); put it back, or name another file by --teacher-path",
+                short(is),
+                short(was)
+            )));
+        }
         Ok(())
     }
 

@@ -100,7 +100,14 @@ impl TeacherArgs {
                 attempt()
             )));
         }
-        let vit = encoder_of(&contents, &settings, name).with_context(|| format!("{}: give its name by --teacher-model", attempt()))?;
+        if contents.cait.is_some() && wanted != Wanted::Classifier {
+            return Err(Error::new(format!(
+                "{}: it is a CaiT, whose blocks give no features or relations of a plain ViT; it teaches logits, by masque distill",
+                attempt()
+            )));
+        }
+        let hint = if name.is_some() { "" } else { ": give its name by --teacher-model" };
+        let vit = encoder_of(&contents, &settings, name).with_context(|| format!("{}{hint}", attempt()))?;
         Ok((stored, file, vit))
     }
 
