@@ -18,7 +18,8 @@ fn teacher(device: &Device, dtype: Dtype, drop_path: f64) -> Teacher {
     let config = VitConfig { drop_path: DropPath::Constant(drop_path), ..VitConfig::new(32, 8, 24, 4, 6) };
     let tokens = Tokens::new(&mut b, &config).unwrap();
     let vit = Vit::new(&mut b, config, tokens, true, Start::Xavier).unwrap();
-    let mut params = b.build(dtype, &Rng::new(8)).unwrap();
+    let kept = if dtype == Dtype::F64 { dtype } else { Dtype::F32 };
+    let mut params = b.build(kept, &Rng::new(8)).unwrap();
     params.move_to(device, dtype).unwrap();
     Teacher::new("a teacher", params, Network::Encoder(vit))
 }
