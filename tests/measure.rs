@@ -215,3 +215,53 @@ fn a_stand_in_for_cuda_is_timed() {
         assert!(time::update(rule, &mut model, ONCE).unwrap().min > 0.0);
     }
 }
+
+/// What the program prints, and its exit code.
+fn masque(arguments: &str) -> (Option<i32>, String) {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_masque"));
+    let output = command.args(arguments.split_whitespace()).output().unwrap();
+    (output.status.code(), format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)))
+}
+
+#[test]
+fn a_teacher_on_fewer_patches_takes_less_and_keeps_nothing() {
+    let small = "measure teacher --model glyph_s --student glyph_t --image-size 96 --batch 8 --classes 10 --rounds 3 --threads 1";
+    let (code, text) = masque(&format!("{small} --json --keep 36"));
+    assert_eq!(code, Some(0), "{text}");
+    let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!([&rows[0]["keep"], &rows[1]["keep"]], [144, 36]);
+    let number = |row: usize, key: &str| rows[row][key]["median"].as_f64().unwrap();
+    assert_eq!([number(0, "teacher_ratio"), number(0, "step_ratio")], [1.0; 2]);
+    assert!(number(1, "teacher_ratio") < 0.7 && number(1, "step_ratio") < 1.0, "{text}");
+    for row in 0..2 {
+        assert!(number(row, "teacher_ms") > 0.0 && number(row, "student_ms") > 0.0);
+    }
+    // By hand: blocks of width 64 and an MLP of 4 widths, 4 of them; a token in front; 192 numbers a patch; 10 classes.
+    let macs = |kept: f64| 4.0 * (12.0 * (kept + 1.0) * 4096.0 + 2.0 * (kept + 1.0).powi(2) * 64.0) + 144.0 * 192.0 * 64.0 + 640.0;
+    assert!((rows[1]["teacher_flops_ratio"].as_f64().unwrap() - macs(36.0) / macs(144.0)).abs() < 1e-12, "{text}");
+    let bytes = |key: &str| report["bytes"][key].as_u64().unwrap();
+    let (alone, with, on_tape) = (bytes("labels_alone"), bytes("with_teacher"), bytes("teacher_on_tape"));
+    assert!(alone > bytes("teacher_weights") && on_tape > with, "{text}");
+    assert!(
+        10 * (with - alone) < on_tape - with,
+        "a step grew by {} with a teacher, by {} with one on a tape",
+        with - alone,
+        on_tape - with
+    );
+    let (code, text) = masque(small);
+    assert!(code == Some(0) && text.contains(" 144 ") && text.contains(" 72 ") && text.contains("if its pass were on a tape"), "{text}");
+    for (options, part) in [
+        ("--keep 0", "--keep 0"),
+        ("--keep 145", "1 to 144"),
+        ("--student vit_tiny_patch16", "share the grid"),
+        ("--rounds 0", "--rounds 0"),
+        ("--batch 0", "--batch 0"),
+        ("--model deit_tiny_distilled_patch16_224", "distillation token"),
+        ("--model nothing", "nothing"),
+        ("--image-size 97", "97"),
+    ] {
+        let (code, text) = masque(&format!("{small} {options}"));
+        assert!(code == Some(2) && text.contains(part) && !text.contains("panicked"), "{options}: {code:?} {text}");
+    }
+}

@@ -8,7 +8,7 @@ mod visualize;
 
 use crate::device::{Named, parallel};
 use crate::error::{Error, Result};
-use crate::measure::{info, kernels, loading, ops, parity, step};
+use crate::measure::{self, info, kernels, loading, ops, parity, step};
 use crate::tensor::Dtype;
 use crate::train::evaluate::EvaluateArgs;
 use crate::train::run::Ended;
@@ -117,6 +117,14 @@ enum Measure {
     Step {
         #[command(flatten)]
         step: step::StepArgs,
+        /// One JSON object a line instead of text
+        #[arg(long)]
+        json: bool,
+    },
+    /// What a teacher costs that sees a part of the patches, beside the student: time and memory of steps of MaskedKD
+    Teacher {
+        #[command(flatten)]
+        teacher: measure::teacher::TeacherArgs,
         /// One JSON object a line instead of text
         #[arg(long)]
         json: bool,
@@ -295,6 +303,10 @@ fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Measure(Measure::Step { step: args, json }) => {
             let report = step::run(&args)?;
+            say(&if json { report.json().to_string() } else { report.text() });
+        }
+        Command::Measure(Measure::Teacher { teacher: args, json }) => {
+            let report = measure::teacher::run(&args)?;
             say(&if json { report.json().to_string() } else { report.text() });
         }
         Command::Data(command) => return data::run(command),

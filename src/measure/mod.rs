@@ -6,6 +6,7 @@ pub mod loading;
 pub mod ops;
 pub mod parity;
 pub mod step;
+pub mod teacher;
 
 use std::time::Instant;
 
