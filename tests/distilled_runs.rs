@@ -57,7 +57,7 @@ fn a_student_of_dmae_is_distilled_finetuned_and_shown() {
         &student,
         &base.join("next"),
     ));
-    assert!(text.contains("1 with 0"), "{text}");
+    assert!(text.contains("2 with 0"), "{text}");
 }
 
 #[test]
@@ -115,6 +115,13 @@ fn a_distilled_run_that_is_stopped_ends_with_the_bits_of_an_unbroken_one() {
         assert!(text.contains("update 3"), "{text}");
         assert!(last_tensors(&whole) == last_tensors(&broken), "{method} {flags}");
     }
+    // Another file in the place of the teacher's is none that a run goes on with.
+    let run = base.join("dmae-15-broken");
+    std::fs::copy(run.join("best.safetensors"), &teacher).unwrap();
+    let mut command = masque("pretrain dmae", &run);
+    command.args(["--resume", "auto", "--epochs", "3"]);
+    let (code, text) = fails(command);
+    assert!(code == Some(1) && text.contains("the teacher is not the one that"), "{text}");
 }
 
 #[test]
