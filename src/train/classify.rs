@@ -114,14 +114,15 @@ impl ClassifierArgs {
     }
 
     /// Refuses a student of a teacher where there is none.
-    fn learns_alone(&self, config: ClassifierConfig) -> Result<ClassifierConfig> {
-        if config.vit.distillation_token {
+    pub fn learns_alone(&self) -> Result<()> {
+        if presets::named(&self.model)?.family == Some(Family::Distilled) {
             return Err(Error::usage(format!(
-                "--model {}: the second head of a distilled model learns from a teacher, which this command does not have; masque distill deit trains one, masque evaluate judges one",
+                "--model {}: the second head of a distilled model learns from a teacher, which this command does not have; masque distill deit trains \
+                 one, masque evaluate judges one",
                 self.model
             )));
         }
-        Ok(config)
+        Ok(())
     }
 
     /// How many classes the head has; the labels of both sets must fit.
@@ -317,8 +318,9 @@ pub fn finetune(args: &FinetuneArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
     if !args.classifier.eval {
         mixing.check(args.run.batch_size)?;
     }
+    args.classifier.learns_alone()?;
     let sets = Sets::open(&args.classifier, &args.run, &args.images, args.augment.repeated_aug, say)?;
-    let config = args.classifier.learns_alone(args.classifier.config(&args.images, sets.classes, args.drop_path, false)?)?;
+    let config = args.classifier.config(&args.images, sets.classes, args.drop_path, false)?;
     let depth = config.vit.depth;
     let labels = Labels { classes: sets.classes, mixing, labelled: None };
     let settings = settings(&FinetuneArgs { images: args.images.resolved(), ..args.clone() })?;
@@ -328,8 +330,9 @@ pub fn finetune(args: &FinetuneArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
 }
 
 pub fn probe(args: &ProbeArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
+    args.classifier.learns_alone()?;
     let sets = Sets::open(&args.classifier, &args.run, &args.images, false, say)?;
-    let config = args.classifier.learns_alone(args.classifier.config(&args.images, sets.classes, 0.0, args.knn.is_none())?)?;
+    let config = args.classifier.config(&args.images, sets.classes, 0.0, args.knn.is_none())?;
     let settings = settings(&ProbeArgs { images: args.images.resolved(), ..args.clone() })?;
     let job = Job { word: "probe", classifier: &args.classifier, run: &args.run, images: &args.images, crop: &args.crop, sets, settings };
     if let Some(neighbours) = args.knn {
