@@ -138,7 +138,7 @@ fn other_mistakes_in_what_was_typed_are_refused() {
     for args in [
         &[][..],
         &["measure"],
-        &["train"],
+        &["retrain"],
         &["measure", "ops", "--only", "sin"],
         &["measure", "ops", "--only", ""],
         &["measure", "ops", "--rounds", "0"],

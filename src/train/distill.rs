@@ -312,15 +312,8 @@ fn resolved(args: &TrainArgs) -> TrainArgs {
 pub fn train(args: &TrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let settings = settings(&resolved(args))?;
     let command = Command { words: "train", folder: "train", args, settings, views: None, cached: false };
-    let labels_alone: Box<Teaching> = Box::new(|config, _, _, _| {
-        if config.vit.distillation_token {
-            return Err(Error::usage(
-                "the distillation token of --model has nobody to learn from here; take masque distill deit with a teacher, or a deit_ model without _distilled",
-            ));
-        }
-        Ok(None)
-    });
-    command.run(labels_alone, say)
+    args.classifier.learns_alone()?;
+    command.run(Box::new(|_, _, _, _| Ok(None)), say)
 }
 
 const LABELS_ALONE: &str = "--distillation-type none: the student learns from labels alone, no teacher is opened";
