@@ -237,7 +237,7 @@ fn a_teacher_or_a_flag_that_cannot_be_meant_is_one_sentence() {
     let kept = file.tensors().iter().filter(|(name, _)| name.starts_with("model.") && !name.ends_with("blocks.1.attn.qkv.bias"));
     let kept: Vec<_> = kept.map(|(name, tensor)| (name.trim_start_matches("model."), tensor)).collect();
     let lacking = base.join("lacking.safetensors");
-    masque::formats::write_safetensors(&lacking, kept.into_iter(), &Default::default()).unwrap();
+    masque::formats::write_safetensors(&lacking, kept, &Default::default()).unwrap();
     let (code, text) = fails(with_teacher(&format!("pretrain dmae {FEW}"), &lacking, &base.join("none")));
     assert!(code == Some(1) && text.contains("blocks.1.attn.qkv.bias is missing"), "{text}");
     let (code, text) = fails(masque("pretrain dmae --data-path synthetic --input-size 48 --model glyph_t", &base.join("none")));

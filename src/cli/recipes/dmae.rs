@@ -2,8 +2,10 @@
 
 use super::{Preset, glyphs, preset};
 
-/// Student, teacher, decoder's blocks, aligned blocks, whose recipe.
-const PAIRS: [(&str, &str, &str, usize, [&str; 2], &str); 4] = [
+/// Name, student, teacher, decoder's blocks, aligned blocks, whose recipe.
+type Pair = (&'static str, &'static str, &'static str, usize, [&'static str; 2], &'static str);
+
+const PAIRS: [Pair; 4] = [
     ("dmae-vit-b-from-l", "base", "large", 8, ["8", "17"], "the released script"),
     ("dmae-vit-s-from-b", "small", "base", 8, ["8", "8"], "as a user of the released program has reported it"),
     ("dmae-vit-t-from-b", "tiny", "base", 8, ["8", "8"], "by analogy"),

@@ -2,26 +2,16 @@
 
 use super::{Preset, glyphs, preset};
 
-/// Ending of the name, student, its teacher, flags of its own, whose reading.
-const CHAIN: [(&str, &str, &str, &[(&str, &str)], &str); 6] = [
-    ("b", "base", "mae_vit_large", &[("intermediate", "18")], "the published command"),
-    ("s-code", "small", "mae_vit_base", &[("intermediate", "12"), ("teacher-last-heads", "12")], "heads as in the released program"),
-    ("t-code", "tiny", "mae_vit_small", &[("intermediate", "12"), ("teacher-last-heads", "12")], "heads as in the released program"),
-    (
-        "s-paper",
-        "small",
-        "tinymim_vit_base",
-        &[("intermediate", "12"), ("teacher-last-heads", "16")],
-        "heads as the teacher was trained with",
-    ),
-    (
-        "t-paper",
-        "tiny",
-        "tinymim_vit_small",
-        &[("intermediate", "12"), ("teacher-last-heads", "16")],
-        "heads as the teacher was trained with",
-    ),
-    ("s-direct", "small", "mae_vit_base", &[("intermediate", "12")], "not sequential: from MAE's base"),
+/// Ending of the name, student, its teacher, the teacher's block, heads of its last block where they are typed, whose reading.
+type Stage = (&'static str, &'static str, &'static str, &'static str, Option<&'static str>, &'static str);
+
+const CHAIN: [Stage; 6] = [
+    ("b", "base", "mae_vit_large", "18", None, "the published command"),
+    ("s-code", "small", "mae_vit_base", "12", Some("12"), "heads as in the released program"),
+    ("t-code", "tiny", "mae_vit_small", "12", Some("12"), "heads as in the released program"),
+    ("s-paper", "small", "tinymim_vit_base", "12", Some("16"), "heads as the teacher was trained with"),
+    ("t-paper", "tiny", "tinymim_vit_small", "12", Some("16"), "heads as the teacher was trained with"),
+    ("s-direct", "small", "mae_vit_base", "12", None, "not sequential: from MAE's base"),
 ];
 
 pub fn all() -> Vec<Preset> {
@@ -42,9 +32,9 @@ pub fn all() -> Vec<Preset> {
             ("drop-path", "0"),
         ],
     )];
-    for (ending, student, teacher, own, whose) in CHAIN {
+    for (ending, student, teacher, block, heads, whose) in CHAIN {
         let (model, teacher_model) = (format!("tinymim_vit_{student}_patch16"), format!("{teacher}_patch16"));
-        let common = [
+        let mut flags = vec![
             ("model", model.as_str()),
             ("teacher-model", teacher_model.as_str()),
             ("batch-size", "64"),
@@ -59,11 +49,13 @@ pub fn all() -> Vec<Preset> {
             ("color-jitter", "0.4"),
             ("input-size", "224"),
             ("crop-min", "0.2"),
+            ("intermediate", block),
         ];
+        flags.extend(heads.map(|heads| ("teacher-last-heads", heads)));
         let about = format!(
             "ImageNet: TinyMIM of ViT-{student} from {teacher}, 300 epochs, batch 4096, {whose}; give the teacher by --teacher-path"
         );
-        all.push(preset(format!("tinymim-vit-{ending}"), "pretrain tinymim", about, &[&common[..], own].concat()));
+        all.push(preset(format!("tinymim-vit-{ending}"), "pretrain tinymim", about, &flags));
     }
     for (ending, size, decay, drop, whose) in [
         ("b-finetune", "base", "0.65", "0.2", "the published command"),

@@ -17,6 +17,7 @@ use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Dtype, Tensor};
 use crate::{bail, ensure};
+use serde_json::Value as Json;
 
 struct Distilled<'a> {
     case: &'a Case,
@@ -28,13 +29,14 @@ struct Distilled<'a> {
 pub fn run(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()> {
     let (model, options) = (case.part("model")?, case.part("options")?);
     let student = encoder(case, &model, "w/")?;
-    let own = model.size_or("relation_block", student.depth)?;
+    let own = options.size_or("student_block", model.size_or("relation_block", student.depth)?)?;
     ensure!(own == student.depth, "relations are those of the student's last block, {}, not of block {own}", student.depth);
     ensure!(model.number_or("drop_path", 0.0)? == 0.0, "cases have no stochastic depth");
     let described = case.part("teacher")?;
     let theirs = encoder(case, &described, "tw/")?;
-    let block = options.size("teacher_block")?;
-    ensure!((1..=theirs.depth).contains(&block), "options.teacher_block is {block} of {}", theirs.depth);
+    let block =
+        if options.has("teacher_block") { options.size("teacher_block")? } else { described.size_or("intermediate", theirs.depth)? };
+    ensure!((1..=theirs.depth).contains(&block), "the teacher's block is {block} of {}", theirs.depth);
     let heads = theirs.heads_of(block - 1);
     ensure!(
         student.heads_of(student.depth - 1) == heads,
@@ -42,7 +44,8 @@ pub fn run(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()> {
         student.heads_of(student.depth - 1)
     );
     ensure!(student.grid() == theirs.grid(), "student and teacher have grids {:?} and {:?}", student.grid(), theirs.grid());
-    let pairs = options.list("relations")?.iter().map(|name| match name.as_str() {
+    let named = if options.has("relations") { options.list("relations")? } else { &[Json::from("qk"), Json::from("vv")] };
+    let pairs = named.iter().map(|name| match name.as_str() {
         Some("qk") => Ok(Pair::Qk),
         Some("vv") => Ok(Pair::Vv),
         Some("qq") => Ok(Pair::Qq),
