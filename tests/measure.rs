@@ -243,8 +243,9 @@ fn a_teacher_on_fewer_patches_takes_less_and_keeps_nothing() {
     let bytes = |key: &str| report["bytes"][key].as_u64().unwrap();
     let (alone, with, on_tape) = (bytes("labels_alone"), bytes("with_teacher"), bytes("teacher_on_tape"));
     assert!(alone > bytes("teacher_weights") && on_tape > with, "{text}");
+    // Off a tape it needs room for one block at a time, on a tape for all four of them.
     assert!(
-        10 * (with - alone) < on_tape - with,
+        2 * (with - alone) < on_tape - with,
         "a step grew by {} with a teacher, by {} with one on a tape",
         with - alone,
         on_tape - with
