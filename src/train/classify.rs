@@ -114,7 +114,7 @@ impl ClassifierArgs {
     }
 
     /// Refuses a student of a teacher where there is none.
-    fn learns_alone(&self) -> Result<()> {
+    pub fn learns_alone(&self) -> Result<()> {
         if presets::named(&self.model)?.family == Some(Family::Distilled) {
             return Err(Error::usage(format!(
                 "--model {}: the second head of a distilled model learns from a teacher, which this command does not have; masque distill deit trains one, masque evaluate judges one",
