@@ -270,13 +270,16 @@ fn a_file_that_was_left_unfinished_or_is_none_of_ours_is_a_sentence() {
     assert!(remembering.go().unwrap().1 == plain);
 }
 
+/// What makes a run another one.
+type Change = fn(Run) -> Run;
+
 #[test]
 fn answers_of_another_run_are_refused_by_what_differs() {
     let folder = folder("others");
     let own = run(Some(&folder));
     own.go().unwrap();
     let before = std::fs::read(file(&folder)).unwrap();
-    let changes: [(&str, fn(Run) -> Run); 9] = [
+    let changes: [(&str, Change); 9] = [
         ("its teacher is", |run| Run { teacher: 2, ..run }),
         ("its seed is 3, this run's 4", |run| Run { seed: 4, ..run }),
         ("its views are 2, this run's 3", |run| Run { views: Some(3), ..run }),
