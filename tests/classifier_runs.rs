@@ -71,9 +71,9 @@ fn a_student_of_each_command_learns_and_is_evaluated() {
         assert!(evaluated.status.success() && said(&evaluated).contains("* Acc@1"), "{command}: {}", said(&evaluated));
     }
     // Half of the patches are less than half of the teacher's blocks.
-    let cost = |name: &str| rows(base.join(name).join("log.jsonl"))[0]["teacher_flops_per_image"].as_u64().unwrap();
+    let cost = |name: &str| rows(base.join(name).join("log.jsonl"))[0]["teacher_flops_per_image"].as_f64().unwrap();
     let (half, all) = (cost("distill_maskedkd"), cost("distill_logit___distillation_tau_3___opt_lamb___clip_grad_1"));
-    assert!(half * 2 < all + all / 5 && half * 10 > all * 4, "{half} of {all}");
+    assert!(half < 0.6 * all && half > 0.4 * all, "{half} of {all}");
 }
 
 #[test]
@@ -162,7 +162,7 @@ fn a_cait_is_a_teacher_of_classes_alone() {
     assert!(text.contains("18 of 36 patches"), "{text}");
     for (arguments, code, part) in [
         (format!("distill maskedkd {FEW} --teacher-model deit_small"), 2, "holds a CaiT"),
-        (format!("distill maskedkd {FEW} --selection teacher"), 1, "is a CaiT"),
+        (format!("distill maskedkd {FEW} --selection teacher"), 2, "is a CaiT"),
         (format!("pretrain dmae {FEW}"), 1, "it is a CaiT, whose blocks give no features"),
         (format!("pretrain tinymim {FEW}"), 1, "it is a CaiT, whose blocks give no features"),
     ] {

@@ -245,20 +245,19 @@ impl Distilling {
         !matches!(self.selection, Selection::None | Selection::MaskStudent)
     }
 
-    /// Who sees what, for a person; refuses a teacher that cannot be asked where it looks.
-    pub fn text(&self, teacher: &Teacher, student: &VitConfig) -> Result<String> {
+    /// Who sees what, for a person.
+    pub fn text(&self, teacher: &Teacher, student: &VitConfig) -> String {
         let (all, kept) = (teacher.vit().patches(), self.keep);
-        Ok(match self.selection {
+        match self.selection {
             Selection::None => format!("the teacher sees all {all} patches"),
             Selection::MaskStudent => {
                 format!("the student learns from {kept} of its {} patches at random, the teacher sees all {all}", student.patches())
             }
             Selection::Teacher => {
-                teacher.encoder().context("--selection teacher")?;
                 format!("the teacher sees {kept} of {all} patches by its own attention, for which it sees all of them first")
             }
             selection => format!("the teacher sees {kept} of {all} patches, chosen by {selection}"),
-        })
+        }
     }
 
     /// What the student's answers lose against the teacher's.

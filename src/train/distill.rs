@@ -371,7 +371,7 @@ pub fn logit(args: &LogitDistillArgs, deit: bool, say: &mut dyn FnMut(&str)) -> 
             return Ok(None);
         };
         let teacher = opened(&args.teacher, &args.train, config, &distilling, device, &shown, say)?;
-        say(&distilling.text(&teacher, &config.vit)?);
+        say(&distilling.text(&teacher, &config.vit));
         Ok(Some((teacher, distilling)))
     });
     command.run(teaching, say)
@@ -390,7 +390,7 @@ pub fn maskedkd(args: &MaskedKdArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
         };
         let distilling = args.masking.apply(logits, &config.vit)?;
         let teacher = opened(&args.teacher, &args.train, config, &distilling, device, &shown, say)?;
-        say(&distilling.text(&teacher, &config.vit)?);
+        say(&distilling.text(&teacher, &config.vit));
         Ok(Some((teacher, distilling)))
     });
     command.run(teaching, say)
