@@ -49,6 +49,11 @@ fn a_run_with_a_cache_ends_with_the_weights_of_one_without() {
         assert!(text.contains("answers that are there are used"), "{text}");
         let [plain, first, again] = names.map(|name| base.join(name));
         assert!(last_tensors(&plain) == last_tensors(&first) && last_tensors(&plain) == last_tensors(&again), "{options}");
+        // What is not computed has no FLOPs: two of four epochs, and all of the second run.
+        let flops = |folder: &Path| -> Vec<bool> {
+            rows(folder.join("log.jsonl")).iter().map(|row| row["teacher_flops_per_image"].as_f64().unwrap() > 0.0).collect()
+        };
+        assert_eq!([&plain, &first, &again].map(|folder| flops(folder)), [vec![true; 4], vec![true, true, false, false], vec![false; 4]]);
         let [plain, first, again] = [plain, first, again].map(|folder| asked(&folder));
         assert_eq!([plain.len(), first.len(), again.len()], [24; 3]);
         assert!(plain.iter().chain(&first[..12]).all(|&ms| ms > 0.0), "{first:?}");

@@ -292,7 +292,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         Command::Visualize(args) => args.run(&mut |line| say(line))?,
         Command::Presets { name: Some(name) } => say(&presets::find(&name)?.text()),
         Command::Presets { name: None } => {
-            recipes::all().iter().for_each(|preset| say(&format!("{:<24} {:<13} {}", preset.name, preset.command, preset.about)));
+            recipes::all().iter().for_each(|preset| say(&format!("{:<34} {:<17} {}", preset.name, preset.command, preset.about)));
         }
         Command::Measure(Measure::Ops(args)) => {
             ops::run(&args.only, args.rounds, |row| say(&if args.json { row.json().to_string() } else { row.text() }))?;

@@ -209,7 +209,10 @@ impl Run<'_> {
         let (batches, window) = (self.batches(), self.window());
         let signals = Signals::listen()?;
         let started = Instant::now();
-        let (macs, teacher) = (self.step.method().macs(), self.step.method().teacher_cost().map_or(0, |cost| cost.macs));
+        let method = self.step.method();
+        // Of a teacher that remembers nobody knows beforehand how much it will compute.
+        let asked = method.teacher().is_some_and(|teacher| teacher.memory.is_none());
+        let (macs, teacher) = (method.macs(), method.teacher_cost().filter(|_| asked).map_or(0, |cost| cost.macs));
         let mut progress = Progress::new(Plan {
             updates: self.updates(),
             before: self.place.update,

@@ -5,13 +5,14 @@ use super::{Preset, glyphs, preset};
 /// Ending of the name, student, its teacher, the teacher's block, heads of its last block where they are typed, whose reading.
 type Stage = (&'static str, &'static str, &'static str, &'static str, Option<&'static str>, &'static str);
 
-const CHAIN: [Stage; 6] = [
+const CHAIN: [Stage; 7] = [
     ("b", "base", "mae_vit_large", "18", None, "the published command"),
     ("s-code", "small", "mae_vit_base", "12", Some("12"), "heads as in the released program"),
     ("t-code", "tiny", "mae_vit_small", "12", Some("12"), "heads as in the released program"),
     ("s-paper", "small", "tinymim_vit_base", "12", Some("16"), "heads as the teacher was trained with"),
     ("t-paper", "tiny", "tinymim_vit_small", "12", Some("16"), "heads as the teacher was trained with"),
     ("s-direct", "small", "mae_vit_base", "12", None, "not sequential: from MAE's base"),
+    ("t-direct", "tiny", "mae_vit_base", "12", None, "not sequential: from MAE's base"),
 ];
 
 pub fn all() -> Vec<Preset> {
