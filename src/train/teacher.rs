@@ -79,6 +79,10 @@ impl TeacherArgs {
             Error::usage(format!("a teacher is needed: give its checkpoint by --teacher-path PATH; masque {make} makes one{hint}"))
         })?;
         let attempt = || format!("--teacher-path {}", path.display());
+        if !path.exists() {
+            let make = if wanted == Wanted::Classifier { "finetune --output-dir runs/teacher" } else { "pretrain mae" };
+            return Err(Error::new(format!("{}: there is no such file; masque {make} makes a teacher", attempt())));
+        }
         let stored = weights::open(path, if self.teacher_ema { Which::Averages } else { Which::Trained }).with_context(attempt)?;
         let settings = checkpoint::settings(&stored).with_context(attempt)?;
         let file = names::to_official(&stored).with_context(attempt)?.file;
