@@ -271,9 +271,7 @@ impl TinymimArgs {
             decoder: self.reconstruct.then(|| (named.decoder.clone(), self.norm_pix_loss.then_some(pixels::EPS))),
         })
     }
-}
 
-impl TinymimArgs {
     /// Refuses flags that say something of a target or of masks that are not chosen.
     fn check_read(&self) -> Result<()> {
         let (relations, features, masked) = (self.target == Target::Relations, self.target == Target::Features, self.masking != Seen::None);

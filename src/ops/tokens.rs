@@ -265,3 +265,16 @@ pub fn cases() -> Vec<Case> {
         Case::new("mean_tokens: whole vectors", &[&[2, 19, 264]], |x| x[0].mean_tokens(0)),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_stand_in_front_of_no_patches_too() {
+        let class = Var::constant(Tensor::from_slice(&[1, 1, 3], &[1.0f32, 2.0, 3.0]).unwrap());
+        let none = Var::constant(Tensor::zeros(&[2, 0, 3], Dtype::F32).unwrap());
+        let joined = none.prepend(&[&class]).unwrap();
+        assert_eq!((joined.shape(), joined.value().data::<f32>()), (&[2, 1, 3][..], &[1.0, 2.0, 3.0, 1.0, 2.0, 3.0][..]));
+    }
+}

@@ -124,19 +124,13 @@ pub struct LogitDistillArgs {
     pub logits: LogitArgs,
 }
 
-/// `masque distill maskedkd`.
+/// `masque distill maskedkd`: the same with a masked teacher.
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MaskedKdArgs {
     #[command(flatten)]
     #[serde(flatten)]
-    pub train: TrainArgs,
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub teacher: TeacherArgs,
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub logits: LogitArgs,
+    pub distill: LogitDistillArgs,
     #[command(flatten)]
     #[serde(flatten)]
     pub masking: MaskingArgs,
@@ -378,18 +372,19 @@ pub fn logit(args: &LogitDistillArgs, deit: bool, say: &mut dyn FnMut(&str)) -> 
 }
 
 pub fn maskedkd(args: &MaskedKdArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
-    let settings = settings(&MaskedKdArgs { train: resolved(&args.train), ..args.clone() })?;
-    let cached = args.teacher.teacher_cache.is_some();
-    let command =
-        Command { words: "distill maskedkd", folder: "distill-maskedkd", args: &args.train, settings, views: args.teacher.views, cached };
+    let LogitDistillArgs { train, teacher: taught, logits } = &args.distill;
+    let distill = LogitDistillArgs { train: resolved(train), ..args.distill.clone() };
+    let settings = settings(&MaskedKdArgs { distill, ..args.clone() })?;
+    let cached = taught.teacher_cache.is_some();
+    let command = Command { words: "distill maskedkd", folder: "distill-maskedkd", args: train, settings, views: taught.views, cached };
     let teaching: Box<Teaching> = Box::new(move |config, device, shown, say| {
-        let Some(logits) = args.logits.config(&config.vit)? else {
-            args.teacher.without_cache("there is no teacher")?;
+        let Some(logits) = logits.config(&config.vit)? else {
+            taught.without_cache("there is no teacher")?;
             say(LABELS_ALONE);
             return Ok(None);
         };
         let distilling = args.masking.apply(logits, &config.vit)?;
-        let teacher = opened(&args.teacher, &args.train, config, &distilling, device, &shown, say)?;
+        let teacher = opened(taught, train, config, &distilling, device, &shown, say)?;
         say(&distilling.text(&teacher, &config.vit));
         Ok(Some((teacher, distilling)))
     });

@@ -1,6 +1,6 @@
 //! DMAE's recipes: distillation of a base student from a large teacher, the smaller pairs, high mask ratios, and fine-tuning.
 
-use super::{Preset, glyphs, preset};
+use super::{Preset, finetuning, glyphs, preset};
 
 /// Name, student, teacher, decoder's blocks, aligned blocks, whose recipe.
 type Pair = (&'static str, &'static str, &'static str, usize, [&'static str; 2], &'static str);
@@ -55,24 +55,7 @@ pub fn all() -> Vec<Preset> {
             format!("dmae-vit-b-finetune{ending}"),
             "finetune",
             format!("ImageNet: fine-tuning ViT-base that DMAE has distilled, batch 1024, {about}"),
-            &[
-                ("model", "vit_base_patch16"),
-                ("batch-size", "32"),
-                ("accum-iter", "32"),
-                ("epochs", "100"),
-                ("warmup-epochs", warmup),
-                ("blr", "5e-4"),
-                ("min-lr", "1e-6"),
-                ("weight-decay", "0.05"),
-                ("layer-decay", decay),
-                ("drop-path", drop),
-                ("mixup", "0.8"),
-                ("cutmix", "1.0"),
-                ("reprob", "0.25"),
-                ("smoothing", "0.1"),
-                ("aa", "rand-m9-mstd0.5-inc1"),
-                ("input-size", "224"),
-            ],
+            &finetuning("vit_base_patch16", warmup, decay, drop),
         ));
     }
     all

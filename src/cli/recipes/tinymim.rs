@@ -1,6 +1,6 @@
 //! TinyMIM's recipes: the chain from large to tiny in both readings, and fine-tuning.
 
-use super::{Preset, glyphs, preset};
+use super::{Preset, finetuning, glyphs, preset};
 
 /// Ending of the name, student, its teacher, the teacher's block, heads of its last block where they are typed, whose reading.
 type Stage = (&'static str, &'static str, &'static str, &'static str, Option<&'static str>, &'static str);
@@ -65,29 +65,11 @@ pub fn all() -> Vec<Preset> {
         ("t-finetune", "tiny", "0.65", "0.2", "that of Base; its own is not published"),
     ] {
         let model = format!("vit_{size}_patch16");
-        let flags = [
-            ("model", model.as_str()),
-            ("batch-size", "32"),
-            ("accum-iter", "32"),
-            ("epochs", "100"),
-            ("warmup-epochs", "5"),
-            ("blr", "5e-4"),
-            ("min-lr", "1e-6"),
-            ("weight-decay", "0.05"),
-            ("layer-decay", decay),
-            ("drop-path", drop),
-            ("mixup", "0.8"),
-            ("cutmix", "1.0"),
-            ("reprob", "0.25"),
-            ("smoothing", "0.1"),
-            ("aa", "rand-m9-mstd0.5-inc1"),
-            ("input-size", "224"),
-        ];
         all.push(preset(
             format!("tinymim-vit-{ending}"),
             "finetune",
             format!("ImageNet: fine-tuning ViT-{size} after TinyMIM, batch 1024, {whose}"),
-            &flags,
+            &finetuning(&model, "5", decay, drop),
         ));
     }
     all
