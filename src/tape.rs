@@ -308,6 +308,21 @@ impl Var {
         Self::record_many(name, &inputs, value, move |gradient, need| Ok(backward(gradient, need)?.into()))
     }
 
+    /// The same for a weight in another arrangement: its gradient is f32 also where it is bf16.
+    pub fn record_weight<const N: usize>(
+        name: &'static str,
+        inputs: [&Var; N],
+        value: Tensor,
+        backward: impl FnOnce(Tensor, &mut Need) -> Result<[Option<Tensor>; N]> + 'static,
+    ) -> Result<Var> {
+        let weight = Self::record(name, inputs, value, backward)?;
+        if let Some((Tape(Some(recording)), place)) = &weight.place {
+            let node = &mut recording.borrow_mut().nodes[*place];
+            node.dtype = if node.dtype == Dtype::Bf16 { Dtype::F32 } else { node.dtype };
+        }
+        Ok(weight)
+    }
+
     /// The same for a number of inputs known only when the program runs.
     pub fn record_many(
         name: &'static str,

@@ -68,7 +68,7 @@ impl Var {
 }
 
 /// The bias of `out` channels.
-pub(super) fn check_bias(op: &str, bias: Option<&Var>, out: usize, dtype: Dtype) -> Result<()> {
+pub(in crate::ops) fn check_bias(op: &str, bias: Option<&Var>, out: usize, dtype: Dtype) -> Result<()> {
     if let Some(bias) = bias.map(Var::value) {
         ensure!(bias.shape() == [out] && bias.dtype() == dtype, "{op}: the bias is {bias:?} but [{out}] of {dtype} is needed");
     }

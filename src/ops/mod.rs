@@ -24,6 +24,7 @@ pub mod linear;
 pub mod masked_mse;
 pub mod matmul;
 pub mod pixel_loss;
+pub mod regions;
 pub mod relation_kl;
 pub mod scale;
 pub mod scatter;
@@ -55,6 +56,7 @@ pub fn cases() -> Vec<Case> {
         matmul::cases(),
         conv::cases(),
         depthwise::cases(),
+        regions::cases(),
         batchnorm::cases(),
         masked_mse::cases(),
         pixel_loss::cases(),
@@ -78,6 +80,7 @@ pub fn versions() -> Vec<&'static Versions> {
         &gather::VERSIONS,
         &softmax::VERSIONS,
         &depthwise::VERSIONS,
+        &regions::VERSIONS,
         &pixel_loss::VERSIONS,
         &relation_kl::VERSIONS,
     ]
