@@ -367,7 +367,7 @@ impl Job<'_> {
 
     pub fn feed(&self, device: Device, labels: Option<Labels>) -> Feed {
         let [mean, std] = self.images.statistics();
-        Feed { device, mean, std, labels }
+        Feed { device, mean, std, labels, bytes: false }
     }
 
     fn train(

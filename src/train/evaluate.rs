@@ -103,7 +103,7 @@ impl EvaluateArgs {
         };
         let loader = Loader::new(dataset, evaluation(opened.side(), ratio)?, options);
         let [mean, std] = images.statistics();
-        let feed = Feed { device: opened.params().device().clone(), mean, std, labels: None };
+        let feed = Feed { device: opened.params().device().clone(), mean, std, labels: None, bytes: false };
         let found = evaluate(method, &loader, &feed)?;
         say_skipped(&loader, say);
         say(&found.to_string());

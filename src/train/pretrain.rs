@@ -178,7 +178,7 @@ impl Job<'_> {
         };
         let mut method = make(Making { device: device.clone(), resumed: start.from.is_some(), say: &mut *say, shown })?;
         let optimizer = AdamW::new(groups::by_decay(method.params(), run.weight_decay, &[]), BETAS, 1e-8)?;
-        let feed = Feed { device, mean, std, labels: None };
+        let feed = Feed { device, mean, std, labels: None, bytes: method.needs_bytes() };
         let shown = spread(validation.clone().unwrap_or_else(|| train.clone()), SHOWN);
         let few = LoaderOptions { batch: SHOWN, order: Order::Sequential, workers: 0, views: None, ..loading };
         let after = pictures(Loader::new(shown, crop.evaluation(side)?, few), feed.clone());

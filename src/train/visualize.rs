@@ -45,7 +45,7 @@ pub fn panels(mae: &Mae, images: &Tensor, normalised: Normalised, ratio: f64, rn
     let tape = Tape::off();
     let s = Scope::new(&tape, &mae.params);
     let mask = mae.mask_at(ratio, images.shape()[0], rng)?;
-    let latent = mae.encoder.forward(&s, images, Some(&mask.kept))?; // [B, 1 + K, C]
+    let latent = mae.latent(&s, images, &mask)?; // [B, extra + K, C]
     let pred = mae.decoder.forward(&s, &latent, &mask.restore)?; // [B, L, P]
 
     let images = images.on(&Device::Cpu)?.cast(Dtype::F32)?;
