@@ -71,16 +71,19 @@ __device__ __forceinline__ void weight_v1(float* __restrict__ partial_w, float* 
 constexpr int THREADS = 64, CELL = 2;
 
 // The channels of a thread, as one access of 4 bytes: both of a bf16 pair, where rows start on multiples of pairs.
-__device__ __forceinline__ void load(float (&v)[1], const float* p) { v[0] = p[0]; }
-__device__ __forceinline__ void load(float (&v)[1], const bf16* p) { v[0] = to_f32(p[0]); }
-__device__ __forceinline__ void load(float (&v)[2], const bf16* p) {
-  const uint32_t pair = *reinterpret_cast<const uint32_t*>(p);
-  v[0] = low_bf16(pair);
-  v[1] = high_bf16(pair);
+template <int W, class T> __device__ __forceinline__ void load(float (&v)[W], const T* p) {
+  if constexpr (W == 2) {
+    const uint32_t pair = *reinterpret_cast<const uint32_t*>(p);
+    v[0] = low_bf16(pair);
+    v[1] = high_bf16(pair);
+  } else {
+    v[0] = to_f32(p[0]);
+  }
 }
-__device__ __forceinline__ void store(float* p, const float (&v)[1]) { p[0] = v[0]; }
-__device__ __forceinline__ void store(bf16* p, const float (&v)[1]) { p[0] = from_f32<bf16>(v[0]); }
-__device__ __forceinline__ void store(bf16* p, const float (&v)[2]) { *reinterpret_cast<uint32_t*>(p) = pack_bf16(v[0], v[1]); }
+template <int W, class T> __device__ __forceinline__ void store(T* p, const float (&v)[W]) {
+  if constexpr (W == 2) *reinterpret_cast<uint32_t*>(p) = pack_bf16(v[0], v[1]);
+  else p[0] = from_f32<T>(v[0]);
+}
 
 // Calls f(row, column, numbers of x) for each token around region i that is there, from K/2 above its first row to K/2 below its last; rows and columns are
 // counted from its corner and known to the compiler. Which regions are there is the same for all threads. x points to the thread's channels of its first row.
