@@ -2,7 +2,7 @@
 //
 //   gather_fwd      y[b, t] = x[b, ids[b, t]]                                   x, dx [B, N, C], y, dy [B, K, C] f32 or bf16; ids [B, K]
 //   gather_bwd      dx[b, n] = dy[b, t] where ids[b, t] = n, else 0             each row of dx looks for itself among the ids: one writer, no clearing
-//   gather_patches  rows [B, K, channels ph pw] of images [B, channels, H, W], values in the order channel, y, x (a convolution weight's)
+//   gather_patches  rows [M B, K, channels ph pw] of images [B, channels, H, W], M views of each, values in the order channel, y, x (a convolution weight's)
 //
 //   version  idea                       gather_fwd B=256 N=196 K=49 C=768 bf16    gather_patches P=768 f32 -> bf16
 //   v1       a value a lane             not run on a GPU                          not run on a GPU
@@ -40,12 +40,12 @@ __device__ __forceinline__ void gather_bwd(T* __restrict__ dx, const T* __restri
 // A warp a patch; without ids all patches in raster order.
 template <bool WIDE, class S, class T>
 __device__ __forceinline__ void gather_patches(T* __restrict__ rows, const S* __restrict__ images, const int* __restrict__ ids, int patches, int keep,
-                                               int channels, int height, int width, int ph, int pw, unsigned* fault) {
+                                               int count, int channels, int height, int width, int ph, int pw, unsigned* fault) {
   const int r = blockIdx.x * 8 + (threadIdx.x >> 5), lane = threadIdx.x & 31, values = channels * ph * pw, across = width / pw;
   if (r >= patches) return;
   int id = ids ? ids[r] : r % keep;
   if (!in_range(id, height / ph * across, fault)) id = 0;
-  const S* corner = images + ((size_t)(r / keep) * channels * height + id / across * ph) * width + id % across * pw;
+  const S* corner = images + ((size_t)(r / keep % count) * channels * height + id / across * ph) * width + id % across * pw;
   T* row = rows + (size_t)r * values;
   auto pixel = [&](int i) { return corner + ((size_t)(i / (ph * pw)) * height + i / pw % ph) * width + i % pw; };
   if (WIDE && pw % 8 == 0) {
@@ -79,9 +79,10 @@ EXPORT(v2, true, bf16, bf16)
 
 #define PATCHES(VERSION, WIDE, S, T, NAME)                                                                                                   \
   extern "C" __global__ void __launch_bounds__(256) gather_patches_##VERSION##_##NAME(T* rows, const S* images, const int* ids,             \
-                                                                                      int patches, int keep, int channels, int height,      \
-                                                                                      int width, int ph, int pw, unsigned* fault) {          \
-    gather_patches<WIDE>(rows, images, ids, patches, keep, channels, height, width, ph, pw, fault);                                          \
+                                                                                      int patches, int keep, int count, int channels,        \
+                                                                                      int height, int width, int ph, int pw,                \
+                                                                                      unsigned* fault) {                                     \
+    gather_patches<WIDE>(rows, images, ids, patches, keep, count, channels, height, width, ph, pw, fault);                                          \
   }                                                                                                                                          \
   KERNEL(gather_patches_##VERSION##_##NAME)
 PATCHES(v1, false, float, float, f32_f32)

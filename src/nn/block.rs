@@ -77,6 +77,15 @@ impl Mlp {
         })
     }
 
+    /// The same of convolutions of 1 x 1.
+    pub fn pointwise(b: &mut ParamsBuilder, name: &str, c: &BlockConfig) -> Result<Self> {
+        Ok(Self {
+            norm: Norm::new(b, &format!("{name}.norm2"), c.width, c.eps)?,
+            fc1: Linear::pointwise(b, &format!("{name}.mlp.fc1"), c.width, c.hidden)?,
+            fc2: Linear::pointwise(b, &format!("{name}.mlp.fc2"), c.hidden, c.width)?,
+        })
+    }
+
     /// The branch alone, for the residual stream behind the attention.
     pub fn forward(&self, s: &Scope, x: &Var) -> Result<Var> {
         self.fc2.forward(s, &self.fc1.forward_gelu(s, &self.norm.forward(s, x)?)?)

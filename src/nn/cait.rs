@@ -12,7 +12,7 @@ use super::norm::Norm;
 use super::vit::{PatchEmbed, Position, Tokens, VitConfig};
 use super::{Scope, Start};
 use crate::ensure;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::param::{Init, ParamId, ParamsBuilder};
 use crate::tape::Var;
 use crate::tensor::Tensor;
@@ -135,6 +135,7 @@ impl<A> Block<A> {
 pub struct Cait {
     pub config: CaitConfig,
     tokens: Tokens,
+    class: ParamId,
     patches: PatchEmbed,
     blocks: Vec<Block<TalkingHeads>>,
     class_blocks: Vec<Block<ClassAttention>>,
@@ -147,6 +148,7 @@ impl Cait {
         config.check()?;
         let c = &config.vit;
         let tokens = Tokens::new(b, c)?;
+        let class = tokens.class.ok_or_else(|| Error::new("CaiT attends from a class token, and its configuration has none"))?;
         let patches = PatchEmbed::new(b, c, Start::Normal)?;
         let blocks = (0..c.depth).map(|i| Block::new(b, &format!("blocks.{i}"), &c.block(i), TalkingHeads::new));
         let blocks = blocks.collect::<Result<_>>()?;
@@ -155,7 +157,7 @@ impl Cait {
         let class_blocks = names.map(|name| Block::new(b, &name, &class_block, ClassAttention::new)).collect::<Result<_>>()?;
         let norm = Norm::new(b, "norm", c.width, c.eps)?;
         let head = Linear::new(b, "head", c.width, config.classes, Start::Normal.linear(c.width, config.classes))?;
-        Ok(Self { config, tokens, patches, blocks, class_blocks, norm, head })
+        Ok(Self { config, tokens, class, patches, blocks, class_blocks, norm, head })
     }
 
     /// Logits [B, classes] from the kept patches (all if None).
@@ -165,7 +167,7 @@ impl Cait {
         for block in &self.blocks {
             x = block.finish(s, &x, block.attention.forward(s, &block.norm.forward(s, &x)?)?)?;
         }
-        let mut u = x.prepend(&[&s.param(self.tokens.class)])?; // [B, 1 + K, C]
+        let mut u = x.prepend(&[&s.param(self.class)])?; // [B, 1 + K, C]
         let mut class = u.tokens(0..1)?; // [B, 1, C]
         for (i, block) in self.class_blocks.iter().enumerate() {
             if i > 0 {

@@ -1,4 +1,4 @@
-//! MAE's decoder: mask tokens put where patches are hidden, a few narrow blocks, pixels out.
+//! MAE's decoder: mask tokens put where patches are hidden, a few narrow blocks, pixels or other targets out.
 
 use super::block::{Block, BlockConfig};
 use super::linear::Linear;
@@ -45,12 +45,24 @@ pub struct Decoder {
 }
 
 impl Decoder {
+    /// A decoder that predicts pixels.
     pub fn new(b: &mut ParamsBuilder, c: &DecoderConfig, encoder: &VitConfig, tokens: DecoderTokens, start: Start) -> Result<Self> {
-        let out = encoder.patch_values();
+        Self::predicting(encoder.patch_values(), b, c, encoder, tokens, start)
+    }
+
+    /// A decoder that predicts `out` numbers of each patch.
+    pub fn predicting(
+        out: usize,
+        b: &mut ParamsBuilder,
+        c: &DecoderConfig,
+        encoder: &VitConfig,
+        tokens: DecoderTokens,
+        start: Start,
+    ) -> Result<Self> {
         let block = BlockConfig {
             width: c.width,
             heads: c.heads,
-            hidden: (c.width as f64 * encoder.mlp_ratio) as usize,
+            hidden: (c.width as f64 * encoder.decoder_mlp_ratio()) as usize,
             eps: encoder.eps,
             qkv_bias: encoder.qkv_bias,
             layer_scale: None,

@@ -2,7 +2,8 @@
 //!
 //!   block of n tokens   4 n D^2 (qkv, proj) + 2 n D hidden (MLP) + 2 n^2 D (attention); 12 n D^2 + 2 n^2 D for a hidden width of 4 D
 //!   encoder             K D P (projection of K kept patches of P numbers) + the blocks on K + extra tokens
-//!   decoder             (K + extra) D D' + the blocks on L + extra tokens + (L + extra) D' P
+//!   ConViT's stages     in the place of the projection, for each kept patch: embeddings, N (2 D^2 + 2 D hidden + 25 D) a block of N tokens, the fused outputs
+//!   decoder             (K + extra) D D' + the blocks on L + extra tokens + (L + extra) D' P, or the numbers of another target for P
 //!   classifier          encoder on all patches + D classes for each head
 //!
 //! As the papers count: norms, softmax, GELU and sums are left out, and the decoder's last layer is counted on all of its tokens. A backward
@@ -10,6 +11,7 @@
 
 use super::cait::CaitConfig;
 use super::decoder::DecoderConfig;
+use super::stages::StagesConfig;
 use super::vit::VitConfig;
 
 fn block(tokens: u64, width: u64, hidden: u64) -> u64 {
@@ -24,16 +26,35 @@ fn hidden(width: usize, ratio: f64) -> u64 {
 /// The encoder on `kept` patches and the tokens in front of them.
 pub fn vit_macs(vit: &VitConfig, kept: usize) -> u64 {
     let (width, patches) = (vit.width as u64, kept as u64);
-    let embed = patches * width * vit.patch_values() as u64;
+    let embed = patches * vit.stages.as_ref().map_or(width * vit.patch_values() as u64, |stages| stages_macs(vit, stages));
     embed + vit.depth as u64 * block(patches + vit.extra() as u64, width, hidden(vit.width, vit.mlp_ratio))
+}
+
+/// ConViT's stages for one patch.
+fn stages_macs(vit: &VitConfig, stages: &StagesConfig) -> u64 {
+    let ([p1, p2, p3], [e1, e2], e3) = (stages.patches, stages.widths, vit.width);
+    let tokens = [0, 1].map(|stage| stages.layout(stage).tokens());
+    let embeds = tokens[0] * e1 * p1 * p1 * vit.channels + tokens[1] * e2 * p2 * p2 * e1 + e3 * p3 * p3 * e2 + e3 * e3;
+    let stage = |i: usize| {
+        let width = stages.widths[i] as u64;
+        let block = 2 * width * width + 2 * width * hidden(stages.widths[i], stages.mlp_ratios[i]) + 25 * width;
+        let output = if stages.fused { tokens[i] as u64 * width * e3 as u64 } else { 0 };
+        stages.depths[i] as u64 * tokens[i] as u64 * block + output
+    };
+    embeds as u64 + stage(0) + stage(1)
 }
 
 /// MAE's decoder of this encoder, which saw `kept` patches.
 pub fn decoder_macs(decoder: &DecoderConfig, vit: &VitConfig, kept: usize) -> u64 {
+    predictor_macs(decoder, vit, vit.patch_values(), kept)
+}
+
+/// The same of one that predicts `out` numbers of each patch.
+pub fn predictor_macs(decoder: &DecoderConfig, vit: &VitConfig, out: usize, kept: usize) -> u64 {
     let (width, all) = (decoder.width as u64, (vit.patches() + vit.extra()) as u64);
     let embed = (kept + vit.extra()) as u64 * vit.width as u64 * width;
-    let blocks = decoder.depth as u64 * block(all, width, hidden(decoder.width, vit.mlp_ratio));
-    embed + blocks + all * width * vit.patch_values() as u64
+    let blocks = decoder.depth as u64 * block(all, width, hidden(decoder.width, vit.decoder_mlp_ratio()));
+    embed + blocks + all * width * out as u64
 }
 
 /// A classifier on all patches.

@@ -23,6 +23,11 @@ impl Linear {
         Ok(Self { weight, bias })
     }
 
+    /// A convolution of 1 x 1, weight [out, in, 1, 1], which starts as PyTorch's convolutions do.
+    pub fn pointwise(b: &mut ParamsBuilder, name: &str, fan_in: usize, fan_out: usize) -> Result<Self> {
+        Self::with_bias(b, name, &[fan_out, fan_in, 1, 1], Init::fan_in(fan_in), Some(Init::fan_in(fan_in)))
+    }
+
     pub fn forward(&self, s: &Scope, x: &Var) -> Result<Var> {
         x.linear(&s.working(self.weight), self.bias.map(|bias| s.working(bias)).as_ref())
     }

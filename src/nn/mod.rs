@@ -15,6 +15,7 @@ pub mod names;
 pub mod norm;
 pub mod position;
 pub mod presets;
+pub mod stages;
 pub mod vit;
 pub mod weights;
 

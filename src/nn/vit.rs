@@ -2,11 +2,15 @@
 //!
 //!   tokens = patches projected + their positions;  [class token, distillation token] in front;  blocks;  norm
 //!
+//! ConViT has no token in front, and convolution [`stages`](super::stages) in the place of the projection; in pre-training what they end with is added
+//! between the last block and the norm.
+//!
 //! Only the patches that are kept are projected: [`Vit::embed`] gathers pixels first. A teacher that is asked for an early block stops there.
 
 use super::block::{Block, BlockConfig, Parts};
 use super::linear::Linear;
 use super::norm::Norm;
+use super::stages::{Staged, Stages, StagesConfig, View};
 use super::{Scope, Start, position};
 use crate::error::Result;
 use crate::ops::gather::gather_patches;
@@ -49,6 +53,7 @@ pub enum DropPath {
 pub struct VitConfig {
     /// Height and width of the images.
     pub image: [usize; 2],
+    /// Side in pixels of what becomes one token.
     pub patch: usize,
     pub channels: usize,
     pub width: usize,
@@ -60,7 +65,11 @@ pub struct VitConfig {
     pub eps: f64,
     pub qkv_bias: bool,
     pub position: Position,
+    /// Whether a class token stands in front.
+    pub class_token: bool,
     pub distillation_token: bool,
+    /// Convolution stages in the place of the projection of patches.
+    pub stages: Option<StagesConfig>,
     pub layer_scale: Option<f32>,
     pub drop_path: DropPath,
 }
@@ -80,7 +89,9 @@ impl VitConfig {
             eps: 1e-6,
             qkv_bias: true,
             position: Position::SinCos,
+            class_token: true,
             distillation_token: false,
+            stages: None,
             layer_scale: None,
             drop_path: DropPath::Constant(0.0),
         }
@@ -102,7 +113,7 @@ impl VitConfig {
 
     /// Tokens in front of the patches.
     pub fn extra(&self) -> usize {
-        1 + self.distillation_token as usize
+        self.class_token as usize + self.distillation_token as usize
     }
 
     /// Rows of the position table.
@@ -115,13 +126,30 @@ impl VitConfig {
         if i + 1 == self.depth { self.last_heads.unwrap_or(self.heads) } else { self.heads }
     }
 
-    pub fn block(&self, i: usize) -> BlockConfig {
-        let drop_path = match self.drop_path {
-            DropPath::Linear(most) if self.depth > 1 => most * i as f64 / (self.depth - 1) as f64,
+    /// Of the decoder that it is pre-trained with: ConViT's takes the ratio of its first stage.
+    pub fn decoder_mlp_ratio(&self) -> f64 {
+        self.stages.as_ref().map_or(self.mlp_ratio, |stages| stages.mlp_ratios[0])
+    }
+
+    /// Blocks in front of those of the ViT itself.
+    fn stage_blocks(&self) -> usize {
+        self.stages.as_ref().map_or(0, StagesConfig::depth)
+    }
+
+    /// Stochastic depth of block `i`, counted through stages and blocks.
+    pub fn drop_rate(&self, i: usize) -> f64 {
+        let last = self.stage_blocks() + self.depth - 1;
+        match self.drop_path {
+            DropPath::Linear(most) if last > 0 => most * i as f64 / last as f64,
             DropPath::Linear(_) => 0.0,
-            DropPath::ButLast(_) if i + 1 == self.depth => 0.0,
+            DropPath::ButLast(_) if i == last => 0.0,
             DropPath::Constant(rate) | DropPath::ButLast(rate) => rate,
-        };
+        }
+    }
+
+    /// Block `i` of the transformer.
+    pub fn block(&self, i: usize) -> BlockConfig {
+        let drop_path = self.drop_rate(self.stage_blocks() + i);
         BlockConfig {
             width: self.width,
             heads: self.heads_of(i),
@@ -140,6 +168,17 @@ impl VitConfig {
             "an image of {h} x {w} does not split into patches of {}; choose a size that is a multiple",
             self.patch
         );
+        ensure!(self.class_token || !self.distillation_token, "a distillation token stands behind a class token, and there is none");
+        if let Some(stages) = &self.stages {
+            stages.check()?;
+            ensure!(
+                stages.patch() == self.patch && !self.class_token,
+                "convolution stages of {:?} make tokens of {} pixels and no class token; the patch is {}",
+                stages.patches,
+                stages.patch(),
+                self.patch
+            );
+        }
         ensure!(self.channels > 0 && self.depth > 0, "a ViT needs channels and blocks, not {} and {}", self.channels, self.depth);
         for heads in [self.heads, self.last_heads.unwrap_or(self.heads)] {
             ensure!(
@@ -160,9 +199,23 @@ impl VitConfig {
     }
 }
 
+impl VitConfig {
+    fn check_images(&self, images: &Tensor) -> Result<()> {
+        let &[_, channels, h, w] = images.shape() else { bail!("images are {images:?} but [B, C, H, W] is needed") };
+        ensure!(
+            channels == self.channels && [h, w] == self.image,
+            "images are {images:?} but the model wants {} x {} x {}",
+            self.channels,
+            self.image[0],
+            self.image[1]
+        );
+        Ok(())
+    }
+}
+
 /// The tokens in front and the position table, which come first in the state dict.
 pub struct Tokens {
-    pub(super) class: ParamId,
+    pub(super) class: Option<ParamId>,
     pub(super) position: ParamId,
     distillation: Option<ParamId>,
 }
@@ -170,7 +223,7 @@ pub struct Tokens {
 impl Tokens {
     pub fn new(b: &mut ParamsBuilder, c: &VitConfig) -> Result<Self> {
         c.check()?;
-        let class = b.add("cls_token", &[1, 1, c.width], Init::Normal(0.02))?;
+        let class = if c.class_token { Some(b.add("cls_token", &[1, 1, c.width], Init::Normal(0.02))?) } else { None };
         let shape = [1, c.positions(), c.width];
         let position = match c.position {
             Position::SinCos => {
@@ -197,24 +250,23 @@ impl PatchEmbed {
 
     /// The kept patches (all if None) in the order of `kept` [B, K], without positions: [B, K, C].
     pub fn forward(&self, s: &Scope, c: &VitConfig, images: &Tensor, kept: Option<&Tensor>) -> Result<Var> {
-        let &[_, channels, h, w] = images.shape() else { bail!("images are {images:?} but [B, C, H, W] is needed") };
-        ensure!(
-            channels == c.channels && [h, w] == c.image,
-            "images are {images:?} but the model wants {} x {} x {}",
-            c.channels,
-            c.image[0],
-            c.image[1]
-        );
+        c.check_images(images)?;
         let images = images.on(s.params.device())?;
         let pixels = gather_patches(&images, (c.patch, c.patch), kept, s.params.precision())?; // [B, K, P]
         self.0.forward(s, &Var::constant(pixels))
     }
 }
 
+/// How pixels become tokens.
+enum Embedding {
+    Patches(PatchEmbed),
+    Stages(Box<Stages>),
+}
+
 pub struct Vit {
     pub config: VitConfig,
     tokens: Tokens,
-    patches: PatchEmbed,
+    embedding: Embedding,
     blocks: Vec<Block>,
     norm: Option<Norm>,
 }
@@ -223,24 +275,70 @@ impl Vit {
     /// Registers everything behind the tokens; `norm` is false for classifiers that pool first.
     pub fn new(b: &mut ParamsBuilder, config: VitConfig, tokens: Tokens, norm: bool, start: Start) -> Result<Self> {
         let c = &config;
-        let patches = PatchEmbed::new(b, c, start)?;
-        let blocks = (0..c.depth).map(|i| Block::new(b, &format!("blocks.{i}"), &c.block(i), start)).collect::<Result<_>>()?;
+        let embedding = match &c.stages {
+            None => Embedding::Patches(PatchEmbed::new(b, c, start)?),
+            Some(stages) => Embedding::Stages(Box::new(Stages::new(b, c, stages, start)?)),
+        };
+        let name = if c.stages.is_some() { "blocks3" } else { "blocks" };
+        let blocks = (0..c.depth).map(|i| Block::new(b, &format!("{name}.{i}"), &c.block(i), start)).collect::<Result<_>>()?;
         let norm = if norm { Some(Norm::new(b, "norm", c.width, c.eps)?) } else { None };
-        Ok(Self { config, tokens, patches, blocks, norm })
+        Ok(Self { config, tokens, embedding, blocks, norm })
     }
 
     /// Tokens in front, then the kept patches (all if None) in the order of `kept` [B, K]; all with their positions: [B, extra + K, C].
     pub fn embed(&self, s: &Scope, images: &Tensor, kept: Option<&Tensor>) -> Result<Var> {
-        let c = &self.config;
-        let x = self.patches.forward(s, c, images, kept)?; // [B, K, C]
+        let x = match &self.embedding {
+            Embedding::Patches(patches) => patches.forward(s, &self.config, images, kept)?, // [B, K, C]
+            Embedding::Stages(stages) => {
+                ensure!(kept.is_none(), "convolution stages have to know where patches are that are not seen, not only which are");
+                stages.forward(s, &self.checked(s, images)?, None, &mut |_, _, _| ())?.tokens
+            }
+        };
+        self.with_positions(s, &x, kept)
+    }
+
+    /// Images on the model's device, once they fit.
+    fn checked(&self, s: &Scope, images: &Tensor) -> Result<Tensor> {
+        self.config.check_images(images)?;
+        images.on(s.params.device())
+    }
+
+    /// Tokens in front of x [B, K, C], all with their positions.
+    fn with_positions(&self, s: &Scope, x: &Var, kept: Option<&Tensor>) -> Result<Var> {
         let table = s.param(self.tokens.position);
-        let class = s.param(self.tokens.class);
-        let distillation = self.tokens.distillation.map(|id| s.param(id));
-        let front: Vec<&Var> = std::iter::once(&class).chain(&distillation).collect();
-        if c.position == Position::LearnedPatches {
+        let [class, distillation] = [self.tokens.class, self.tokens.distillation].map(|id| id.map(|id| s.param(id)));
+        let front: Vec<&Var> = class.iter().chain(&distillation).collect();
+        if front.is_empty() {
+            return x.add_positions(&table, 0, kept);
+        }
+        if self.config.position == Position::LearnedPatches {
             return x.add_positions(&table, 0, kept)?.prepend(&front);
         }
         x.prepend_with_positions(&front, &table, kept) // [B, extra + K, C]
+    }
+
+    /// A view of the images: tokens in front, then the patches that are seen, all with their positions; and what is to be added behind the last block.
+    /// Views may be several times as many as images: view i is of image i modulo their number.
+    pub fn embed_view(&self, s: &Scope, images: &Tensor, view: &View, see: &mut dyn FnMut(usize, usize, &Var)) -> Result<Staged> {
+        let Embedding::Stages(stages) = &self.embedding else {
+            return Ok(Staged { tokens: self.embed(s, images, Some(view.kept))?, fused: None });
+        };
+        let staged = stages.forward(s, &self.checked(s, images)?, Some(view), see)?;
+        Ok(Staged { tokens: self.with_positions(s, &staged.tokens, Some(view.kept))?, ..staged })
+    }
+
+    /// Behind the last block: the sum with what the stages ended with, then the norm.
+    pub fn finish(&self, s: &Scope, x: &Var, fused: Option<&Var>) -> Result<Var> {
+        match fused {
+            None => self.norm(s, x),
+            Some(fused) => self.norm(s, &x.add(fused)?),
+        }
+    }
+
+    /// What a decoder sees of a view, [B, extra + K, C].
+    pub fn encode(&self, s: &Scope, images: &Tensor, view: &View) -> Result<Var> {
+        let seen = self.embed_view(s, images, view, &mut |_, _, _| ())?;
+        self.finish(s, &self.blocks(s, &seen.tokens)?, seen.fused.as_ref())
     }
 
     /// All blocks; `see` is shown what each gives.

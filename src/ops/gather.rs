@@ -106,7 +106,8 @@ fn put_back_on(gpu: &Gpu, dy: &Tensor, ids: &Tensor, dx: &mut Tensor) -> Result<
     gpu.launch(&kernel, warps(rows), Args::new().out(dx).input(dy).input(ids).int(rows).int(n).int(ids.last()).int(c))
 }
 
-/// Pixels of the chosen patches (all of them if `ids` is None) of images [B, channels, H, W], as numbers of this type: [B, K, channels * ph * pw].
+/// Pixels of the chosen patches (all of them if `ids` is None) of images [B, channels, H, W], as numbers of this type: [B, K, channels * ph * pw]. There may
+/// be several times as many rows of ids as images: row i is of image i modulo their number.
 pub fn gather_patches(images: &Tensor, (ph, pw): (usize, usize), ids: Option<&Tensor>, dtype: Dtype) -> Result<Tensor> {
     let &[batch, channels, h, w] = images.shape() else { crate::bail!("patches: images are {images:?} but [B, C, H, W] is needed") };
     ensure!(
@@ -114,8 +115,10 @@ pub fn gather_patches(images: &Tensor, (ph, pw): (usize, usize), ids: Option<&Te
         "patches: images of {h} x {w} do not split into patches of {ph} x {pw}"
     );
     let n = (h / ph) * (w / pw);
-    let ids = ids.map(|ids| ids_on(&images.device(), "patches", ids, batch, n)).transpose()?;
-    let mut rows = images.alike(&[batch, ids.as_ref().map_or(n, Tensor::last), channels * ph * pw], dtype)?;
+    let views = ids.map_or(batch, |ids| ids.shape().first().map_or(0, |&views| views));
+    ensure!(batch > 0 && views.is_multiple_of(batch), "patches: there are {views} rows of ids, which is no multiple of {batch} images");
+    let ids = ids.map(|ids| ids_on(&images.device(), "patches", ids, views, n)).transpose()?;
+    let mut rows = images.alike(&[views, ids.as_ref().map_or(n, Tensor::last), channels * ph * pw], dtype)?;
     match images.gpu() {
         None => by_real!("patches", dtype, copy_patches(&images.cast(dtype)?, (ph, pw), ids.as_ref(), &mut rows))?,
         Some(gpu) => copy_patches_on(gpu, images, (ph, pw), ids.as_ref(), &mut rows)?,
@@ -129,12 +132,12 @@ fn copy_patches_on(gpu: &Gpu, images: &Tensor, (ph, pw): (usize, usize), ids: Op
     let (channels, h, w) = (images.shape()[1], images.shape()[2], images.shape()[3]);
     let (patches, k) = (rows.rows(), rows.shape()[1]);
     let kernel = typed(&typed(&format!("gather_patches_{}", gpu.version(&VERSIONS)), images.dtype()), rows.dtype());
-    let args = Args::new().out(rows).input(&images).maybe(ids).int(patches).int(k);
+    let args = Args::new().out(rows).input(&images).maybe(ids).int(patches).int(k).int(images.shape()[0]);
     gpu.launch(&kernel, warps(patches), args.int(channels).int(h).int(w).int(ph).int(pw).fault())
 }
 
 fn copy_patches<T: Real + Element>(images: &Tensor, (ph, pw): (usize, usize), ids: Option<&Tensor>, rows: &mut Tensor) -> Result<()> {
-    let (channels, h, w) = (images.shape()[1], images.shape()[2], images.shape()[3]);
+    let (batch, channels, h, w) = (images.shape()[0], images.shape()[1], images.shape()[2], images.shape()[3]);
     let (k, p, grid) = (rows.shape()[1], rows.last(), w / pw);
     let (images, ids) = (images.data::<T>(), ids.map(|ids| ids.data::<u32>()));
     parallel::rows(rows.data_mut::<T>(), p, |first, rows| {
@@ -144,7 +147,7 @@ fn copy_patches<T: Real + Element>(images: &Tensor, (ph, pw): (usize, usize), id
             let corner = (patch / grid * ph) * w + patch % grid * pw;
             for (line, pixels) in row.chunks_exact_mut(pw).enumerate() {
                 let (channel, y) = (line / ph, line % ph);
-                let start = ((i / k) * channels + channel) * h * w + corner + y * w;
+                let start = (i / k % batch * channels + channel) * h * w + corner + y * w;
                 pixels.copy_from_slice(&images[start..start + pw]);
             }
         }

@@ -34,6 +34,8 @@ pub fn encoder_config(model: &Fields, position: Position) -> Result<VitConfig> {
         eps,
         qkv_bias: model.flag_or("qkv_bias", true)?,
         position,
+        class_token: true,
+        stages: None,
         distillation_token: model.has("kind") && model.text("kind")? == "deit_distilled",
         layer_scale: None,
         drop_path: DropPath::Constant(0.0),

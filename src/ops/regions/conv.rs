@@ -125,7 +125,16 @@ impl<'a> Neighbours<'a> {
 
 /// Sums of J tokens beside each other for 16 channels.
 #[inline(always)]
-fn sums<T: Real, const J: usize>(x: &[T], c: usize, from: usize, w: &[T], bias: [T; LANES], rows: &[usize], wide: usize, k: usize) -> [[T; LANES]; J] {
+fn sums<T: Real, const J: usize>(
+    x: &[T],
+    c: usize,
+    from: usize,
+    w: &[T],
+    bias: [T; LANES],
+    rows: &[usize],
+    wide: usize,
+    k: usize,
+) -> [[T; LANES]; J] {
     let mut sums = [bias; J];
     for u in 0..k {
         for v in 0..k {

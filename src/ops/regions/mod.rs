@@ -58,7 +58,10 @@ impl Layout {
 
     fn check(self) -> Result<()> {
         let Self { side, cell } = self;
-        ensure!(cell > 0 && side > 0 && side.is_multiple_of(cell), "regions of {side} x {side} tokens do not fall into cells of {cell} x {cell}");
+        ensure!(
+            cell > 0 && side > 0 && side.is_multiple_of(cell),
+            "regions of {side} x {side} tokens do not fall into cells of {cell} x {cell}"
+        );
         Ok(())
     }
 }
@@ -104,12 +107,18 @@ impl Regions {
         match &self.seen {
             Seen::All => {}
             Seen::Hiding(hidden) => {
-                ensure!(counts(hidden, all) && hidden.dtype() == Dtype::F32, "{op}: hidden is {hidden:?} but f32 [{batch}, {all}] is needed")
+                ensure!(
+                    counts(hidden, all) && hidden.dtype() == Dtype::F32,
+                    "{op}: hidden is {hidden:?} but f32 [{batch}, {all}] is needed"
+                )
             }
             Seen::Only { kept, places } => {
                 let fits = kept.shape().len() == 2 && counts(kept, kept.last()) && kept.dtype() == Dtype::U32 && kept.last() <= all;
                 ensure!(fits, "{op}: kept is {kept:?} but u32 [{batch}, K] with K up to {all} is needed");
-                ensure!(counts(places, all) && places.dtype() == Dtype::U32, "{op}: places are {places:?} but u32 [{batch}, {all}] is needed");
+                ensure!(
+                    counts(places, all) && places.dtype() == Dtype::U32,
+                    "{op}: places are {places:?} but u32 [{batch}, {all}] is needed"
+                );
                 if kept.gpu().is_none() {
                     let within = kept.data::<u32>().iter().all(|&region| (region as usize) < all);
                     ensure!(within, "{op}: a kept region is not among the {all} of the grid");
@@ -151,7 +160,9 @@ impl Var {
     pub fn arrange_taps(&self, layout: Layout) -> Result<Var> {
         layout.check()?;
         let w = self.value();
-        let &[out, channels, kh, kw] = w.shape() else { crate::bail!("arrange_taps: the weight is {w:?} but [O, C, side, side] is needed") };
+        let &[out, channels, kh, kw] = w.shape() else {
+            crate::bail!("arrange_taps: the weight is {w:?} but [O, C, side, side] is needed")
+        };
         ensure!([kh, kw] == [layout.side; 2], "arrange_taps: the weight is {w:?} but a region has {} x {0} tokens", layout.side);
         let mut y = w.alike(&[out, layout.tokens() * channels], w.dtype())?;
         arrange(w, channels, layout, false, &mut y)?;
@@ -197,7 +208,8 @@ pub fn cases() -> Vec<Case> {
         let run = move |x: &[Var]| x[0].arrange_taps(layout);
         Case::new(&format!("arrange_taps: {name}"), &[&w], run).weights(&[0])
     };
-    let taps = [taps("4 x 4 in cells of 2", [5, 3, 4, 4], 2), taps("2 x 2", [8, 40, 2, 2], 2), taps("4 x 4 in raster order", [3, 5, 4, 4], 4)];
+    let taps =
+        [taps("4 x 4 in cells of 2", [5, 3, 4, 4], 2), taps("2 x 2", [8, 40, 2, 2], 2), taps("4 x 4 in raster order", [3, 5, 4, 4], 4)];
     taps.into_iter().chain(conv_cases()).collect()
 }
 

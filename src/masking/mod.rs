@@ -16,6 +16,8 @@
 //!
 //! On a GPU: kernels/masking.cu. What is no number is an error here and comes last there.
 
+pub mod disjoint;
+
 use crate::device::gpu::Gpu;
 use crate::device::launch::{Args, Launch, Versions};
 use crate::device::simd::Real;
