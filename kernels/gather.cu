@@ -62,12 +62,12 @@ __device__ __forceinline__ void gather_patches(T* __restrict__ rows, const S* __
 }  // namespace
 
 #define EXPORT(VERSION, WIDE, T, NAME)                                                                                                       \
-  extern "C" __global__ void __launch_bounds__(256) gather_fwd_##VERSION##_##NAME(T* y, const T* x, const int* ids, int rows, int n,        \
+  extern "C" __global__ void __launch_bounds__(256) gather_fwd_##VERSION##_##NAME(T* y, const T* x, const int* ids, int rows, int n,         \
                                                                                   int keep, int columns, unsigned* fault) {                  \
     gather_fwd<WIDE>(y, x, ids, rows, n, keep, columns, fault);                                                                              \
   }                                                                                                                                          \
   KERNEL(gather_fwd_##VERSION##_##NAME)                                                                                                      \
-  extern "C" __global__ void __launch_bounds__(256) gather_bwd_##VERSION##_##NAME(T* dx, const T* dy, const int* ids, int rows, int n,      \
+  extern "C" __global__ void __launch_bounds__(256) gather_bwd_##VERSION##_##NAME(T* dx, const T* dy, const int* ids, int rows, int n,       \
                                                                                   int keep, int columns) {                                   \
     gather_bwd<WIDE>(dx, dy, ids, rows, n, keep, columns);                                                                                   \
   }                                                                                                                                          \
@@ -78,11 +78,11 @@ EXPORT(v2, true, float, f32)
 EXPORT(v2, true, bf16, bf16)
 
 #define PATCHES(VERSION, WIDE, S, T, NAME)                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256) gather_patches_##VERSION##_##NAME(T* rows, const S* images, const int* ids,             \
+  extern "C" __global__ void __launch_bounds__(256) gather_patches_##VERSION##_##NAME(T* rows, const S* images, const int* ids,              \
                                                                                       int patches, int keep, int count, int channels,        \
-                                                                                      int height, int width, int ph, int pw,                \
+                                                                                      int height, int width, int ph, int pw,                 \
                                                                                       unsigned* fault) {                                     \
-    gather_patches<WIDE>(rows, images, ids, patches, keep, count, channels, height, width, ph, pw, fault);                                          \
+    gather_patches<WIDE>(rows, images, ids, patches, keep, count, channels, height, width, ph, pw, fault);                                   \
   }                                                                                                                                          \
   KERNEL(gather_patches_##VERSION##_##NAME)
 PATCHES(v1, false, float, float, f32_f32)

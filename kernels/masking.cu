@@ -1,7 +1,8 @@
-// masking.cu - orders of a few hundred numbers an image: random masks from noise, the most attended patches.   Definition: src/masking.rs
+// masking.cu - orders of a few hundred numbers an image: random masks from noise, disjoint views, the most attended patches.   Definition: src/masking/
 //
 //   random_mask   shuffle [B, L] = the patches in the order of noise [B, L]; restore [B, L] = its inverse; kept [B, K] = the first K of shuffle;
 //                 hidden [B, L] = restore >= K
+//   disjoint_order, disjoint_masks: the same four for M views of each image, later ones made of the first by permutations; see src/masking/disjoint.rs
 //   most_attended saliency [B, N] = mean over heads of rows [B, H, e + N] without their first e columns; kept [B, K] = the K largest
 //
 //   version  idea                                                                                                             B=256 L=196
@@ -88,6 +89,47 @@ extern "C" __global__ void __launch_bounds__(1024) random_mask_v2_f32(unsigned* 
   for (int r = threadIdx.x; r < l; r += blockDim.x) Mask{shuffle, restore, kept, hidden}.put(blockIdx.x, (int)(uint32_t)keys[r], r, l, keep);
 }
 KERNEL(random_mask_v2_f32)
+
+// A thread takes place i of a view's order, and of what the next view starts from. states [M, U]: before each view the units, as places of the first view's
+// order, that no view has hidden, `seen` of them, then the others; the first view writes its own order there. p [seen], q [U - seen] permute both parts.
+extern "C" __global__ void __launch_bounds__(256) disjoint_order_u32(unsigned* __restrict__ orders, unsigned* states, const int* __restrict__ p,
+                                                                     const int* __restrict__ q, int view, int units, int keep, int seen, int fresh,
+                                                                     unsigned* fault) {
+  const int i = blockIdx.x * 256 + threadIdx.x;
+  if (i >= units) return;
+  unsigned* order = orders + (size_t)view * units;
+  unsigned* next = states + (size_t)view * units;
+  if (view == 0) {
+    order[i] = next[i] = (unsigned)i;
+    return;
+  }
+  const unsigned* state = next - units;
+  const int hidden = units - seen, left = seen - fresh, again = hidden - (keep - left);
+  auto of = [&](const int* by, int n, int first, int j) { return state[first + (in_range(by[j], n, fault) ? by[j] : 0)]; };
+  auto P = [&](int j) { return of(p, seen, 0, j); };
+  auto Q = [&](int j) { return of(q, hidden, seen, j); };
+  order[i] = i < left ? P(fresh + i) : i < keep ? Q(again + i - left) : i < keep + fresh ? P(i - keep) : Q(i - keep - fresh);
+  next[i] = i < left ? P(fresh + i) : i < left + hidden ? Q(i - left) : P(i - left - hidden);
+}
+KERNEL(disjoint_order_u32)
+
+// A thread takes a place of the order of an image's view: rows of all images' first views, then of all second ones. first [B, U]: the units of each image in
+// the order of their noise. Places are those of all kept units' first patches, of their second ones and so on, then those of the hidden units.
+extern "C" __global__ void __launch_bounds__(256) disjoint_masks_u32(unsigned* __restrict__ shuffle, unsigned* __restrict__ restore,
+                                                                     unsigned* __restrict__ kept, float* __restrict__ hidden,
+                                                                     const int* __restrict__ first, const int* __restrict__ orders, int images, int units,
+                                                                     int keep, int side, int across, int n, unsigned* fault) {
+  const int at = blockIdx.x * 256 + threadIdx.x, each = side * side, patches = units * each;
+  if (at >= n) return;
+  const int row = at / patches, place = at % patches, hide = units - keep, behind = place - keep * each;
+  const int member = behind < 0 ? place % keep : keep + behind % hide, corner = behind < 0 ? place / keep : behind / hide;
+  const int ordered = orders[(size_t)(row / images) * units + member];
+  const int unit = first[(size_t)(row % images) * units + (in_range(ordered, units, fault) ? ordered : 0)];
+  int patch = (unit / across * side + corner / side) * (across * side) + unit % across * side + corner % side;
+  if (!in_range(patch, patches, fault)) patch = 0;
+  Mask{shuffle, restore, kept, hidden}.put(row, patch, place, patches, keep * each);
+}
+KERNEL(disjoint_masks_u32)
 
 // Block: an image; a thread takes the mean over the heads, in their order, of every blockDim-th patch. patch_keys: each head's row is first divided by what
 // it gives to patches at all. raster: the chosen ones in the order of their indices, by a second sort. Shared: `padded` keys, N rounded up to a power of two.

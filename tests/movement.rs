@@ -5,10 +5,12 @@ use masque::device::emulated::{Copies, Order};
 use masque::device::gpu::Gpu;
 use masque::device::launch::Versions;
 use masque::error::{Error, Result};
+use masque::masking::disjoint::{Disjoint, Rates};
 use masque::masking::{self, Arrangement, Keys, Mask};
 use masque::nn::vit::{Position, Tokens, Vit, VitConfig};
 use masque::nn::{Scope, Start};
 use masque::ops::gather::{self, gather_patches};
+use masque::ops::regions::{Layout, Regions, Seen};
 use masque::param::ParamsBuilder;
 use masque::rng::Rng;
 use masque::tape::{Tape, Var};
@@ -87,6 +89,46 @@ fn equal_noises_keep_raster_order_and_what_is_no_number_comes_last() {
 }
 
 #[test]
+fn disjoint_views_are_those_of_the_cpu() {
+    let (gpu, device) = emulated();
+    for (grid, side, corruption, prediction, views) in [
+        ([14, 14], 2, 0.6, 1.0, 2),
+        ([14, 14], 1, 0.75, 1.0, 4),
+        ([4, 10], 2, 0.4, 1.0, 3),
+        ([3, 5], 1, 0.3, 0.3, 2),
+        ([2, 6], 2, 0.5, 0.9, 1),
+        ([24, 24], 1, 0.9, 0.95, 3),
+    ] {
+        let plan = Disjoint::new(grid, side, Rates { corruption, prediction, views }).unwrap();
+        let rng = Rng::new(9);
+        let want = plan.draw(3, &Device::Cpu, &rng).unwrap();
+        in_all_orders(&gpu, None, |order| {
+            let got = plan.draw(3, &device, &rng).unwrap();
+            same_masks(&got, &want, &format!("{grid:?}, units of {side}, {views} views{order}"));
+        });
+    }
+}
+
+/// Regions of which some are there, on a device.
+fn regions(device: &Device, layout: Layout, seen: bool) -> Regions {
+    let kept = Tensor::from_slice(&[2, 3], &[4u32, 0, 5, 2, 1, 3]).unwrap().on(device).unwrap();
+    let places = Tensor::from_slice(&[2, 6], &[1u32, 3, 4, 5, 0, 2, 5, 1, 0, 2, 4, 3]).unwrap().on(device).unwrap();
+    Regions { grid: [2, 3], layout, seen: if seen { Seen::Only { kept, places } } else { Seen::All } }
+}
+
+#[test]
+fn tokens_of_regions_are_those_of_the_cpu() {
+    let (gpu, device) = emulated();
+    for (side, cell) in [(4, 2), (2, 2), (6, 3), (4, 1), (1, 1)] {
+        for seen in [false, true] {
+            let of = |device: &Device| regions(device, Layout { side, cell }, seen).tokens_of(2, device).unwrap();
+            let want = of(&Device::Cpu);
+            in_all_orders(&gpu, None, |order| same(&of(&device), &want, &format!("side {side}, cells of {cell}, {seen}{order}")));
+        }
+    }
+}
+
+#[test]
 fn the_most_attended_patches_are_those_of_the_cpu() {
     let (gpu, device) = emulated();
     for (b, heads, extra, n, keep) in [(2, 3, 1, 37, 11), (1, 12, 2, 196, 98), (3, 1, 0, 5, 5), (2, 2, 1, 4, 0)] {
@@ -117,9 +159,10 @@ fn images(shape: [usize; 4]) -> Tensor {
 fn patches_come_in_the_wanted_type_in_one_pass() {
     let (gpu, device) = emulated();
     let ids = Tensor::from_slice(&[2, 3], &[5u32, 0, 2, 1, 4, 3]).unwrap();
+    let views = Tensor::from_slice(&[4, 2], &[5u32, 0, 2, 1, 4, 3, 0, 5]).unwrap();
     for (channels, h, w, patch) in [(3, 16, 24, (8, 8)), (1, 32, 48, (16, 16)), (3, 28, 42, (14, 14)), (2, 8, 15, (4, 5))] {
         let images = images([2, channels, h, w]);
-        for ids in [None, Some(&ids)] {
+        for ids in [None, Some(&ids), Some(&views)] {
             let want = gather_patches(&images, patch, ids, Dtype::F32).unwrap();
             let rounded = want.cast(Dtype::Bf16).unwrap();
             in_all_orders(&gpu, Some(&gather::VERSIONS), |version| {
@@ -129,6 +172,12 @@ fn patches_come_in_the_wanted_type_in_one_pass() {
                 same(&gather_patches(&there.cast(Dtype::Bf16).unwrap(), patch, ids, Dtype::Bf16).unwrap(), &rounded, &what);
             });
         }
+    }
+    let both = gather_patches(&images([2, 1, 4, 6]), (2, 2), Some(&views), Dtype::F32).unwrap();
+    for (view, ids) in views.data::<u32>().chunks_exact(4).enumerate() {
+        let ids = Tensor::from_slice(&[2, 2], ids).unwrap();
+        let alone = gather_patches(&images([2, 1, 4, 6]), (2, 2), Some(&ids), Dtype::F32).unwrap();
+        assert_eq!(both.data::<f32>()[view * 16..(view + 1) * 16], *alone.data::<f32>());
     }
     let bytes = Tensor::from_slice(&[1, 1, 2, 2], &[0u8, 7, 255, 3]).unwrap().on(&device).unwrap();
     assert_eq!(here(&gather_patches(&bytes, (2, 2), None, Dtype::Bf16).unwrap()).to_f64(), [0.0, 7.0, 255.0, 3.0]);
@@ -191,6 +240,20 @@ fn a_bad_id_on_the_device_is_an_error_that_names_the_thread_and_harms_nothing() 
     let mask = Var::constant(Tensor::full_on(&device, &[1, 1, 8], Dtype::F32, 1.0).unwrap());
     let restore = Tensor::from_slice(&[2, 5], &[0u32, 1, 2, 3, 4, 0, 1, 2, 3, 6]).unwrap().on(&device).unwrap();
     assert!(refused(three.unshuffle(&mask, &restore, 0)).contains("unshuffle_fwd_f32"));
+    let kept = Tensor::from_slice(&[2, 3], &[4u32, 0, 6, 2, 1, 3]).unwrap().on(&device).unwrap();
+    let bad = |layout: Layout| match regions(&device, layout, true) {
+        Regions { grid, layout, seen: Seen::Only { places, .. } } => {
+            Regions { grid, layout, seen: Seen::Only { kept: kept.clone(), places } }
+        }
+        all => all,
+    };
+    for (side, cell, version) in [(2, 2, "v2_f32_side2"), (2, 1, "v1_f32")] {
+        let regions = bad(Layout { side, cell });
+        assert!(refused(regions.tokens_of(2, &device)).contains("tokens_of_u32"));
+        let [x, w] = [&[2, 12, 8][..], &[8, 1, 5, 5]].map(|shape| Var::constant(Tensor::full_on(&device, shape, Dtype::F32, 1.0).unwrap()));
+        let error = refused(x.region_conv(&w, None, &regions));
+        assert!(error.contains(&format!("region_conv_fwd_{version}")) && error.contains("index 6 is outside 0..6"), "{error}");
+    }
     assert_eq!(here(x.gather(&ids(3).on(&device).unwrap()).unwrap().value()).to_f64(), [1.0; 48]);
 }
 

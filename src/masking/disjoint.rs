@@ -13,6 +13,8 @@
 //! Rows of the result are all images' first views, then all second views. GPU: kernels/masking.cu.
 
 use super::{Mask, random, units};
+use crate::device::gpu::Gpu;
+use crate::device::launch::{Args, Launch};
 use crate::ensure;
 use crate::error::Result;
 use crate::rng::Rng;
@@ -105,7 +107,7 @@ impl Disjoint {
         }
         match device.gpu() {
             None => self.masks(&first, &permutations),
-            Some(gpu) => crate::bail!("disjoint views: {gpu:?} has no kernel yet"),
+            Some(gpu) => self.masks_on(gpu, &first, &permutations),
         }
     }
 
@@ -130,6 +132,27 @@ impl Disjoint {
             }
             all_kept[row * kept_each..][..kept_each].copy_from_slice(&all_shuffle[at..at + kept_each]);
         }
+        Ok(Mask { kept, shuffle, restore, hidden })
+    }
+
+    fn masks_on(&self, gpu: &Gpu, first: &Tensor, permutations: &[[Tensor; 2]]) -> Result<Mask> {
+        let (units, patches, rows) = (self.units(), self.patches(), self.views() * first.rows());
+        let index = |rows, columns| first.alike(&[rows, columns], Dtype::U32);
+        let (mut orders, mut states) = (index(self.views(), units)?, index(self.views(), units)?);
+        let mut seen = self.keep;
+        for view in 0..self.views() {
+            // Nothing is permuted before the first view.
+            let (by, fresh) = view.checked_sub(1).map_or((None, 0), |at| (Some(&permutations[at]), self.fresh[at]));
+            let args = Args::new().out(&mut orders).out(&mut states).maybe(by.map(|[p, _]| p)).maybe(by.map(|[_, q]| q));
+            let args = args.int(view).int(units).int(self.keep).int(seen).int(fresh);
+            gpu.launch("disjoint_order_u32", Launch::elements(units, 1), args.fault())?;
+            seen -= fresh;
+        }
+        let (mut kept, mut shuffle, mut restore) = (index(rows, self.kept_each())?, index(rows, patches)?, index(rows, patches)?);
+        let mut hidden = first.alike(&[rows, patches], Dtype::F32)?;
+        let args = Args::new().out(&mut shuffle).out(&mut restore).out(&mut kept).out(&mut hidden).input(first).input(&orders);
+        let args = args.int(first.rows()).int(units).int(self.keep).int(self.side).int(self.grid[1] / self.side).int(rows * patches);
+        gpu.launch("disjoint_masks_u32", Launch::elements(rows * patches, 1), args.fault())?;
         Ok(Mask { kept, shuffle, restore, hidden })
     }
 

@@ -321,6 +321,14 @@ pub fn conv_cases() -> Vec<Case> {
         conv("3 of 6 regions of 2 x 2, 5 x 5", some_regions(two), 7, 5),
         conv("all of 2 x 2 regions of 4 x 4, 5 x 5", all([2, 2], four), 16, 5),
         conv("all of 3 x 1 regions of 3 x 3, 3 x 3", all([3, 1], Layout { side: 3, cell: 1 }), 18, 3),
+        conv("blocks of channels, rows that are no pairs", some_regions(four), 131, 5),
+        conv("blocks of channels at 2 x 2", some_regions(two), 138, 5),
+        conv(
+            "halves of blocks of channels, some regions hidden",
+            Regions { seen: Seen::Hiding(hidden.clone()), ..all([2, 3], four) },
+            66,
+            5,
+        ),
         conv("half of the regions hidden", Regions { grid: [2, 3], layout: two, seen: Seen::Hiding(hidden) }, 33, 5),
     ]
 }
