@@ -9,6 +9,7 @@
 
 mod case;
 mod compare;
+mod convmae;
 mod dmae;
 mod hog;
 mod mae;
@@ -219,6 +220,7 @@ fn run_case(path: &Path, options: &Options) -> Result<Ran> {
         "maskedkd" => maskedkd::run(&case, dtype, &mut record)?,
         "vit" | "linprobe" if matches!(kind, "" | "deit" | "deit_distilled") => vit::run(&case, dtype, &mut record)?,
         "vit" | "linprobe" => return Ok(Ran::Unsupported(format!("models of kind {kind:?} are not supported yet"))),
+        "convmae" if kind == "convvit_classifier" => convmae::classify(&case, dtype, &mut record)?,
         "hog" => hog::run(&case, dtype, &mut record)?,
         "op" => {
             if !ops::run(&case, dtype, &mut record)? {
