@@ -154,7 +154,7 @@ impl RunArgs {
 
     pub fn schedule(&self) -> Schedule {
         let peak = self.lr.unwrap_or_else(|| schedule::peak_per_256(self.blr, self.effective_batch()));
-        Schedule::Mae { peak, min: self.min_lr, warmup: self.warmup_epochs, fixed: false }
+        Schedule::Mae { peak, min: self.min_lr, warmup: self.warmup_epochs, from: 0.0, fixed: false }
     }
 
     pub fn options(&self) -> Options {
