@@ -59,6 +59,10 @@ impl VisualizeArgs {
             Model::Mae(_) => {}
             _ => self.needs_decoder(&opened)?,
         }
+        if !opened.vit().config.class_token && (self.attention || !matches!(opened.model, Model::Mae(_))) {
+            let file = self.model.checkpoint.display();
+            return Err(Error::usage(format!("{file} is a ConViT, which has no class token, so there is nothing to show of where it looks")));
+        }
         let of_run = opened.images(None, [&self.mean, &self.std])?;
         let [mean, std] = of_run.statistics();
         let normalised = Normalised { mean: &mean, std: &std };

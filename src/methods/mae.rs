@@ -64,6 +64,7 @@ impl MaeArgs {
     /// For square images of this side and so many channels.
     pub fn config(&self, image: usize, channels: usize) -> Result<MaeConfig> {
         let named = presets::named(&self.model)?;
+        named.needs_patches(&self.model, "this pre-training")?;
         let usage = |text: String| Err(Error::usage(text));
         if let Some(family) = named.family.filter(|family| *family != Family::Mae) {
             return usage(format!("--model {} is a {family:?} classifier; pre-training takes mae_vit_... or a size", self.model));

@@ -12,6 +12,7 @@ use crate::nn::classifier::{ClassifierConfig, Pool};
 use crate::nn::contents::Contents;
 use crate::nn::names;
 use crate::nn::presets;
+use crate::nn::stages::StagesConfig;
 use crate::nn::vit::{DropPath, Tokens, Vit, VitConfig};
 use crate::nn::weights::{self, Policy, Which};
 use crate::param::{Params, ParamsBuilder};
@@ -119,6 +120,12 @@ impl ModelArgs {
         }
         let vit =
             encoder_of(&contents, &settings, self.model.as_deref()).with_context(|| format!("{}: give its name by --model", shown()))?;
+        if contents.stages.is_some() && contents.decoder.is_some() {
+            return Err(Error::usage(format!(
+                "{} is a ConViT with its decoder, whose pictures are not drawn here; masque finetune and masque probe take its encoder by --finetune",
+                shown()
+            )));
+        }
         let mut model = if contents.decoder.is_some() {
             Model::Mae(Box::new(Mae::new(self.mae(&contents, &settings, vit)?, Dtype::F32, &Rng::new(0))?))
         } else if let Some(classes) = contents.classes {
@@ -166,12 +173,19 @@ pub fn encoder_of(contents: &Contents, settings: &Map<String, Value>, name: Opti
     let grid = contents.grid.ok_or_else(|| Error::new("its position table is of no square grid"))?;
     let side = grid.checked_mul(contents.patch).ok_or_else(|| Error::new("its position table is too large"))?;
     let named = presets::named(name)?;
+    if named.is_convit() != contents.stages.is_some() {
+        let [is, holds] = if named.is_convit() { ["a ConViT", "none"] } else { ["no ConViT", "one"] };
+        return Err(Error::usage(format!("model {name} is {is} but the file holds {holds}")));
+    }
     let fixed = contents.decoder.is_some();
     let config = if fixed { named.encoder(side)? } else { named.classifier(side, 0.0)? };
     let number = |key: &str| settings.get(key).and_then(Value::as_u64).map(|n| n as usize);
     // Heads of a TinyMIM student, which are not those that it is fine-tuned with.
     let heads = number("heads").or(named.heads).unwrap_or(config.heads);
+    // A file may hold an encoder as it is pre-trained and no decoder.
+    let stages = config.stages.map(|stages| StagesConfig { fused: contents.stages.as_ref().is_some_and(|found| found.fused), ..stages });
     Ok(VitConfig {
+        stages,
         patch: contents.patch,
         channels: contents.channels,
         drop_path: DropPath::Constant(0.0),

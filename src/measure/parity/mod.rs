@@ -9,6 +9,7 @@
 
 mod case;
 mod compare;
+mod convmae;
 mod dmae;
 mod dmjd;
 mod hog;
@@ -220,6 +221,7 @@ fn run_case(path: &Path, options: &Options) -> Result<Ran> {
         "vit" | "linprobe" => return Ok(Ran::Unsupported(format!("models of kind {kind:?} are not supported yet"))),
         "dmjd" => dmjd::dmjd(&case, dtype, &mut record)?,
         "convmae" if kind.is_empty() => dmjd::convmae(&case, dtype, &mut record)?,
+        "convmae" if kind == "convvit_classifier" => convmae::classify(&case, dtype, &mut record)?,
         "convmae" => return Ok(Ran::Unsupported(format!("models of kind {kind:?} are not supported yet"))),
         "hog" => hog::run(&case, dtype, &mut record)?,
         "op" => {
