@@ -121,6 +121,14 @@ enum Measure {
         #[arg(long)]
         json: bool,
     },
+    /// ConViT's convolution stages where patches are visible alone, beside everywhere: time of pre-training steps
+    Stages {
+        #[command(flatten)]
+        stages: measure::stages::StagesArgs,
+        /// One JSON object a line instead of text
+        #[arg(long)]
+        json: bool,
+    },
     /// What a teacher costs that sees a part of the patches, beside the student: time and memory of steps of MaskedKD
     Teacher {
         #[command(flatten)]
@@ -303,6 +311,10 @@ fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Measure(Measure::Step { step: args, json }) => {
             let report = step::run(&args)?;
+            say(&if json { report.json().to_string() } else { report.text() });
+        }
+        Command::Measure(Measure::Stages { stages: args, json }) => {
+            let report = measure::stages::run(&args)?;
             say(&if json { report.json().to_string() } else { report.text() });
         }
         Command::Measure(Measure::Teacher { teacher: args, json }) => {

@@ -4,7 +4,9 @@ use super::{Times, timed};
 use crate::device::gemm::{self, Finish, View};
 use crate::device::parallel::{self, Panel};
 use crate::error::{Error, Result};
+use crate::masking;
 use crate::ops::case::numbers;
+use crate::ops::regions::{Layout, Regions, Seen};
 use crate::optim::adamw::AdamW;
 use crate::optim::{Optimizer, groups};
 use crate::param::{Init, ParamsBuilder};
@@ -14,7 +16,8 @@ use crate::tensor::{Dtype, Tensor};
 use serde_json::{Map, Value, json};
 
 /// What can be measured.
-pub const NAMES: [&str; 8] = ["matmul_forward", "matmul_input", "matmul_weight", "layernorm", "gelu", "softmax", "attention", "adamw"];
+pub const NAMES: [&str; 10] =
+    ["matmul_forward", "matmul_input", "matmul_weight", "layernorm", "gelu", "softmax", "attention", "depthwise", "region_conv", "adamw"];
 
 const PRODUCT_ROWS: [usize; 3] = [400, 1576, 3152];
 const PRODUCTS: [(usize, usize); 7] = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (1536, 512), (512, 2048), (576, 192)];
@@ -22,6 +25,10 @@ const NORMS: [(usize, usize); 3] = [(1576, 512), (400, 768), (3152, 512)];
 const GELUS: [(usize, usize); 2] = [(1576, 2048), (400, 3072)];
 const SOFTMAXES: [(usize, usize); 1] = [(25_216, 197)];
 const ATTENTIONS: [(usize, usize, usize, usize); 3] = [(8, 50, 12, 64), (8, 197, 16, 32), (16, 50, 3, 64)];
+/// Images, channels, rows and columns.
+const DEPTHWISES: [[usize; 4]; 2] = [[8, 256, 56, 56], [8, 384, 28, 28]];
+/// Images, kept of 14 x 14 regions, tokens along a side of one, channels.
+const REGIONS: [[usize; 4]; 4] = [[8, 196, 4, 256], [32, 49, 4, 256], [8, 196, 2, 384], [32, 49, 2, 384]];
 const UPDATES: [usize; 2] = [5_700_000, 31_200_000];
 
 /// Runs of each case that do not count.
@@ -80,6 +87,23 @@ pub fn run(only: &[String], runs: usize, mut row: impl FnMut(Row)) -> Result<()>
                 for (b, n, heads, d) in ATTENTIONS {
                     let case = [("b", b), ("n", n), ("heads", heads), ("d", d)];
                     row(both_ways(op, &case, &[&[b, n, 3 * heads * d]], runs, |x| x[0].attention(heads))?);
+                }
+            }
+            "depthwise" => {
+                for [b, c, h, w] in DEPTHWISES {
+                    let shapes: [&[usize]; 3] = [&[b, c, h, w], &[c, 1, 5, 5], &[c]];
+                    let case = [("b", b), ("c", c), ("h", h), ("w", w)];
+                    row(both_ways(op, &case, &shapes, runs, |x| x[0].depthwise(&x[1], Some(&x[2]), None))?);
+                }
+            }
+            "region_conv" => {
+                for [b, kept, side, c] in REGIONS {
+                    let (grid, layout) = ([14, 14], Layout { side, cell: 2 });
+                    let mask = masking::random(&Tensor::from_slice(&[b, 196], &Rng::new(0).uniform("mask", b * 196)?)?, kept)?;
+                    let seen = if kept == 196 { Seen::All } else { Seen::Only { kept: mask.kept, places: mask.restore } };
+                    let shapes: [&[usize]; 3] = [&[b, kept * layout.tokens(), c], &[c, 1, 5, 5], &[c]];
+                    let (case, regions) = ([("b", b), ("k", kept), ("region", side), ("c", c)], Regions { grid, layout, seen });
+                    row(both_ways(op, &case, &shapes, runs, |x| x[0].region_conv(&x[1], Some(&x[2]), &regions))?);
                 }
             }
             "adamw" => {

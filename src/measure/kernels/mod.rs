@@ -109,7 +109,7 @@ impl Plan {
 
     /// The benches of one model, or of the parts of other networks if that is None; each with so many images.
     fn benches(&self, model: Option<&str>, percents: &[usize], images: usize) -> Result<Vec<Bench>> {
-        let Some(model) = model else { return Ok([once::cait(images), once::convmae(images)].into_iter().flatten().collect()) };
+        let Some(model) = model else { return Ok([once::cait(images), once::convmae(images)?].into_iter().flatten().collect()) };
         let by_tokens = percents.iter().map(|&percent| tokens::benches(&Sizes::of(model, percent, images, self.precision)?));
         let mut all: Vec<Bench> = by_tokens.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
         all.extend(once::of_a_model(&Sizes::of(model, 100, images, self.precision)?)?);
@@ -135,7 +135,7 @@ impl Plan {
 /// The ops there are, in the order of the table.
 pub fn names() -> Result<Vec<&'static str>> {
     let s = Sizes::of("tiny", 50, 1, Dtype::F32)?;
-    let all = [tokens::benches(&s)?, once::of_a_model(&s)?, once::cait(1), once::convmae(1)];
+    let all = [tokens::benches(&s)?, once::of_a_model(&s)?, once::cait(1), once::convmae(1)?];
     let mut names: Vec<&str> = Vec::new();
     for name in all.iter().flatten().map(|bench| bench.op).chain(Rule::ALL.map(Rule::name)) {
         if !names.contains(&name) {

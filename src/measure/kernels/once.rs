@@ -1,6 +1,6 @@
 //! The ops whose work does not depend on how many tokens are kept: once a model, and once altogether for the parts of other networks.
 
-use super::bench::{Bench, Work};
+use super::bench::{Bench, Work, shuffled};
 use super::tokens::{DECODER_HEADS, DECODER_WIDTH, SIDE, Sizes, attention};
 use crate::data::augment::{self, Augment, Mix};
 use crate::data::resize::{IMAGENET_MEAN, IMAGENET_STD};
@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::masking::{self, Arrangement, Keys};
 use crate::ops::depthwise;
 use crate::ops::distill_kl::Reduction;
+use crate::ops::regions::{self, Layout, Regions, Seen};
 use crate::rng::Rng;
 use crate::tape::Var;
 use crate::targets::{hog, pixels};
@@ -121,8 +122,11 @@ pub fn cait(b: usize) -> Vec<Bench> {
 }
 
 /// ConvMAE-B's convolutional stages.
-pub fn convmae(b: usize) -> Vec<Bench> {
+pub fn convmae(b: usize) -> Result<Vec<Bench>> {
     let stages = [(56, 256), (28, 384)];
+    let by_regions =
+        stages.iter().flat_map(|&(side, c)| [49, REGIONS[0] * REGIONS[1]].map(|kept| region_conv(b, side / REGIONS[0], c, kept)));
+    let by_regions = by_regions.collect::<Result<Vec<_>>>()?;
     let depthwise = stages.map(|(side, c)| {
         let n = b * c * side * side;
         Bench::new("depthwise", b, &[("c", c), ("side", side), ("kernel", 5)], |x| x[0].depthwise(&x[1], Some(&x[2]), None))
@@ -142,5 +146,31 @@ pub fn convmae(b: usize) -> Vec<Bench> {
             .vector(&[out])
             .forward(Work::moves(x + y + w, out).flops(2 * y * c * 4))
             .backward(Work::moves(2 * x + y + w, w + out).flops(4 * y * c * 4));
-    depthwise.into_iter().chain([between]).collect()
+    Ok(depthwise.into_iter().chain(by_regions).chain([between]).collect())
+}
+
+/// Patches of the last stage, each a region of the stages before.
+const REGIONS: [usize; 2] = [14, 14];
+
+/// A stage's filter over so many of its regions of `side` x `side` tokens.
+fn region_conv(b: usize, side: usize, c: usize, kept: usize) -> Result<Bench> {
+    let (all, layout) = (REGIONS[0] * REGIONS[1], Layout { side, cell: 2 });
+    let order = shuffled(all)?;
+    let mut places = vec![0.0; all];
+    order.iter().enumerate().for_each(|(place, &region)| places[region as usize] = place as f32);
+    let run = move |x: &[Var]| {
+        let [kept, places] = [&x[3], &x[4]].map(|ids| ids.value().clone());
+        let seen = if kept.last() == all { Seen::All } else { Seen::Only { kept, places } };
+        x[0].region_conv(&x[1], Some(&x[2]), &Regions { grid: REGIONS, layout, seen })
+    };
+    let tokens = kept * layout.tokens();
+    let n = b * tokens * c;
+    let bench = Bench::new("region_conv", b, &[("k", kept), ("l", all), ("region", side), ("c", c), ("kernel", 5)], run)
+        .activation(&[b, tokens, c])
+        .vector(&[c, 1, 5, 5])
+        .vector(&[c])
+        .exact(&[b, kept], Dtype::U32, Some(order[..kept].to_vec()))
+        .exact(&[b, all], Dtype::U32, Some(places));
+    let forward = Work::moves(2 * n, 26 * c);
+    Ok(bench.all_versions(&regions::VERSIONS).forward(forward).backward(Work::moves(3 * n, 51 * c)))
 }
