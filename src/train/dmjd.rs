@@ -5,6 +5,7 @@ use super::pretrain::{CommonArgs, InitArgs, Job, Making};
 use super::run::{Ended, Schedule};
 use super::target::Targeted;
 use super::teacher::TeacherArgs;
+use crate::device::{Device, Precision};
 use crate::error::Result;
 use crate::masking::disjoint::Disjoint;
 use crate::methods::Method;
@@ -33,6 +34,17 @@ pub struct DmjdPretrainArgs {
 }
 
 impl DmjdPretrainArgs {
+    fn targeted(&self) -> Targeted<'_> {
+        Targeted { kind: self.method.pred_type, eps: self.method.norm_pix_eps, teacher: &self.teacher }
+    }
+
+    /// The model of a checkpoint of such a run.
+    pub fn model(&self, [image, channels]: [usize; 2], on: (&Device, Precision)) -> Result<Dmjd> {
+        let networks = self.method.networks(image, channels)?;
+        let targets = self.targeted().open(&networks.0, on, None, &mut |_| ())?;
+        Dmjd::new(self.method.config(networks, targets)?, Dtype::F32, &Rng::new(0))
+    }
+
     /// The peak of the learning rate, and how it comes about.
     fn peak(&self) -> (f64, String) {
         let (run, method) = (&self.common.run, &self.method);
@@ -71,13 +83,14 @@ pub fn dmjd(args: &DmjdPretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
     let (common, method) = (&args.common, &args.method);
     let networks = method.networks(common.images.input_size, common.images.in_chans)?;
     method.check(&networks.0)?;
-    let targeted = Targeted { kind: method.pred_type, eps: method.norm_pix_eps, teacher: &args.teacher, run: &common.run };
-    targeted.check(&networks.0)?;
+    let targeted = args.targeted();
+    targeted.check(&networks.0, common.run.device)?;
     common.run.check()?;
     say(&args.told(&method.views(&networks.0)?));
     let settings = settings(&DmjdPretrainArgs { common: common.resolved(), ..args.clone() })?;
     let make = |making: Making| -> Result<Box<dyn Method>> {
-        let targets = targeted.open(&networks.0, &making.device, &making.shown, making.say)?;
+        let on = (&making.device, common.run.precision);
+        let targets = targeted.open(&networks.0, on, Some(&making.shown), making.say)?;
         let mut dmjd = Dmjd::new(method.config(networks, targets)?, Dtype::F32, &Rng::new(common.run.seed))?;
         if !making.resumed {
             args.init.load(&mut dmjd.params, &dmjd.model.encoder().config, making.say)?;

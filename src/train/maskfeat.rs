@@ -5,6 +5,7 @@ use super::pretrain::{CommonArgs, InitArgs, Job, Making};
 use super::run::{Ended, Schedule};
 use super::target::Targeted;
 use super::teacher::TeacherArgs;
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::methods::Method;
 use crate::methods::maskfeat::{MaskFeat, MaskFeatArgs};
@@ -33,6 +34,19 @@ pub struct MaskFeatPretrainArgs {
     pub warmup_start: f64,
 }
 
+impl MaskFeatPretrainArgs {
+    fn targeted(&self) -> Targeted<'_> {
+        Targeted { kind: self.method.pred_type, eps: self.method.norm_pix_eps, teacher: &self.teacher }
+    }
+
+    /// The model of a checkpoint of such a run.
+    pub fn model(&self, [image, channels]: [usize; 2], on: (&Device, Precision)) -> Result<MaskFeat> {
+        let encoder = self.method.encoder(image, channels)?;
+        let targets = self.targeted().open(&encoder, on, None, &mut |_| ())?;
+        MaskFeat::new(self.method.config(encoder, targets)?, Dtype::F32, &Rng::new(0))
+    }
+}
+
 /// Betas of MaskFeat's AdamW.
 const BETAS: (f64, f64) = (0.9, 0.999);
 
@@ -43,11 +57,12 @@ pub fn maskfeat(args: &MaskFeatPretrainArgs, say: &mut dyn FnMut(&str)) -> Resul
     }
     let encoder = method.encoder(common.images.input_size, common.images.in_chans)?;
     method.check(&encoder)?;
-    let targeted = Targeted { kind: method.pred_type, eps: method.norm_pix_eps, teacher: &args.teacher, run: &common.run };
-    targeted.check(&encoder)?;
+    let targeted = args.targeted();
+    targeted.check(&encoder, common.run.device)?;
     let settings = settings(&MaskFeatPretrainArgs { common: common.resolved(), ..args.clone() })?;
     let make = |making: Making| -> Result<Box<dyn Method>> {
-        let targets = targeted.open(&encoder, &making.device, &making.shown, making.say)?;
+        let on = (&making.device, common.run.precision);
+        let targets = targeted.open(&encoder, on, Some(&making.shown), making.say)?;
         let mut maskfeat = MaskFeat::new(method.config(encoder, targets)?, Dtype::F32, &Rng::new(common.run.seed))?;
         if !making.resumed {
             args.init.load(&mut maskfeat.params, &maskfeat.model.encoder().config, making.say)?;

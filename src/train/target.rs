@@ -1,9 +1,8 @@
 //! What a run regresses: targets with the teacher that some of them need.
 
-use super::args::RunArgs;
 use super::cache::{Kept, Shown};
 use super::teacher::{TeacherArgs, Wanted, check_sees};
-use crate::device::Device;
+use crate::device::{Device, Named, Precision};
 use crate::error::{Error, Result};
 use crate::methods::target::{Kind, Targets, features};
 use crate::nn::vit::VitConfig;
@@ -13,12 +12,11 @@ pub struct Targeted<'a> {
     pub kind: Kind,
     pub eps: f64,
     pub teacher: &'a TeacherArgs,
-    pub run: &'a RunArgs,
 }
 
 impl Targeted<'_> {
     /// Refuses a teacher where none is asked, and a target that the device has not, before anything is opened.
-    pub fn check(&self, encoder: &VitConfig) -> Result<()> {
+    pub fn check(&self, encoder: &VitConfig, device: Named) -> Result<()> {
         if self.kind == Kind::Teacher {
             return self.teacher.config(Wanted::Encoder).map(|_| ());
         }
@@ -33,25 +31,33 @@ impl Targeted<'_> {
             return Err(Error::usage(format!("{flag}: a teacher is asked with --pred-type teacher alone; give that too, or leave the flag out")));
         }
         let gradients = matches!(self.kind, Kind::Hog | Kind::HogMaskfeat);
-        if gradients && self.run.device.is_gpu() && !matches!(encoder.patch, 8 | 16) {
+        if gradients && device != Named::Cpu && !matches!(encoder.patch, 8 | 16) {
             return Err(Error::usage(format!(
-                "--device {}: a GPU computes the gradients of patches of 8 and 16 pixels, not of {}; give --device cpu or another --pred-type",
-                self.run.device, encoder.patch
+                "--device {device}: a GPU computes the gradients of patches of 8 and 16 pixels, not of {}; give --device cpu or another --pred-type",
+                encoder.patch
             )));
         }
         Ok(())
     }
 
-    /// The targets of this encoder's patches.
-    pub fn open(&self, encoder: &VitConfig, device: &Device, shown: &Shown, say: &mut dyn FnMut(&str)) -> Result<Targets> {
+    /// The targets of this encoder's patches, for someone to whom images are shown so, where answers may be kept.
+    pub fn open(
+        &self,
+        encoder: &VitConfig,
+        (device, precision): (&Device, Precision),
+        shown: Option<&Shown>,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Targets> {
         if self.kind != Kind::Teacher {
             return Targets::new(self.kind, encoder, self.eps, None);
         }
-        let mut teacher = self.teacher.open(Wanted::Encoder, device, self.run.precision, say)?;
+        let mut teacher = self.teacher.open(Wanted::Encoder, device, precision, say)?;
         check_sees(&teacher, encoder, true)?;
         let depth = teacher.vit().depth;
         say(&format!("the teacher is asked for the tokens of its last block, {depth}, each normalised; no pictures are drawn of such targets"));
-        self.teacher.remember(&mut teacher, Kept { what: "normalised tokens", block: Some(depth) }, shown, features, say)?;
+        if let Some(shown) = shown {
+            self.teacher.remember(&mut teacher, Kept { what: "normalised tokens", block: Some(depth) }, shown, features, say)?;
+        }
         Targets::new(self.kind, encoder, self.eps, Some(teacher))
     }
 }
