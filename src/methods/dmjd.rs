@@ -119,7 +119,7 @@ pub struct DmjdArgs {
     #[arg(long, value_enum, default_value_t = LossType::SmoothL1)]
     pub vis_loss_type: LossType,
     /// From which difference on smooth-l1 is absolute
-    #[arg(long, default_value_t = 2.0, value_name = "BETA")]
+    #[arg(long, default_value_t = target::BETA, value_name = "BETA")]
     pub smooth_l1_beta: f64,
     /// Which target a visible patch is compared with
     #[arg(long, alias = "vis-align", value_enum, default_value_t = VisibleOrder::Aligned)]
@@ -147,27 +147,12 @@ pub struct DmjdArgs {
 /// Width of the visible branch where there is no decoder that has one.
 const PROJECTION: usize = 512;
 
-/// Refuses what no loss can be made with.
-pub fn check_loss(beta: f64, eps: f64) -> Result<()> {
-    for (flag, value) in [("--smooth-l1-beta", beta), ("--norm-pix-eps", eps)] {
-        if !(value.is_finite() && value > 0.0) {
-            return Err(Error::usage(format!("{flag} {value} is not a number above 0")));
-        }
-    }
-    Ok(())
-}
-
 impl DmjdArgs {
     pub fn model_name(&self) -> &str {
         self.model.as_deref().unwrap_or(match self.baseline {
             BaselineName::Convmae => "dmjd_convit_base_patch16_dec8_hog",
             _ => "mae_vit_base_patch16",
         })
-    }
-
-    /// By how much the learning rate is scaled: what a step predicts for what a view hides.
-    pub fn lr_scale(&self) -> f64 {
-        self.pred_ratio / self.mask_ratio
     }
 
     pub fn rates(&self) -> Rates {
@@ -225,12 +210,36 @@ impl DmjdArgs {
         })
     }
 
+    /// Refuses what cannot be meant, and flags that would say nothing.
+    pub fn check(&self, encoder: &VitConfig) -> Result<()> {
+        let usage = |text: String| Err(Error::usage(text));
+        target::check_loss(self.pred_type, [self.mim_loss_type, self.vis_loss_type], self.smooth_l1_beta, self.norm_pix_eps)?;
+        target::check_patch(self.pred_type, encoder)?;
+        if !(self.theta.is_finite() && self.theta >= 0.0) {
+            return usage(format!("--theta {} is not a number from 0 on", self.theta));
+        }
+        let decoder =
+            [("--decoder-dim", self.decoder_dim), ("--decoder-depth", self.decoder_depth), ("--decoder-heads", self.decoder_heads)];
+        if let Some((flag, _)) = decoder.iter().find(|(_, given)| given.is_some()).filter(|_| self.baseline == BaselineName::Maskfeat) {
+            return usage(format!("{flag}: --baseline maskfeat has no decoder; leave the flag out"));
+        }
+        if self.stages == StagesName::Dense && encoder.stages.is_none() {
+            return usage(format!("--stages dense: {} is a ViT, which has no convolution stages; leave the flag out", self.model_name()));
+        }
+        let of_visible = [
+            ("--visible-order released", self.visible_order == VisibleOrder::Released),
+            ("--visible-head", self.visible_head.is_some()),
+            ("--vis-loss-type l2", self.vis_loss_type == LossType::L2),
+        ];
+        if let Some((flag, _)) = of_visible.iter().find(|(_, typed)| *typed && self.theta == 0.0) {
+            return usage(format!("{flag}: with --theta 0 nothing is learned of visible patches; leave one of the two out"));
+        }
+        Ok(())
+    }
+
     /// The method on these networks.
     pub fn config(&self, networks: (VitConfig, Option<DecoderConfig>), targets: Targets) -> Result<DmjdConfig> {
-        check_loss(self.smooth_l1_beta, self.norm_pix_eps)?;
-        if !(self.theta.is_finite() && self.theta >= 0.0) {
-            return Err(Error::usage(format!("--theta {} is not a number from 0 on", self.theta)));
-        }
+        self.check(&networks.0)?;
         let (encoder, decoder) = networks;
         let views = self.views(&encoder)?;
         let head = self.visible_head.unwrap_or(if decoder.is_some() { VisibleHead::Projector } else { VisibleHead::Linear });
@@ -421,5 +430,19 @@ impl Method for Dmjd {
 
     fn teacher_cost(&self) -> Option<super::teacher::Cost> {
         self.targets.teacher_cost()
+    }
+
+    fn facts(&self) -> Vec<(&'static str, f64)> {
+        let of = |patches: usize| patches as f64 / self.views.patches() as f64;
+        let hidden = self.views.patches() - self.views.kept_each();
+        vec![
+            ("views_of_an_image", self.views.views() as f64),
+            ("corruption_rate", of(hidden)),
+            ("prediction_rate", of(self.views.predicted())),
+        ]
+    }
+
+    fn prepare(&self, batch: &mut Batch, _rng: &Rng) -> Result<()> {
+        self.targets.prepare(batch)
     }
 }

@@ -8,7 +8,7 @@ use super::{Batch, Loss, Method, baseline};
 use crate::error::{Error, Result};
 use crate::masking::{self, Mask};
 use crate::nn::decoder::{Decoder, DecoderConfig, DecoderTokens};
-use crate::nn::presets::{self, Family};
+use crate::nn::presets::{self, Family, Named};
 use crate::nn::vit::{Tokens, Vit, VitConfig};
 use crate::nn::{Scope, Start, flops};
 use crate::param::{Params, ParamsBuilder};
@@ -39,6 +39,10 @@ pub struct MaeArgs {
     #[arg(long, value_enum, default_value_t = KeepRounding::Floor)]
     #[serde(default)]
     pub keep_rounding: KeepRounding,
+    /// Least area of a block of --masking block-wise, in patches [default: 15, or a quarter of what is hidden where that is less]
+    #[arg(long, value_name = "N")]
+    #[serde(default)]
+    pub min_block_patches: Option<usize>,
     /// Compare with pixels that are normalised patch by patch
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
     pub norm_pix_loss: bool,
@@ -65,6 +69,11 @@ impl MaeArgs {
         if let Some(family) = named.family.filter(|family| *family != Family::Mae) {
             return usage(format!("--model {} is a {family:?} classifier; pre-training takes mae_vit_... or a size", self.model));
         }
+        self.config_of(&named, image, channels)
+    }
+
+    /// The same for a model of any kind.
+    pub fn config_of(&self, named: &Named, image: usize, channels: usize) -> Result<MaeConfig> {
         let mut encoder = named.encoder(image)?;
         (encoder.patch, encoder.channels) = (self.patch_size.unwrap_or(encoder.patch), channels);
         encoder.check().map_err(|error| Error::usage(format!("--input-size and --patch-size: {}", error.chain())))?;
@@ -76,14 +85,14 @@ impl MaeArgs {
         decoder.check()?;
         self.masks(&encoder)?;
         if !(self.norm_pix_eps.is_finite() && self.norm_pix_eps > 0.0) {
-            return usage(format!("--norm-pix-eps {} is not a number above 0", self.norm_pix_eps));
+            return Err(Error::usage(format!("--norm-pix-eps {} is not a number above 0", self.norm_pix_eps)));
         }
         Ok(MaeConfig { encoder, decoder, mask_ratio: self.mask_ratio, norm_pix: self.norm_pix_loss.then_some(self.norm_pix_eps) })
     }
 
     /// What makes the masks of training.
     pub fn masks(&self, encoder: &VitConfig) -> Result<Masks> {
-        Masks::new(self.masking, encoder, self.mask_ratio, self.keep_rounding)
+        Masks::new(self.masking, encoder, self.mask_ratio, self.keep_rounding)?.with_least_block(self.min_block_patches)
     }
 }
 

@@ -7,17 +7,18 @@
 
 use super::baseline::Baseline;
 use super::masks::{KeepRounding, Masking, Masks};
-use super::target::{Kind, LossType, Targets};
+use super::target::{self, Kind, LossType, Targets};
 use super::{Batch, Loss, Method};
 use crate::error::{Error, Result};
-use crate::nn::Scope;
+use crate::masking::Mask;
+use crate::nn::{Scope, flops};
 use crate::nn::presets::{self, Family};
 use crate::nn::vit::{Vit, VitConfig};
 use crate::param::{Params, ParamsBuilder};
 use crate::rng::Rng;
-use crate::tape::Tape;
+use crate::tape::{Tape, Var};
 use crate::targets::pixels;
-use crate::tensor::Dtype;
+use crate::tensor::{Dtype, Tensor};
 use serde::{Deserialize, Serialize};
 
 /// The flags of the method, with the values that its images are known to be trained with.
@@ -34,8 +35,11 @@ pub struct MaskFeatArgs {
     #[arg(long, default_value_t = 0.4, allow_negative_numbers = true, value_name = "RATIO")]
     pub mask_ratio: f64,
     /// Which patches are hidden
-    #[arg(long, value_enum, default_value_t = Masking::Random)]
+    #[arg(long, value_enum, default_value_t = Masking::BlockWise)]
     pub masking: Masking,
+    /// Least area of a block of --masking block-wise, in patches [default: 15, or a quarter of what is hidden where that is less]
+    #[arg(long, value_name = "N")]
+    pub min_block_patches: Option<usize>,
     /// What is predicted
     #[arg(long, value_enum, default_value_t = Kind::HogMaskfeat)]
     pub pred_type: Kind,
@@ -43,7 +47,7 @@ pub struct MaskFeatArgs {
     #[arg(long, value_enum, default_value_t = LossType::L2)]
     pub mim_loss_type: LossType,
     /// From which difference on smooth-l1 is absolute
-    #[arg(long, default_value_t = 2.0, value_name = "BETA")]
+    #[arg(long, default_value_t = target::BETA, value_name = "BETA")]
     pub smooth_l1_beta: f64,
     /// What is added to a patch's variance where pixels are normalised patch by patch
     #[arg(long, default_value_t = pixels::EPS, value_name = "VARIANCE")]
@@ -59,6 +63,11 @@ pub fn vit(model: &str, patch: Option<usize>, image: usize, channels: usize) -> 
         )));
     }
     let encoder = named.encoder(image)?;
+    if encoder.stages.is_some() {
+        return Err(Error::usage(format!(
+            "--model {model} is a ConViT, whose convolution stages have no place for a token instead of a patch; take a ViT, or masque pretrain convmae"
+        )));
+    }
     let encoder = VitConfig { patch: patch.unwrap_or(encoder.patch), channels, ..encoder };
     encoder.check().map_err(|error| Error::usage(format!("--input-size and --patch-size: {}", error.chain())))?;
     Ok(encoder)
@@ -69,10 +78,22 @@ impl MaskFeatArgs {
         vit(&self.model, self.patch_size, image, channels)
     }
 
+    /// What makes the masks of training. Of 196 patches 78 are hidden, which is what is nearest to two in five.
+    pub fn masks(&self, encoder: &VitConfig) -> Result<Masks> {
+        Masks::new(self.masking, encoder, self.mask_ratio, KeepRounding::Round)?.with_least_block(self.min_block_patches)
+    }
+
+    /// Refuses what cannot be meant.
+    pub fn check(&self, encoder: &VitConfig) -> Result<()> {
+        target::check_loss(self.pred_type, [self.mim_loss_type; 2], self.smooth_l1_beta, self.norm_pix_eps)?;
+        target::check_patch(self.pred_type, encoder)?;
+        self.masks(encoder).map(|_| ())
+    }
+
     /// The method for this encoder.
     pub fn config(&self, encoder: VitConfig, targets: Targets) -> Result<MaskFeatConfig> {
-        super::dmjd::check_loss(self.smooth_l1_beta, self.norm_pix_eps)?;
-        let masks = Masks::new(self.masking, &encoder, self.mask_ratio, KeepRounding::Floor)?;
+        self.check(&encoder)?;
+        let masks = self.masks(&encoder)?;
         Ok(MaskFeatConfig { encoder, masks, targets, loss: self.mim_loss_type, beta: self.smooth_l1_beta })
     }
 }
@@ -87,9 +108,9 @@ pub struct MaskFeatConfig {
 
 pub struct MaskFeat {
     pub params: Params,
-    model: Baseline,
+    pub model: Baseline,
     masks: Masks,
-    targets: Targets,
+    pub targets: Targets,
     loss: LossType,
     beta: f64,
 }
@@ -102,6 +123,15 @@ impl MaskFeat {
     }
 }
 
+impl MaskFeat {
+    /// What is hidden of images to learn from, and what is predicted of all patches.
+    pub fn predict(&self, s: &Scope, images: &Tensor, rng: &Rng) -> Result<(Mask, Var)> {
+        let mask = self.masks.draw(images, (self.model.encoder(), &self.params), rng)?;
+        let predicted = self.model.answer(s, images, &mask, false)?.predicted;
+        Ok((mask, predicted))
+    }
+}
+
 impl Method for MaskFeat {
     fn params(&mut self) -> &mut Params {
         &mut self.params
@@ -111,9 +141,8 @@ impl Method for MaskFeat {
         let s = Scope::new(tape, &self.params).with_noise(rng);
         let images = batch.images.on(self.params.device())?;
         let target = self.targets.of(batch, self.params.device())?; // [B, L, P]
-        let mask = self.masks.draw(&images, (self.model.encoder(), &self.params), rng)?;
-        let answer = self.model.answer(&s, &images, &mask, false)?;
-        Ok(Loss::single("features", answer.predicted.feature_loss_at(&target, self.loss.distance(self.beta), &mask.hidden)?))
+        let (mask, predicted) = self.predict(&s, &images, rng)?;
+        Ok(Loss::single("features", predicted.feature_loss_at(&target, self.loss.distance(self.beta), &mask.hidden)?))
     }
 
     fn encoder(&self) -> &Vit {
@@ -125,7 +154,10 @@ impl Method for MaskFeat {
     }
 
     fn macs(&self) -> [u64; 2] {
-        [self.model.macs(self.masks.kept_each(), self.targets.width); 2]
+        let seen = &self.model.encoder().config;
+        let looked = if self.masks.kind() == Masking::Saliency { flops::vit_macs(seen, seen.patches()) } else { 0 };
+        let all = self.model.macs(self.masks.kept_each(), self.targets.width);
+        [looked + all, all]
     }
 
     fn teacher(&self) -> Option<&super::teacher::Teacher> {
@@ -134,5 +166,9 @@ impl Method for MaskFeat {
 
     fn teacher_cost(&self) -> Option<super::teacher::Cost> {
         self.targets.teacher_cost()
+    }
+
+    fn prepare(&self, batch: &mut Batch, _rng: &Rng) -> Result<()> {
+        self.targets.prepare(batch)
     }
 }

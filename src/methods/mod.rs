@@ -1,6 +1,7 @@
 //! Floor 6: one file a method, each reading like its paper's method section.
 
 pub mod baseline;
+pub mod convmae;
 pub mod dmae;
 pub mod dmjd;
 pub mod mae;
@@ -122,6 +123,11 @@ pub trait Method: Any {
     /// What its teacher costs; None where there is none.
     fn teacher_cost(&self) -> Option<Cost> {
         None
+    }
+
+    /// Numbers that say what it does to an image, to be recorded beside its losses.
+    fn facts(&self) -> Vec<(&'static str, f64)> {
+        Vec::new()
     }
 
     /// Before a pass, and never recorded: finds out what need not be computed in it, such as a teacher's answers that are known already.

@@ -56,6 +56,36 @@ impl LossType {
     }
 }
 
+/// Refuses what no loss can be made with, and numbers that say nothing of these ones.
+pub fn check_loss(kind: Kind, losses: [LossType; 2], beta: f64, eps: f64) -> Result<()> {
+    for (flag, value) in [("--smooth-l1-beta", beta), ("--norm-pix-eps", eps)] {
+        if !(value.is_finite() && value > 0.0) {
+            return Err(Error::usage(format!("{flag} {value} is not a number above 0")));
+        }
+    }
+    if beta != BETA && !losses.contains(&LossType::SmoothL1) {
+        return Err(Error::usage(format!("--smooth-l1-beta {beta}: nothing is compared by smooth-l1; leave the flag out")));
+    }
+    if eps != pixels::EPS && kind != Kind::NormRgb {
+        return Err(Error::usage(format!("--norm-pix-eps {eps} is for --pred-type norm-rgb; leave the flag out")));
+    }
+    Ok(())
+}
+
+/// Refuses patches that have no such target.
+pub fn check_patch(kind: Kind, encoder: &VitConfig) -> Result<()> {
+    if matches!(kind, Kind::Hog | Kind::HogMaskfeat) && !encoder.patch.is_multiple_of(2) {
+        let patch = encoder.patch;
+        return Err(Error::usage(format!(
+            "--pred-type: a patch of {patch} pixels does not fall into 2 x 2 cells of gradients; take rgb"
+        )));
+    }
+    Ok(())
+}
+
+/// From which difference on smooth-l1 is absolute, where nothing else is asked for.
+pub const BETA: f64 = 2.0;
+
 /// Makes the targets of batches.
 pub struct Targets {
     kind: Kind,
@@ -74,12 +104,7 @@ impl Targets {
     /// Targets of the patches of this encoder.
     pub fn new(kind: Kind, encoder: &VitConfig, eps: f64, teacher: Option<Teacher>) -> Result<Self> {
         let patch = encoder.patch;
-        let gradients = matches!(kind, Kind::Hog | Kind::HogMaskfeat);
-        if gradients && !patch.is_multiple_of(2) {
-            return Err(Error::usage(format!(
-                "--pred-type: a patch of {patch} pixels does not fall into 2 x 2 cells of gradients; take rgb"
-            )));
-        }
+        check_patch(kind, encoder)?;
         ensure!((kind == Kind::Teacher) == teacher.is_some(), "a teacher's features are the target exactly where there is a teacher");
         let width = match kind {
             Kind::Rgb | Kind::NormRgb => encoder.patch_values(),
@@ -115,15 +140,37 @@ impl Targets {
             Kind::HogMaskfeat => hog::target(&batch.images.on(device)?, &hog::Options { cell, ..hog::Options::maskfeat() }),
             Kind::Rgb => pixels::targets(&batch.images.on(device)?, self.patch, None),
             Kind::NormRgb => pixels::targets(&batch.images.on(device)?, self.patch, Some(self.eps)),
-            Kind::Teacher => {
-                let teacher = self.teacher.as_ref().ok_or_else(|| Error::new("a target of features needs a teacher"))?;
-                let (last, extra) = (teacher.vit().depth - 1, teacher.vit().extra());
-                let features = teacher.features(&batch.for_teacher().on(device)?, None, &[last])?.remove(0);
-                let patches = Var::constant(features).tokens(extra..extra + teacher.vit().patches())?;
-                Ok(patches.layernorm_plain(TEACHER_EPS)?.value().clone())
-            }
+            Kind::Teacher => match &batch.teacher_output {
+                Some(known) => known.on(device),
+                None => features(self.taught()?, &batch.for_teacher().on(device)?),
+            },
         }
     }
+
+    fn taught(&self) -> Result<&Teacher> {
+        self.teacher.as_ref().ok_or_else(|| Error::new("a target of features needs a teacher"))
+    }
+
+    /// Finds out which answers of the teacher are known already.
+    pub fn prepare(&self, batch: &mut Batch) -> Result<()> {
+        if let Some(teacher) = &self.teacher {
+            batch.teacher_output = teacher.recall(batch, |images| features(teacher, images))?;
+        }
+        Ok(())
+    }
+
+    /// What is added to a patch's variance where targets are pixels normalised patch by patch; None of other targets.
+    pub fn norm_pix(&self) -> Option<f64> {
+        Some(self.eps).filter(|_| self.kind == Kind::NormRgb)
+    }
+}
+
+/// The tokens of a teacher's last block, patches only, each normalised: [B, L, P].
+pub fn features(teacher: &Teacher, images: &Tensor) -> Result<Tensor> {
+    let (last, extra) = (teacher.vit().depth - 1, teacher.vit().extra());
+    let features = teacher.features(images, None, &[last])?.remove(0);
+    let patches = Var::constant(features).tokens(extra..extra + teacher.vit().patches())?;
+    Ok(patches.layernorm_plain(TEACHER_EPS)?.value().clone())
 }
 
 /// Rows `ids` [M B, K] of each image's targets [B, L, P], of M views of each: [M B, K, P].

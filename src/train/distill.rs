@@ -183,7 +183,7 @@ impl TrainArgs {
         let lr = self.run.lr.unwrap_or(5e-4);
         let peak = if self.unscale_lr { lr } else { peak_per_512(lr, self.run.effective_batch()) };
         if self.sched == Sched::Updates {
-            return Schedule::Mae { peak, min: self.run.min_lr, warmup: self.run.warmup_epochs, fixed: false };
+            return Schedule::Mae { peak, min: self.run.min_lr, warmup: self.run.warmup_epochs, from: 0.0, fixed: false };
         }
         let (epochs, warmup) = (self.run.epochs as usize, self.run.warmup_epochs as usize);
         Schedule::Timm(TimmCosine::new(peak, epochs, self.run.min_lr, warmup, self.warmup_lr))
