@@ -1,7 +1,7 @@
 // hog.cu - histograms of oriented gradients as regression targets.   Definition: src/targets/hog.rs
 //
-//   image f32 [B, C, H, W] or u8 [B, H, W, C]; cells of 8 x 8 pixels, 9 bins of 20 degrees; patches of 2 x 2 cells
-//   histograms, normalised [B, C, H/8, W/8, 9] f32 or null; target [B, H/16 W/16, 4 9 C] f32
+//   image f32 [B, C, H, W] or u8 [B, H, W, C]; cells of 8 x 8 or 4 x 4 pixels, 9 bins of 20 degrees; patches of 2 x 2 cells
+//   cells of side S: histograms, normalised [B, C, H/S, W/S, 9] f32 or null; target [B, H/2S W/2S, 4 9 C] f32
 //
 // Every step is the CPU's, operation by operation, so the results are the CPU's bit for bit: the bin is a count of half-planes and no arctangent, products
 // that are added are written as fmaf, and a bin's pixels are added in their order.
@@ -12,16 +12,17 @@
 
 namespace {
 
-constexpr int CELL = 8, PIXELS = CELL * CELL, BINS = 9, WARPS = 4;
+constexpr int BINS = 9, WARPS = 4;
 
 // (cos, sin) of 20 k degrees, k = 1..8.
 __constant__ float COS[BINS - 1] = {0.93969262078590838f, 0.76604444311897804f, 0.5f, 0.17364817766693035f,
                                     -0.17364817766693035f, -0.5f, -0.76604444311897804f, -0.93969262078590838f};
 __constant__ float SIN[BINS - 1] = {0.34202014332566873f, 0.64278760968653933f, 0.86602540378443865f, 0.98480775301220806f,
                                     0.98480775301220806f, 0.86602540378443865f, 0.64278760968653933f, 0.34202014332566873f};
-// exp(-(i - 7.5)^2 / 128) over the sum of all 16, i = 0..7; the other half mirrors it.
-__constant__ float WINDOW[CELL] = {0.047048331531176497f, 0.052486206607453088f, 0.057644820788092153f, 0.062328912536125339f,
+// exp(-(i - 7.5)^2 / 128) over the sum of all 16, i = 0..7; the other half mirrors it. The same for cells of 4 pixels.
+__constant__ float WINDOW8[8] = {0.047048331531176497f, 0.052486206607453088f, 0.057644820788092153f, 0.062328912536125339f,
                                    0.066348782025081335f, 0.069532926557048125f, 0.071740138579353685f, 0.072869881375669798f};
+__constant__ float WINDOW4[4] = {0.09944193968615872f, 0.11994987571054136f, 0.135921016106958f, 0.14468716849634192f};
 
 // The image as the gradients read it.
 template <class T> struct Plane {
@@ -51,10 +52,12 @@ template <class T> __device__ __forceinline__ float2 gradient(const Plane<T>& p,
 
 // Warp: one cell, channel after channel. A lane takes pixels l and l + 32 into shared memory, then lane k adds those of bin k in their order. The
 // statistics over the bins pass through all lanes in the order of the bins.
-template <class T>
+template <int CELL, class T>
 __device__ __forceinline__ void hog(float* __restrict__ target, float* __restrict__ histograms, float* __restrict__ normalised,
                                     const T* __restrict__ images, int batch, int channels, int height, int width, bool planar, bool maskfeat,
                                     float eps) {
+  constexpr int PIXELS = CELL * CELL;
+  const float* window = CELL == 8 ? WINDOW8 : WINDOW4;
   __align__(16) __shared__ float weights[WARPS][PIXELS];
   __align__(16) __shared__ int bins[WARPS][PIXELS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, down = height / CELL, across = width / CELL;
@@ -78,7 +81,7 @@ __device__ __forceinline__ void hog(float* __restrict__ target, float* __restric
       float weight = sqrtf(fmaf(g.y, g.y, g.x * g.x));
       if (maskfeat) {
         const int wy = y % (2 * CELL), wx = x % (2 * CELL);
-        weight *= WINDOW[wy < CELL ? wy : 2 * CELL - 1 - wy] * WINDOW[wx < CELL ? wx : 2 * CELL - 1 - wx];
+        weight *= window[wy < CELL ? wy : 2 * CELL - 1 - wy] * window[wx < CELL ? wx : 2 * CELL - 1 - wx];
       }
       if (g.x < 0.f || (g.x == 0.f && g.y < 0.f)) {
         g.x = -g.x;
@@ -127,11 +130,13 @@ __device__ __forceinline__ void hog(float* __restrict__ target, float* __restric
 
 }  // namespace
 
-#define EXPORT(T, NAME, PLANAR)                                                                                                              \
-  extern "C" __global__ void __launch_bounds__(128) hog_##NAME(float* target, float* histograms, float* normalised, const T* images,         \
-                                                               int batch, int channels, int height, int width, int maskfeat, float eps) {    \
-    hog(target, histograms, normalised, images, batch, channels, height, width, PLANAR, maskfeat != 0, eps);                                 \
+#define EXPORT(T, NAME, CELL, PLANAR)                                                                                                        \
+  extern "C" __global__ void __launch_bounds__(128) NAME(float* target, float* histograms, float* normalised, const T* images, int batch,    \
+                                                         int channels, int height, int width, int maskfeat, float eps) {                     \
+    hog<CELL>(target, histograms, normalised, images, batch, channels, height, width, PLANAR, maskfeat != 0, eps);                           \
   }                                                                                                                                          \
-  KERNEL(hog_##NAME)
-EXPORT(float, f32, true)
-EXPORT(unsigned char, u8, false)
+  KERNEL(NAME)
+EXPORT(float, hog_f32, 8, true)
+EXPORT(unsigned char, hog_u8, 8, false)
+EXPORT(float, hog_cell4_f32, 4, true)
+EXPORT(unsigned char, hog_cell4_u8, 4, false)

@@ -1,8 +1,10 @@
-// masking.cu - orders of a few hundred numbers an image: random masks from noise, disjoint views, the most attended patches.   Definition: src/masking/
+// masking.cu - orders of a few hundred numbers an image: random masks from noise, blocks, disjoint views, the most attended patches.   Definition: src/masking/
 //
 //   random_mask   shuffle [B, L] = the patches in the order of noise [B, L]; restore [B, L] = its inverse; kept [B, K] = the first K of shuffle;
 //                 hidden [B, L] = restore >= K
 //   disjoint_order, disjoint_masks: the same four for M views of each image, later ones made of the first by permutations; see src/masking/disjoint.rs
+//   block_keys    keys [B, L]: a number a patch, 1 and more under the blocks that the numbers behind the first L of noise [B, L + 4 TRIES] draw; see
+//                 src/masking/blockwise.rs
 //   most_attended saliency [B, N] = mean over heads of rows [B, H, e + N] without their first e columns; kept [B, K] = the K largest
 //
 //   version  idea                                                                                                             B=256 L=196
@@ -58,6 +60,15 @@ struct Mask {
     if (place < keep) kept[(size_t)image * keep + place] = (unsigned)i;
   }
 };
+
+// e^x for |x| < 0.61: nine terms of its series.
+__device__ __forceinline__ float exponential(float x) {
+  float sum = 1.f;
+  for (int n = 8; n > 0; n--) sum = fmaf(x / (float)n, sum, 1.f);
+  return sum;
+}
+// One of the places 0 to last.
+__device__ __forceinline__ int place_of(float u, int last) { return min((int)(u * (float)(last + 1)), last); }
 
 }  // namespace
 
@@ -159,3 +170,33 @@ extern "C" __global__ void __launch_bounds__(1024) most_attended_f32(unsigned* _
   for (int r = threadIdx.x; r < keep; r += blockDim.x) kept[(size_t)blockIdx.x * keep + r] = (uint32_t)keys[r];
 }
 KERNEL(most_attended_f32)
+
+// Thread: an image, block after block, as they depend on each other. Patches under a block are those whose key is 1 or more.
+extern "C" __global__ void __launch_bounds__(32) block_keys_f32(float* __restrict__ keys, const float* __restrict__ noise, int batch, int rows,
+                                                                int columns, int hide, int least, int tries) {
+  const float STRETCH = 0.6019864f;
+  const int image = blockIdx.x * blockDim.x + threadIdx.x, l = rows * columns;
+  if (image >= batch) return;
+  float* own = keys + (size_t)image * l;
+  const float* numbers = noise + (size_t)image * (l + 4 * tries);
+  for (int i = 0; i < l; i++) own[i] = numbers[i];
+  numbers += l;
+  int left = hide, failures = 0;
+  for (int t = 0; t < tries && left > 0 && failures < 10; t++, numbers += 4) {
+    failures++;
+    const float side = sqrtf(fmaf(numbers[0], (float)left - (float)least, (float)least)), x = fmaf(numbers[1], 2.f * STRETCH, -STRETCH);
+    const int height = (int)fmaf(side, exponential(x), 0.5f), width = (int)fmaf(side, exponential(-x), 0.5f);
+    if (height >= rows || width >= columns) continue;
+    const int top = place_of(numbers[2], rows - height), first = place_of(numbers[3], columns - width);
+    int fresh = 0;
+    for (int r = top; r < top + height; r++)
+      for (int c = first; c < first + width; c++) fresh += own[r * columns + c] < 1.f;
+    if (fresh == 0 || fresh > left) continue;
+    for (int r = top; r < top + height; r++)
+      for (int c = first; c < first + width; c++)
+        if (own[r * columns + c] < 1.f) own[r * columns + c] += 1.f;
+    left -= fresh;
+    failures = 0;
+  }
+}
+KERNEL(block_keys_f32)

@@ -7,6 +7,7 @@ use masque::data::mixup::{CutBox, cutmix_box};
 use masque::data::resize::{IMAGENET_MEAN, IMAGENET_STD};
 use masque::device::emulated::{Copies, Order};
 use masque::device::gpu::Gpu;
+use masque::masking::blockwise::{self, Blocks};
 use masque::rng::Rng;
 use masque::targets::hog::{self, Options};
 use masque::tensor::{Device, Dtype, Tensor};
@@ -49,14 +50,27 @@ fn histogram_targets_are_the_cpus() {
     let images = [bytes("wide", &[2, 32, 48, 3]), bytes("one patch", &[1, 16, 16, 3]), bytes("grey", &[3, 48, 16, 1])];
     let planes = [normal("colour", &[2, 3, 32, 16]), normal("five channels", &[1, 5, 16, 48]), bytes("whole", &[1, 3, 16, 32])];
     let planes = planes.map(|planes| planes.cast(Dtype::F32).unwrap());
-    for options in [Options::dmjd(), Options::maskfeat()] {
+    let small = [Options::dmjd(), Options::maskfeat()].map(|options| Options { cell: 4, ..options });
+    for options in [Options::dmjd(), Options::maskfeat()].into_iter().chain(small) {
         for images in images.iter().chain(&planes) {
-            the_same_everywhere(&format!("{:?} of {images:?}", options.variant), |device| {
+            the_same_everywhere(&format!("{:?} in cells of {} of {images:?}", options.variant, options.cell), |device| {
                 let images = images.on(device).unwrap();
                 let features = hog::features(&images, &options).unwrap();
                 vec![features.histograms, features.normalised, features.target, hog::target(&images, &options).unwrap()]
             });
         }
+    }
+}
+
+#[test]
+fn keys_of_blocks_of_random_sizes_are_the_cpus() {
+    for (grid, hide, batch) in [([14, 14], 78, 35), ([6, 6], 14, 3), ([4, 9], 35, 2), ([1, 5], 2, 1)] {
+        let blocks = Blocks { grid, hide, least: blockwise::least_block(hide) };
+        let width = blockwise::noise_each(grid);
+        let noise = Tensor::from_slice(&[batch, width], &Rng::new(4).uniform("mask", batch * width).unwrap()).unwrap();
+        the_same_everywhere(&format!("{hide} patches of {grid:?}"), |device| {
+            vec![blockwise::keys(&noise.on(device).unwrap(), blocks).unwrap()]
+        });
     }
 }
 

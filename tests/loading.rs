@@ -150,7 +150,7 @@ fn a_teacher_is_fed_the_clean_view_with_labels_and_without() {
     let transform = Transform { clean: true, ..Transform::mae_pretrain(SIDE).two_views(0.4).unwrap() };
     let load = || Loader::new(Arc::new(numbers(12)), transform.clone(), shuffled(4, 0)).epoch(0, 0).next().unwrap().unwrap();
     let (mean, std) = (vec![0.5, 0.25, 0.125], vec![0.25; 3]);
-    let feed = |labels| Feed { device: Device::Cpu, mean: mean.clone(), std: std.clone(), labels };
+    let feed = |labels| Feed { device: Device::Cpu, mean: mean.clone(), std: std.clone(), labels, bytes: false };
     let mut draws = Rng::new(1).stream("mixing", 0);
     let normalised = |bytes: &[u8]| -> Vec<f32> {
         let image = |image: usize| (0..3).flat_map(move |c| (0..SIDE * SIDE).map(move |at| (image * SIDE * SIDE + at) * 3 + c));

@@ -155,7 +155,7 @@ impl Run {
             LoaderOptions { batch: BATCH, order: Order::Shuffled, seed: self.seed, views: self.views, ..LoaderOptions::default() };
         let loader = Loader::new(self.images(), self.transform.clone(), options);
         let labels = Some(Labels { classes: CLASSES, mixing: Mixing::default(), labelled: None });
-        let feed = Feed { device: self.device.clone(), mean: vec![self.mean; 3], std: vec![0.25; 3], labels };
+        let feed = Feed { device: self.device.clone(), mean: vec![self.mean; 3], std: vec![0.25; 3], labels, bytes: false };
         let mut losses = Vec::new();
         for epoch in 0..self.epochs {
             for (micro, loaded) in loader.epoch(epoch, 0).enumerate() {

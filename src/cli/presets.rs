@@ -28,10 +28,13 @@ pub fn find(name: &str) -> Result<Preset> {
 }
 
 /// The commands that take recipes, and the recipe that each takes where no other and no images are named.
-const COMMANDS: [(&str, &str); 9] = [
+const COMMANDS: [(&str, &str); 12] = [
     ("pretrain mae", "glyphs-pretrain"),
     ("pretrain dmae", "glyphs-dmae"),
     ("pretrain tinymim", "glyphs-tinymim"),
+    ("pretrain dmjd", "glyphs-dmjd"),
+    ("pretrain maskfeat", "glyphs-maskfeat"),
+    ("pretrain convmae", "glyphs-convmae"),
     ("finetune", "glyphs-finetune"),
     ("probe", "glyphs-probe"),
     ("train", "glyphs-train"),

@@ -4,10 +4,12 @@ use crate::data::{Picture, decode, resize};
 use crate::error::{Context, Error, Result};
 use crate::formats;
 use crate::rng::Rng;
+use crate::methods::Batch;
 use crate::targets::pixels;
 use crate::tensor::Tensor;
 use crate::train::images::{ImagesArgs, Part, spread};
 use crate::train::model::{Model, ModelArgs, Opened};
+use crate::train::predicted;
 use crate::train::picture::{SheetRow, sheet};
 use crate::train::visualize::{Normalised, attention_rows, panel_rows};
 use clap::Args;
@@ -57,7 +59,13 @@ impl VisualizeArgs {
         match &mut opened.model {
             Model::Mae(mae) if self.norm_pix_loss && mae.norm_pix().is_none() => mae.set_norm_pix(Some(pixels::EPS)),
             Model::Mae(_) => {}
+            Model::Dmjd(_) | Model::MaskFeat(_) => self.as_it_learned(&opened)?,
             _ => self.needs_decoder(&opened)?,
+        }
+        let draws = matches!(opened.model, Model::Mae(_) | Model::Dmjd(_) | Model::MaskFeat(_));
+        if !opened.vit().config.class_token && (self.attention || !draws) {
+            let file = self.model.checkpoint.display();
+            return Err(Error::usage(format!("{file} is a ConViT, which has no class token, so there is nothing to show of where it looks")));
         }
         let of_run = opened.images(None, [&self.mean, &self.std])?;
         let [mean, std] = of_run.statistics();
@@ -97,6 +105,21 @@ impl VisualizeArgs {
         )))
     }
 
+    /// DMJD and MaskFeat are shown with the masks that they learned with, and only where what they predict is a picture.
+    fn as_it_learned(&self, opened: &Opened) -> Result<()> {
+        let file = self.model.checkpoint.display();
+        if !self.mask_ratio.is_empty() || self.norm_pix_loss {
+            let flag = if self.norm_pix_loss { "--norm-pix-loss" } else { "--mask-ratio" };
+            return Err(Error::usage(format!("{flag}: {file} is shown as it learned, whose settings it knows; leave the flag out")));
+        }
+        if opened.setting("pred-type").and_then(|kind| kind.as_str()) == Some("teacher") && !self.attention {
+            return Err(Error::usage(format!(
+                "{file} predicts the features of a teacher, which are no picture; --attention shows where its class token looks"
+            )));
+        }
+        Ok(())
+    }
+
     fn read(&self, opened: &Opened) -> Result<Vec<(String, Picture)>> {
         let several = self.images.len() > 1;
         let read = |path: &PathBuf| {
@@ -129,7 +152,13 @@ impl VisualizeArgs {
             let ratios = if self.mask_ratio.is_empty() { vec![mae.mask_ratio()] } else { self.mask_ratio.clone() };
             rows = panel_rows(mae, &images, normalised, &ratios, &names, &Rng::new(self.seed))?;
         }
-        if self.attention || !matches!(opened.model, Model::Mae(_)) {
+        if let (Model::Dmjd(_) | Model::MaskFeat(_), Some(method)) = (&opened.model, opened.method()) {
+            let bytes = pictures.iter().flat_map(|(_, picture)| picture.pixels.iter().copied()).collect::<Vec<u8>>();
+            let bytes = Tensor::from_slice(&[pictures.len(), side, side, normalised.mean.len()], &bytes)?;
+            let batch = Batch { bytes: Some(bytes), ..Batch::of_images(images.clone()) };
+            rows = predicted::rows(method, &batch, normalised, &names, &Rng::new(self.seed))?.map_or(Vec::new(), |(rows, _)| rows);
+        }
+        if self.attention || !matches!(opened.model, Model::Mae(_) | Model::Dmjd(_) | Model::MaskFeat(_)) {
             rows.extend(attention_rows(opened.vit(), opened.params(), &images, normalised, &names)?);
         }
         Ok(rows)

@@ -9,13 +9,14 @@
 //!
 //! Equal noises keep raster order (-0 equals +0), so a mask is a function of its noise on every machine.
 //!
-//! Block masking does the same with units of 2 x 2 patches, whose patches share a noise.
+//! Block masking does the same with units of 2 x 2 patches, whose patches share a noise; [`blockwise`] sorts by keys that blocks of random sizes are drawn into.
 //!
 //! Attention-guided masking keeps the K patches to which a query attends most: s[j] = mean over heads of A[h, e + j], A the query's softmax over all keys
 //! and e the tokens in front. Equal scores go to the smaller index.
 //!
 //! On a GPU: kernels/masking.cu. What is no number is an error here and comes last there.
 
+pub mod blockwise;
 pub mod disjoint;
 
 use crate::device::gpu::Gpu;

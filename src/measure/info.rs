@@ -6,7 +6,7 @@ use crate::device::libs::{self, Library};
 use crate::device::real::{Facts, KernelFacts};
 use crate::device::{parallel, simd};
 use crate::error::Result;
-use crate::nn::presets;
+use crate::nn::{convit, presets};
 
 /// Prints everything; with `kernels` also each kernel, and where there is a GPU what its compiler made of it.
 pub fn run(kernels: bool, print: &mut dyn FnMut(&str)) -> Result<()> {
@@ -45,6 +45,19 @@ pub fn run(kernels: bool, print: &mut dyn FnMut(&str)) -> Result<()> {
     for size in presets::NAMES {
         let config = presets::mae(size, 224)?;
         print(&format!("{size:<8} {:>6} {:>7} {:>6} {:>6}", config.width, config.depth, config.heads, config.patch));
+    }
+    print("\nConViT        stages     blocks    MLP ratios  width  blocks  heads  patch");
+    for size in convit::NAMES {
+        let config = convit::encoder(size, 224)?;
+        let Some(stages) = &config.stages else { continue };
+        let pair = |[a, b]: [String; 2]| format!("{a}, {b}");
+        let (widths, depths, ratios) = (stages.widths, stages.depths, stages.mlp_ratios);
+        let [widths, depths, ratios] =
+            [widths.map(|n| n.to_string()), depths.map(|n| n.to_string()), ratios.map(|r| r.to_string())].map(pair);
+        print(&format!(
+            "{size:<12}  {widths:<9}  {depths:<8}  {ratios:<10}  {:>5} {:>7} {:>6} {:>6}",
+            config.width, config.depth, config.heads, config.patch
+        ));
     }
     Ok(())
 }

@@ -96,7 +96,9 @@ const LEARNING_RATE: f64 = 1e-4;
 
 impl TeacherArgs {
     fn config(&self, flag: &str, model: &str) -> Result<ClassifierConfig> {
-        let vit = presets::named(model)?.classifier(self.image_size, 0.0)?;
+        let named = presets::named(model)?;
+        named.needs_patches(model, "masque measure teacher")?;
+        let vit = named.classifier(self.image_size, 0.0)?;
         vit.check().map_err(|error| Error::usage(format!("{flag} {model}: {}", error.chain())))?;
         if vit.distillation_token {
             return Err(Error::usage(format!("{flag} {model}: a model with a distillation token is not measured here; take one without")));

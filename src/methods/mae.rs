@@ -4,11 +4,11 @@
 //! Speed: not measured for this method as a whole yet; `masque measure step` times its training step.
 
 use super::masks::{KeepRounding, Masking, Masks};
-use super::{Batch, Loss, Method};
+use super::{Batch, Loss, Method, baseline};
 use crate::error::{Error, Result};
 use crate::masking::{self, Mask};
 use crate::nn::decoder::{Decoder, DecoderConfig, DecoderTokens};
-use crate::nn::presets::{self, Family};
+use crate::nn::presets::{self, Family, Named};
 use crate::nn::vit::{Tokens, Vit, VitConfig};
 use crate::nn::{Scope, Start, flops};
 use crate::param::{Params, ParamsBuilder};
@@ -39,6 +39,10 @@ pub struct MaeArgs {
     #[arg(long, value_enum, default_value_t = KeepRounding::Floor)]
     #[serde(default)]
     pub keep_rounding: KeepRounding,
+    /// Least area of a block of --masking block-wise, in patches [default: 15, or a quarter of what is hidden where that is less]
+    #[arg(long, value_name = "N")]
+    #[serde(default)]
+    pub min_block_patches: Option<usize>,
     /// Compare with pixels that are normalised patch by patch
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
     pub norm_pix_loss: bool,
@@ -60,10 +64,16 @@ impl MaeArgs {
     /// For square images of this side and so many channels.
     pub fn config(&self, image: usize, channels: usize) -> Result<MaeConfig> {
         let named = presets::named(&self.model)?;
+        named.needs_patches(&self.model, "this pre-training")?;
         let usage = |text: String| Err(Error::usage(text));
         if let Some(family) = named.family.filter(|family| *family != Family::Mae) {
             return usage(format!("--model {} is a {family:?} classifier; pre-training takes mae_vit_... or a size", self.model));
         }
+        self.config_of(&named, image, channels)
+    }
+
+    /// The same for a model of any kind.
+    pub fn config_of(&self, named: &Named, image: usize, channels: usize) -> Result<MaeConfig> {
         let mut encoder = named.encoder(image)?;
         (encoder.patch, encoder.channels) = (self.patch_size.unwrap_or(encoder.patch), channels);
         encoder.check().map_err(|error| Error::usage(format!("--input-size and --patch-size: {}", error.chain())))?;
@@ -72,20 +82,17 @@ impl MaeArgs {
             depth: self.decoder_depth.unwrap_or(named.decoder.depth),
             heads: self.decoder_heads.unwrap_or(named.decoder.heads),
         };
-        let (width, heads) = (decoder.width, decoder.heads);
-        if width == 0 || heads == 0 || !width.is_multiple_of(4) || !width.is_multiple_of(heads) {
-            return usage(format!("--decoder-dim {width} has to be a multiple of 4 and of --decoder-heads {heads}"));
-        }
+        decoder.check()?;
         self.masks(&encoder)?;
         if !(self.norm_pix_eps.is_finite() && self.norm_pix_eps > 0.0) {
-            return usage(format!("--norm-pix-eps {} is not a number above 0", self.norm_pix_eps));
+            return Err(Error::usage(format!("--norm-pix-eps {} is not a number above 0", self.norm_pix_eps)));
         }
         Ok(MaeConfig { encoder, decoder, mask_ratio: self.mask_ratio, norm_pix: self.norm_pix_loss.then_some(self.norm_pix_eps) })
     }
 
     /// What makes the masks of training.
     pub fn masks(&self, encoder: &VitConfig) -> Result<Masks> {
-        Masks::new(self.masking, encoder, self.mask_ratio, self.keep_rounding)
+        Masks::new(self.masking, encoder, self.mask_ratio, self.keep_rounding)?.with_least_block(self.min_block_patches)
     }
 }
 
@@ -104,6 +111,8 @@ pub struct Mae {
     mask_ratio: f64,
     masks: Masks,
     norm_pix: Option<f64>,
+    /// Whether convolution stages are computed everywhere.
+    dense: bool,
 }
 
 impl Mae {
@@ -121,12 +130,17 @@ impl Mae {
         let (more, config) = (more(&mut b)?, &encoder.config);
         let masks = Masks::random(config, masking::len_keep(config.patches(), c.mask_ratio)?);
         let (mask_ratio, norm_pix) = (c.mask_ratio, c.norm_pix);
-        Ok((Self { params: b.build(dtype, rng)?, encoder, decoder, mask_ratio, masks, norm_pix }, more))
+        Ok((Self { params: b.build(dtype, rng)?, encoder, decoder, mask_ratio, masks, norm_pix, dense: false }, more))
     }
 
     /// The same with other masks in training.
     pub fn with_masks(self, masks: Masks) -> Self {
         Self { masks, ..self }
+    }
+
+    /// The same with convolution stages computed everywhere, or for the patches that are seen alone.
+    pub fn with_dense_stages(self, dense: bool) -> Self {
+        Self { dense, ..self }
     }
 
     /// The mask of a batch to learn from.
@@ -154,6 +168,11 @@ impl Mae {
     /// Part of the patches that is hidden in training.
     pub fn mask_ratio(&self) -> f64 {
         self.mask_ratio
+    }
+
+    /// What the decoder sees.
+    pub fn latent(&self, s: &Scope, images: &Tensor, mask: &Mask) -> Result<Var> {
+        self.encoder.encode(s, images, &baseline::view(mask, self.dense))
     }
 
     /// What the decoder is compared with: the pixels of all patches, [B, L, P].
@@ -186,7 +205,7 @@ impl Method for Mae {
         let s = Scope::new(tape, &self.params).with_noise(rng);
         let images = batch.images.on(self.params.device())?;
         let mask = self.training_mask(&images, rng)?;
-        let latent = self.encoder.forward(&s, &images, Some(&mask.kept))?; // [B, 1 + K, C]
+        let latent = self.latent(&s, &images, &mask)?; // [B, extra + K, C]
         let pred = self.decoder.forward(&s, &latent, &mask.restore)?; // [B, L, P]
         Ok(Loss::single("pixels", self.reconstruction(&pred, &images, &mask)?))
     }

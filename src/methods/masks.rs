@@ -1,7 +1,9 @@
-//! Which patches a method shows: at random, whole blocks at random, or those that a class token looks at most.
+//! Which patches a method shows: at random, whole blocks at random, what blocks of random sizes leave, or those that a class token looks at
+//! most.
 
 use crate::ensure;
 use crate::error::{Error, Result};
+use crate::masking::blockwise::{self, Blocks};
 use crate::masking::{self, Keys, Mask};
 use crate::nn::Scope;
 use crate::nn::vit::{Vit, VitConfig};
@@ -21,6 +23,9 @@ pub enum Masking {
     Random,
     /// Units of 2 x 2 patches at random
     Block,
+    /// Blocks of random sizes, as BEiT draws them
+    #[value(alias = "blockwise", alias = "beit")]
+    BlockWise,
     /// The patches that the student's own class token looks at most, which takes a pass of the student over the whole image
     Saliency,
 }
@@ -45,6 +50,8 @@ pub struct Masks {
     grid: [usize; 2],
     /// Patches that are kept.
     keep: usize,
+    /// Least area of a block of random size.
+    least: usize,
     /// The unit of each patch, for each size of batch; what recorded work reads stays.
     units: RefCell<Vec<Tensor>>,
 }
@@ -64,7 +71,29 @@ impl Masks {
                 "--mask-ratio {ratio} keeps {kept} of {count} {what}; at least one has to be kept and one hidden"
             )));
         }
-        Ok(Self { kind, grid: config.grid(), keep: kept * each, units: RefCell::default() })
+        if kind == Masking::Saliency && !config.class_token {
+            return Err(Error::usage(
+                "--masking saliency asks where a class token looks, and a ConViT has none; take random, block or block-wise",
+            ));
+        }
+        Ok(Self::of(kind, config, kept * each))
+    }
+
+    fn of(kind: Masking, config: &VitConfig, keep: usize) -> Self {
+        let least = blockwise::least_block(config.patches().saturating_sub(keep));
+        Self { kind, grid: config.grid(), keep, least, units: RefCell::default() }
+    }
+
+    /// With another least area of blocks of random sizes, where one is given.
+    pub fn with_least_block(self, patches: Option<usize>) -> Result<Self> {
+        let Some(least) = patches else { return Ok(self) };
+        let hidden = self.grid.iter().product::<usize>() - self.keep;
+        let wrong = match self.kind {
+            Masking::BlockWise if (1..=hidden).contains(&least) => return Ok(Self { least, ..self }),
+            Masking::BlockWise => format!("blocks hide from 1 to all {hidden} of the patches that are to be hidden"),
+            _ => "it is the least area of the blocks of --masking block-wise".to_string(),
+        };
+        Err(Error::usage(format!("--min-block-patches {least}: {wrong}")))
     }
 
     /// Of masks that keep so many patches, for one who is shown all of them where that is all.
@@ -75,12 +104,12 @@ impl Masks {
         }
         ensure!(keep.is_multiple_of(each), "{keep} patches are no whole number of units of {each}");
         ensure!(keep > 0 && keep <= config.patches(), "{keep} of {} patches cannot be kept", config.patches());
-        Ok(Self { kind, grid: config.grid(), keep, units: RefCell::default() })
+        Ok(Self::of(kind, config, keep))
     }
 
     /// Of random masks that keep so many patches.
     pub fn random(config: &VitConfig, keep: usize) -> Self {
-        Self { kind: Masking::Random, grid: config.grid(), keep, units: RefCell::default() }
+        Self::of(Masking::Random, config, keep)
     }
 
     pub fn kind(&self) -> Masking {
@@ -101,6 +130,11 @@ impl Masks {
             Masking::Block => {
                 let noise = Tensor::drawn(device, rng, "mask", &[batch, rows * columns / (SIDE * SIDE)])?;
                 masking::blocks(&noise, &self.units(device, batch)?, self.keep)
+            }
+            Masking::BlockWise => {
+                let noise = Tensor::drawn(device, rng, "mask", &[batch, blockwise::noise_each(self.grid)])?;
+                let blocks = Blocks { grid: self.grid, hide: rows * columns - self.keep, least: self.least };
+                masking::random(&blockwise::keys(&noise, blocks)?, self.keep)
             }
             Masking::Saliency => looked_at(images, student, self.keep),
         }
@@ -149,6 +183,17 @@ mod tests {
         let odd = VitConfig::new(24, 8, 16, 1, 2);
         let refused = Masks::new(Masking::Block, &odd, 0.5, KeepRounding::Floor).err().expect("3 x 3 patches").chain();
         assert!(refused.contains("--masking block") && refused.contains("3 x 3"), "{refused}");
+    }
+
+    #[test]
+    fn the_least_area_of_a_block_is_for_blocks_of_random_sizes() {
+        let masks = |kind| Masks::new(kind, &config(), 0.5, KeepRounding::Floor).unwrap();
+        assert_eq!((masks(Masking::BlockWise).least, masks(Masking::BlockWise).with_least_block(Some(8)).unwrap().least), (2, 8));
+        assert!(masks(Masking::Random).with_least_block(None).is_ok());
+        for (kind, patches, part) in [(Masking::Random, 2, "--masking block-wise"), (Masking::BlockWise, 9, "from 1 to all 8")] {
+            let refused = masks(kind).with_least_block(Some(patches)).err().expect("a usage error").chain();
+            assert!(refused.contains(part), "{refused}");
+        }
     }
 
     #[test]

@@ -1,11 +1,16 @@
 //! Floor 6: one file a method, each reading like its paper's method section.
 
+pub mod baseline;
+pub mod convmae;
 pub mod dmae;
+pub mod dmjd;
 pub mod mae;
 pub mod maskedkd;
+pub mod maskfeat;
 pub mod masks;
 pub mod selection;
 pub mod supervised;
+pub mod target;
 pub mod teacher;
 pub mod tinymim;
 
@@ -25,6 +30,8 @@ use teacher::{Cost, Teacher};
 pub struct Batch {
     /// Normalised, [B, C, H, W].
     pub images: Tensor,
+    /// The same before they were normalised, u8 [B, H, W, C], where a method asks for them.
+    pub bytes: Option<Tensor>,
     /// What a teacher sees, where that is another view of the same images; else it sees these.
     pub teacher_images: Option<Tensor>,
     /// What the teacher answers, where that is known before the pass; see [`Method::prepare`].
@@ -39,7 +46,7 @@ pub struct Batch {
 
 impl Batch {
     pub fn of_images(images: Tensor) -> Self {
-        Self { images, teacher_images: None, teacher_output: None, targets: None, labels: Vec::new(), keys: Vec::new() }
+        Self { images, bytes: None, teacher_images: None, teacher_output: None, targets: None, labels: Vec::new(), keys: Vec::new() }
     }
 
     /// What a teacher sees of it.
@@ -89,6 +96,11 @@ pub trait Method: Any {
     /// What fine-tuning keeps.
     fn encoder(&self) -> &Vit;
 
+    /// Whether its batches have to hold the bytes of the images.
+    fn needs_bytes(&self) -> bool {
+        false
+    }
+
     /// On images it does not learn from; nothing is drawn but what the method draws for every pass, from `rng`.
     fn scores(&self, batch: &Batch, rng: &Rng) -> Result<Scores> {
         let loss = self.loss(&Tape::off(), batch, rng)?.total;
@@ -111,6 +123,11 @@ pub trait Method: Any {
     /// What its teacher costs; None where there is none.
     fn teacher_cost(&self) -> Option<Cost> {
         None
+    }
+
+    /// Numbers that say what it does to an image, to be recorded beside its losses.
+    fn facts(&self) -> Vec<(&'static str, f64)> {
+        Vec::new()
     }
 
     /// Before a pass, and never recorded: finds out what need not be computed in it, such as a teacher's answers that are known already.

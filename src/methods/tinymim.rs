@@ -206,6 +206,7 @@ impl TinymimArgs {
     pub fn config(&self, image: usize, channels: usize, teacher: &VitConfig) -> Result<TinymimConfig> {
         let usage = |text: String| Err(Error::usage(text));
         let named = presets::named(&self.model)?;
+        named.needs_patches(&self.model, "masque pretrain tinymim")?;
         if let Some(family) = named.family.filter(|family| *family != Family::Mae) {
             return usage(format!("--model {} is a {family:?} classifier; pre-training takes tinymim_vit_... or a size", self.model));
         }

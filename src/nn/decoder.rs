@@ -5,7 +5,7 @@ use super::linear::Linear;
 use super::norm::Norm;
 use super::vit::VitConfig;
 use super::{Scope, Start, position};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::param::{Init, ParamId, ParamsBuilder, Role};
 use crate::tape::Var;
 use crate::tensor::Tensor;
@@ -15,6 +15,16 @@ pub struct DecoderConfig {
     pub width: usize,
     pub depth: usize,
     pub heads: usize,
+}
+
+impl DecoderConfig {
+    pub fn check(&self) -> Result<()> {
+        let (width, heads) = (self.width, self.heads);
+        if width == 0 || heads == 0 || !width.is_multiple_of(4) || !width.is_multiple_of(heads) {
+            return Err(Error::usage(format!("--decoder-dim {width} has to be a multiple of 4 and of --decoder-heads {heads}")));
+        }
+        Ok(())
+    }
 }
 
 /// The mask token and the position table, which the state dict names before the encoder's weights.

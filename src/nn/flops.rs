@@ -31,7 +31,7 @@ pub fn vit_macs(vit: &VitConfig, kept: usize) -> u64 {
 }
 
 /// ConViT's stages for one patch.
-fn stages_macs(vit: &VitConfig, stages: &StagesConfig) -> u64 {
+pub fn stages_macs(vit: &VitConfig, stages: &StagesConfig) -> u64 {
     let ([p1, p2, p3], [e1, e2], e3) = (stages.patches, stages.widths, vit.width);
     let tokens = [0, 1].map(|stage| stages.layout(stage).tokens());
     let embeds = tokens[0] * e1 * p1 * p1 * vit.channels + tokens[1] * e2 * p2 * p2 * e1 + e3 * p3 * p3 * e2 + e3 * e3;

@@ -8,6 +8,7 @@ pub mod block;
 pub mod cait;
 pub mod classifier;
 pub mod contents;
+pub mod convit;
 pub mod decoder;
 pub mod flops;
 pub mod linear;

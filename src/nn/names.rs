@@ -103,6 +103,9 @@ const ORDER: [&str; 15] = [
 ];
 const ORDER_IN_BLOCK: [&str; 8] = ["gamma_1", "gamma_2", "norm1.", "attn.qkv.", "attn.proj.", "norm2.", "mlp.fc1.", "mlp.fc2."];
 
+/// The projection of pixels in a ConViT, whose tensors have no names but the official ones.
+pub const CONVIT: &str = "patch_embed1.proj.weight";
+
 /// Whose names these are; None if no vision transformer's.
 pub fn recognise<'a>(names: impl IntoIterator<Item = &'a str>) -> Option<Naming> {
     let mut found = None;
@@ -113,7 +116,7 @@ pub fn recognise<'a>(names: impl IntoIterator<Item = &'a str>) -> Option<Naming>
         if name.ends_with(".ls1.gamma") {
             return Some(Naming::Timm);
         }
-        if name.ends_with("patch_embed.proj.weight") {
+        if name.ends_with("patch_embed.proj.weight") || name.ends_with(CONVIT) {
             found = Some(Naming::Official);
         }
     }
@@ -151,6 +154,11 @@ pub fn to_official(file: &TensorFile) -> Result<Translated> {
 pub fn from_official(file: &TensorFile, to: Naming) -> Result<Translated> {
     let (mut tensors, mut dropped) = (Vec::new(), Vec::new());
     let distilled = file.contains("dist_token");
+    ensure!(
+        to == Naming::Official || !file.contains(CONVIT),
+        "{} is a ConViT, for which there are no {to} names; leave --to-names out, or give --to-names official",
+        file.source()
+    );
     let talking = file.names().any(|name| name.starts_with("blocks_token_only."));
     for (name, tensor) in file.tensors() {
         match to {

@@ -3,10 +3,13 @@
 //!   base   mae_vit_base_patch16   mae_vit_base_patch16_dec512d8b   vit_base_patch16   deit_base_patch16_224
 //!   deit_base_distilled_patch16_224   deit_base_patch16_LS (DeiT-III; timm: deit3_base_patch16_224)
 //!   deit_small   deit3_small   mae_vit_base (as MaskedKD names its teachers)
+//!   convvit_base   convvit_base_patch16   convmae_convvit_base_patch16   convmae_convvit_base_patch16_dec512d8b (ConvMAE)
+//!   convit_base   convit_base_patch16   dmjd_convit_base_patch16_dec8_hog   dmjd_convit_large_patch16_dec512d8b_hog (DMJD)
 //!
 //! The glyph sizes belong to the built-in dataset of that name.
 
 use super::cait::CaitConfig;
+use super::convit;
 use super::decoder::DecoderConfig;
 use super::vit::{DropPath, Position, VitConfig};
 use crate::error::{Error, Result};
@@ -56,6 +59,10 @@ pub enum Family {
     /// DeiT with a distillation token.
     Distilled,
     Deit3,
+    /// ConViT's encoder and a decoder, to be pre-trained.
+    ConvMae,
+    /// A ConViT classifier.
+    ConVit,
 }
 
 /// What a model's name says.
@@ -73,9 +80,14 @@ pub struct Named {
     pub heads: Option<usize>,
 }
 
+/// Sizes and families of ConViT by what stands in front of a size.
+const CONVIT: [(&str, Family); 3] = [("convmae_", Family::ConvMae), ("dmjd_", Family::ConvMae), ("", Family::ConVit)];
+
 impl Named {
     fn plain(size: &str) -> Option<Self> {
-        let (size, _, _, _, patch) = *SIZES.iter().find(|(name, ..)| *name == size)?;
+        let plain = SIZES.iter().find(|(name, ..)| *name == size).map(|&(name, _, _, _, patch)| (name, patch));
+        let convit = || convit::NAMES.into_iter().find(|name| *name == size).and_then(|name| Some((name, convit::encoder(name, 224).ok()?.patch)));
+        let (size, patch) = plain.or_else(convit)?;
         let image = if size.starts_with("glyph") { 48 } else { 224 };
         Some(Self { size, family: None, patch, image, decoder: decoder_of(size), heads: None })
     }
@@ -83,6 +95,9 @@ impl Named {
     fn parse(name: &str) -> Option<Self> {
         if let Some(plain) = Self::plain(name) {
             return Some(plain);
+        }
+        if let Some(convit) = Self::parse_convit(name) {
+            return Some(convit);
         }
         let starts = [
             ("mae_vit_", Family::Mae),
@@ -108,14 +123,7 @@ impl Named {
         named.patch = number(parts.next()?)?;
         for part in parts {
             match (family, part.strip_prefix("dec")) {
-                (Family::Mae, Some(decoder)) => {
-                    let (width, depth) = decoder.strip_suffix('b')?.split_once('d')?;
-                    let (width, depth) = (number(width)?, number(depth)?);
-                    let own = &named.decoder;
-                    // Published decoders have heads of 32.
-                    let heads = if width == own.width { own.heads } else { Some(width / 32).filter(|heads| heads * 32 == width)? };
-                    named.decoder = DecoderConfig { width, depth, heads };
-                }
+                (Family::Mae, Some(decoder)) => named.decoder = decoder_named(decoder, &named.decoder)?,
                 (Family::Deit, None) if part == "LS" => family = Family::Deit3,
                 (Family::Mae, _) => return None,
                 _ => named.image = number(part)?,
@@ -125,14 +133,62 @@ impl Named {
         Some(named)
     }
 
+    fn parse_convit(name: &str) -> Option<Self> {
+        let (start, family) = CONVIT.into_iter().find(|(start, _)| name.starts_with(start))?;
+        let (size, rest) = name.strip_prefix(start)?.split_once("_patch")?;
+        let plain = Self::plain(size).filter(Self::is_convit)?;
+        let mut parts = rest.split('_');
+        if number(parts.next()?)? != plain.patch {
+            return None;
+        }
+        let mut named = Self { family: Some(family), ..plain };
+        for part in parts {
+            match part.strip_prefix("dec") {
+                Some(decoder) if family == Family::ConvMae => {
+                    // DMJD's short names say the blocks alone.
+                    let blocks = number(decoder).filter(|_| start == "dmjd_");
+                    let blocks = blocks.map(|depth| DecoderConfig { depth, ..named.decoder.clone() });
+                    named.decoder = blocks.or_else(|| decoder_named(decoder, &named.decoder))?;
+                }
+                // DMJD's names end in what its decoders predict.
+                None if family == Family::ConvMae && start == "dmjd_" && part == "hog" => {}
+                None if family == Family::ConVit => named.image = number(part)?,
+                _ => return None,
+            }
+        }
+        Some(named)
+    }
+
+    /// Whether it has convolution stages, and no class token.
+    pub fn is_convit(&self) -> bool {
+        convit::NAMES.contains(&self.size)
+    }
+
+    /// Refuses a ConViT where a model is needed that projects patches or has a class token.
+    pub fn needs_patches(&self, model: &str, command: &str) -> Result<()> {
+        if self.is_convit() {
+            return Err(Error::usage(format!(
+                "--model {model} is a ConViT, which projects no patches and has no class token; {command} takes plain ViTs, such as {}",
+                if self.size.starts_with("glyph") { "glyph_s" } else { "base" }
+            )));
+        }
+        Ok(())
+    }
+
     /// The encoder that is pre-trained, for images of this side.
     pub fn encoder(&self, image: usize) -> Result<VitConfig> {
+        if self.is_convit() {
+            return convit::encoder(self.size, image);
+        }
         let size = mae(self.size, image)?;
         Ok(VitConfig { patch: self.patch, heads: self.heads.unwrap_or(size.heads), ..size })
     }
 
     /// The classifier's encoder: a plain ViT's unless the name says otherwise.
     pub fn classifier(&self, image: usize, drop_path: f64) -> Result<VitConfig> {
+        if self.is_convit() {
+            return convit::classifier(self.size, image, drop_path);
+        }
         let config = match self.family {
             Some(Family::Distilled) => deit_distilled(self.size, image, drop_path),
             Some(Family::Deit3) => deit3(self.size, image, drop_path),
@@ -140,6 +196,15 @@ impl Named {
         };
         Ok(VitConfig { patch: self.patch, ..config? })
     }
+}
+
+/// The decoder of which a name says 512d8b; `own` is the size's.
+fn decoder_named(text: &str, own: &DecoderConfig) -> Option<DecoderConfig> {
+    let (width, depth) = text.strip_suffix('b')?.split_once('d')?;
+    let (width, depth) = (number(width)?, number(depth)?);
+    // Published decoders have heads of 32.
+    let heads = if width == own.width { own.heads } else { Some(width / 32).filter(|heads| heads * 32 == width)? };
+    Some(DecoderConfig { width, depth, heads })
 }
 
 fn number(text: &str) -> Option<usize> {
@@ -162,13 +227,21 @@ pub fn named(model: &str) -> Result<Named> {
                 format!("deit_{size}_patch{patch}_LS"),
             ]
         });
-        let published: Vec<String> = published.collect();
+        let convits = ["base", "large"].into_iter().flat_map(|size| {
+            let dmjd = format!("dmjd_convit_{size}_patch16_dec");
+            [format!("convit_{size}_patch16"), format!("{dmjd}8_hog"), format!("{dmjd}512d8b_hog")]
+        });
+        let convmae = ["convvit_base_patch16", "convmae_convvit_base_patch16", "convmae_convvit_base_patch16_dec512d8b"];
+        let convits = convits.chain(convit::NAMES.into_iter().chain(convmae).map(String::from));
+        let published: Vec<String> = published.chain(convits).collect();
         let near = nearest(&name, published.iter().map(String::as_str));
         let hint = near.map_or(String::new(), |near| format!("; did you mean {near}?"));
         Error::usage(format!(
-            "model {model:?} is unknown{hint}; there are {}, and names such as mae_vit_base_patch16, mae_vit_base_patch16_dec512d8b, \
-             vit_base_patch16, deit_small_patch16_224, deit_small_distilled_patch16_224 and deit_small_patch16_LS",
-            NAMES.join(", ")
+            "model {model:?} is unknown{hint}; there are {}, {}, and names such as mae_vit_base_patch16, mae_vit_base_patch16_dec512d8b, \
+             vit_base_patch16, deit_small_patch16_224, deit_small_distilled_patch16_224, deit_small_patch16_LS, convvit_base_patch16, \
+             convmae_convvit_base_patch16 and dmjd_convit_base_patch16_dec8_hog",
+            NAMES.join(", "),
+            convit::NAMES.join(", ")
         ))
     })
 }

@@ -42,6 +42,11 @@ impl StagesConfig {
         self.depths.iter().sum()
     }
 
+    /// Widths inside the MLPs of both stages.
+    pub fn hidden(&self) -> [usize; 2] {
+        [0, 1].map(|stage| (self.widths[stage] as f64 * self.mlp_ratios[stage]) as usize)
+    }
+
     /// Side in pixels of what becomes one token of stage 3.
     pub fn patch(&self) -> usize {
         self.patches.iter().product()
@@ -187,7 +192,7 @@ impl Stages {
             let block = |i: usize| BlockConfig {
                 width,
                 heads: 1,
-                hidden: (width as f64 * c.mlp_ratios[stage]) as usize,
+                hidden: c.hidden()[stage],
                 eps: c.eps,
                 qkv_bias: true,
                 layer_scale: None,

@@ -327,6 +327,13 @@ impl Vit {
         Ok(Staged { tokens: self.with_positions(s, &staged.tokens, Some(view.kept))?, ..staged })
     }
 
+    /// All patches, with `token` where the view hides one, behind the tokens in front; all with their positions: [B, extra + L, C].
+    pub fn embed_hiding(&self, s: &Scope, images: &Tensor, view: &View, token: &Var) -> Result<Var> {
+        let Embedding::Patches(patches) = &self.embedding else { bail!("convolution stages have no place for a token instead of a patch") };
+        let seen = patches.forward(s, &self.config, images, Some(view.kept))?; // [B, K, C]
+        self.with_positions(s, &seen.unshuffle(token, view.restore, 0)?, None)
+    }
+
     /// Behind the last block: the sum with what the stages ended with, then the norm.
     pub fn finish(&self, s: &Scope, x: &Var, fused: Option<&Var>) -> Result<Var> {
         match fused {

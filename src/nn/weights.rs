@@ -132,8 +132,10 @@ fn few(items: &[String], between: &str) -> Option<String> {
     }
 }
 
+/// What serves pre-training alone: a decoder, ConViT's views of its stages' ends, DMJD's heads for visible patches.
 fn is_decoder(name: &str) -> bool {
-    name == "mask_token" || name.starts_with("decoder_")
+    const STARTS: [&str; 5] = ["decoder_", "stage1_output_decode.", "stage2_output_decode.", "proj_embed.", "predictor."];
+    name == "mask_token" || STARTS.iter().any(|start| name.starts_with(start))
 }
 
 /// Projections of a student to its teacher's width, which are of use in pre-training alone.
@@ -169,6 +171,9 @@ struct Plan<'a> {
 pub fn load(params: &mut Params, vit: &VitConfig, file: &TensorFile, policy: Policy) -> Result<LoadReport> {
     let selected = select(file, Which::Trained)?;
     let Translated { file, from, dropped, .. } = names::to_official(selected.as_ref().unwrap_or(file))?;
+    if let Some(text) = other_stages(vit, &file) {
+        bail!("{} does not fit the model: {text}", file.source());
+    }
     let report = LoadReport {
         source: file.source().to_string(),
         naming: from,
@@ -291,6 +296,27 @@ impl<'a> Plan<'a> {
                 _ => self.foreign.push(format!("{name:?}")),
             }
         }
+    }
+}
+
+/// Why convolution stages do not fit, where that says more than a list of tensors.
+fn other_stages(vit: &VitConfig, file: &TensorFile) -> Option<String> {
+    let found = Contents::of(file).ok()?;
+    match (&found.stages, &vit.stages) {
+        (Some(_), None) => Some("it is a ConViT, the model a ViT without convolution stages; give the ConViT's name by --model".into()),
+        (None, Some(_)) => Some("it is a ViT without convolution stages, the model a ConViT; give the ViT's name by --model".into()),
+        (Some(theirs), Some(own)) if theirs.widths == own.widths && theirs.hidden != own.hidden() => {
+            let kind = |ratios: [f64; 2]| match ratios {
+                [8.0, 8.0] => " as DMJD's",
+                [4.0, 4.0] => " as ConvMAE's",
+                _ => "",
+            };
+            let ([a, b], [c, d]) = (theirs.ratios(), own.mlp_ratios);
+            let (whose, ours) = (kind([a, b]), kind([c, d]));
+            let hint = found.size().map_or(String::new(), |size| format!("; give --model {size}"));
+            Some(format!("its convolution stages have MLP ratios of {a} and {b}{whose}, the model's of {c} and {d}{ours}{hint}"))
+        }
+        _ => None,
     }
 }
 

@@ -126,6 +126,19 @@ pub fn gather_patches(images: &Tensor, (ph, pw): (usize, usize), ids: Option<&Te
     Ok(rows)
 }
 
+/// x [B, ..] so many times, one whole copy behind the other: [times B, ..].
+pub fn repeated(x: &Tensor, times: usize) -> Result<Tensor> {
+    let (&[batch, ref rest @ ..], numbers) = (x.shape(), x.numel()) else { crate::bail!("repeated: x is a single number") };
+    let size = numbers / batch.max(1);
+    let mut rows = x.alike(&[times * batch, 1, size], x.dtype())?;
+    let images = x.reshape(&[batch, 1, 1, size])?;
+    match x.gpu() {
+        None => by_real!("repeated", x.dtype(), copy_patches(&images, (1, size), None, &mut rows))?,
+        Some(gpu) => copy_patches_on(gpu, &images, (1, size), None, &mut rows)?,
+    }
+    rows.reshape(&[&[times * batch], rest].concat())
+}
+
 /// From f32 or the wanted type in one pass; other images are converted first.
 fn copy_patches_on(gpu: &Gpu, images: &Tensor, (ph, pw): (usize, usize), ids: Option<&Tensor>, rows: &mut Tensor) -> Result<()> {
     let images = if images.dtype() == Dtype::F32 { images.clone() } else { images.cast(rows.dtype())? };

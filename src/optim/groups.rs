@@ -65,12 +65,14 @@ impl LayerDecay<'_> {
     }
 }
 
-/// The layer of a vision transformer's parameter: embeddings 0, block k is k + 1, norm and head are `last`, which is the depth + 1.
+/// The layer of a vision transformer's parameter: embeddings and ConViT's convolution stages 0, block k is k + 1, norm and head are `last`, which is the
+/// depth + 1.
 pub fn vit_layer(name: &str, last: usize) -> Result<usize> {
-    if name == "cls_token" || name == "pos_embed" || name.starts_with("patch_embed") {
+    let first = ["patch_embed", "blocks1.", "blocks2."].iter().any(|start| name.starts_with(start));
+    if name == "cls_token" || name == "pos_embed" || first {
         return Ok(0);
     }
-    let Some(rest) = name.strip_prefix("blocks.") else { return Ok(last) };
+    let Some(rest) = name.strip_prefix("blocks.").or_else(|| name.strip_prefix("blocks3.")) else { return Ok(last) };
     let block = rest.split('.').next().unwrap_or(rest).parse::<usize>();
     Ok(block.with_context(|| format!("layer decay: {name} names no block"))?.saturating_add(1))
 }

@@ -20,6 +20,11 @@ pub fn peak_per_256(base_lr: f64, effective_batch: usize) -> f64 {
     base_lr * effective_batch as f64 / 256.0
 }
 
+/// DMJD: the batch counts by how much more of an image a step predicts than a view hides.
+pub fn peak_predicted(base_lr: f64, effective_batch: usize, [predicted, hidden]: [f64; 2]) -> f64 {
+    base_lr * (effective_batch as f64 * (predicted / hidden)) / 256.0
+}
+
 /// DeiT: the given rate is per 512 images. The floor and the warm-up start are not scaled.
 pub fn peak_per_512(lr: f64, global_batch: usize) -> f64 {
     lr * global_batch as f64 / 512.0

@@ -110,8 +110,8 @@ impl Sizes {
 
 fn on_gpu(gpu: &Gpu, images: &Tensor, o: &Options, s: &Sizes, cells: Option<[&mut Tensor; 2]>) -> Result<Tensor> {
     ensure!(
-        o.bins == 9 && o.cell == 8,
-        "hog: {gpu:?} computes 9 bins in cells of 8 pixels, not {} in cells of {}; the CPU computes any",
+        o.bins == 9 && matches!(o.cell, 4 | 8),
+        "hog: {gpu:?} computes 9 bins in cells of 8 or 4 pixels, not {} in cells of {}; the CPU computes any",
         o.bins,
         o.cell
     );
@@ -121,7 +121,8 @@ fn on_gpu(gpu: &Gpu, images: &Tensor, o: &Options, s: &Sizes, cells: Option<[&mu
     let args = Args::new().out(&mut target).maybe_out(histograms).maybe_out(normalised).input(images);
     let args = args.int(s.batch).int(s.channels).int(s.height).int(s.width).flag(o.variant == Variant::MaskFeat).float(o.eps);
     let cells = s.batch * (s.height / s.cell) * (s.width / s.cell);
-    gpu.launch(&typed("hog", images.dtype()), Launch::new(cells.div_ceil(4), 128), args)?;
+    let name = if o.cell == 8 { "hog" } else { "hog_cell4" };
+    gpu.launch(&typed(name, images.dtype()), Launch::new(cells.div_ceil(4), 128), args)?;
     Ok(target)
 }
 

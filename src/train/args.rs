@@ -129,7 +129,7 @@ impl RunArgs {
         }
         if let Some(norm) = self.clip_grad.filter(|norm| !(norm.is_finite() && *norm > 0.0)) {
             return fail(format!(
-                "--clip-grad {norm}: gradients are clipped to a length above 0; leave the flag out to switch clipping off"
+                "--clip-grad {norm}: gradients are clipped to a length above 0; one as large as 1e9 clips none"
             ));
         }
         if let Some(decay) = self.model_ema_decay.filter(|decay| !(0.0..1.0).contains(decay)) {
@@ -154,7 +154,7 @@ impl RunArgs {
 
     pub fn schedule(&self) -> Schedule {
         let peak = self.lr.unwrap_or_else(|| schedule::peak_per_256(self.blr, self.effective_batch()));
-        Schedule::Mae { peak, min: self.min_lr, warmup: self.warmup_epochs, fixed: false }
+        Schedule::Mae { peak, min: self.min_lr, warmup: self.warmup_epochs, from: 0.0, fixed: false }
     }
 
     pub fn options(&self) -> Options {

@@ -43,6 +43,14 @@ pub fn settings(file: &TensorFile) -> Result<Map<String, Value>> {
     if file.metadata().contains_key("masque.settings") { map(file, "masque.settings") } else { Ok(Map::new()) }
 }
 
+/// The command of the run that a file comes from; None where it does not say one.
+pub fn command(file: &TensorFile) -> Result<Option<String>> {
+    if !file.metadata().contains_key("masque.data") {
+        return Ok(None);
+    }
+    Ok(map(file, "masque.data")?.get("command").and_then(Value::as_str).map(String::from))
+}
+
 /// The classes that a classifier's run learned; none where the file does not say.
 pub fn classes(file: &TensorFile) -> Result<Vec<String>> {
     if !file.metadata().contains_key("masque.data") {

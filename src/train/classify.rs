@@ -37,7 +37,7 @@ use std::sync::Arc;
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ClassifierArgs {
-    /// Model by its published name or its size: vit_base_patch16, deit_small_patch16_224, base, glyph_s ...
+    /// Model by its published name or its size: vit_base_patch16, deit_small_patch16_224, convit_base_patch16, base, glyph_s ...
     #[arg(long, default_value = "vit_large_patch16", value_name = "NAME")]
     pub model: String,
     /// Side of a patch in pixels [default: the model's]
@@ -52,7 +52,7 @@ pub struct ClassifierArgs {
     /// How an encoder starts from scratch
     #[arg(long, value_enum, default_value_t = StartName::Normal)]
     pub start: StartName,
-    /// Average the patches, then norm and head; =false, or --cls-token, reads the class token
+    /// Average the patches, then norm and head; =false, or --cls-token, reads the class token (of a ConViT, which has none, the first patch)
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true", action = ArgAction::Set)]
     pub global_pool: bool,
     /// What becomes of a head in --finetune that fits the model
@@ -93,12 +93,13 @@ impl ClassifierArgs {
     /// The classifier for these images.
     pub fn config(&self, images: &ImagesArgs, classes: usize, drop_path: f64, probe: bool) -> Result<ClassifierConfig> {
         let named = presets::named(&self.model)?;
-        if named.family == Some(Family::Mae) {
-            return Err(Error::usage(format!(
-                "--model {} is a model that is pre-trained; its classifier is {}",
-                self.model,
-                self.model.trim_start_matches("mae_")
-            )));
+        let classifier = match named.family {
+            Some(Family::Mae) => Some(self.model.trim_start_matches("mae_").to_string()),
+            Some(Family::ConvMae) => Some(format!("{}_patch{}", named.size, named.patch)),
+            _ => None,
+        };
+        if let Some(classifier) = classifier {
+            return Err(Error::usage(format!("--model {} is a model that is pre-trained; its classifier is {classifier}", self.model)));
         }
         let mut vit = named.classifier(images.input_size, drop_path)?;
         (vit.patch, vit.channels) = (self.patch_size.unwrap_or(vit.patch), images.in_chans);
@@ -111,6 +112,11 @@ impl ClassifierArgs {
         }
         let pool = if self.global_pool { Pool::Mean } else { Pool::ClassToken };
         Ok(ClassifierConfig { vit, classes, pool, probe })
+    }
+
+    /// Refuses a ConViT, where `command` needs a class token.
+    pub fn needs_patches(&self, command: &str) -> Result<()> {
+        presets::named(&self.model)?.needs_patches(&self.model, command)
     }
 
     /// Refuses a student of a teacher where there is none.
@@ -176,8 +182,11 @@ impl ClassifierArgs {
 /// Gives the encoder the values that its pre-training would begin with.
 fn start_like_mae(params: &mut Params, model: &Classifier, rng: &Rng) -> Result<()> {
     let config = VitConfig { position: Position::SinCos, ..model.vit.config.clone() };
-    if model.vit.config.position != Position::Learned || config.layer_scale.is_some() {
-        return Err(Error::usage("--start xavier is for plain ViT and DeiT classifiers; leave it out, or choose a vit_ or deit_ model"));
+    let learned = config.stages.is_some() || model.vit.config.position == Position::Learned;
+    if !learned || config.layer_scale.is_some() {
+        return Err(Error::usage(
+            "--start xavier is for plain ViT, DeiT and ConViT classifiers; leave it out, or choose a vit_, deit_ or convit_ model",
+        ));
     }
     let mut b = ParamsBuilder::default();
     let tokens = Tokens::new(&mut b, &config)?;
@@ -367,7 +376,7 @@ impl Job<'_> {
 
     pub fn feed(&self, device: Device, labels: Option<Labels>) -> Feed {
         let [mean, std] = self.images.statistics();
-        Feed { device, mean, std, labels }
+        Feed { device, mean, std, labels, bytes: false }
     }
 
     fn train(

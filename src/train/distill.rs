@@ -183,7 +183,7 @@ impl TrainArgs {
         let lr = self.run.lr.unwrap_or(5e-4);
         let peak = if self.unscale_lr { lr } else { peak_per_512(lr, self.run.effective_batch()) };
         if self.sched == Sched::Updates {
-            return Schedule::Mae { peak, min: self.run.min_lr, warmup: self.run.warmup_epochs, fixed: false };
+            return Schedule::Mae { peak, min: self.run.min_lr, warmup: self.run.warmup_epochs, from: 0.0, fixed: false };
         }
         let (epochs, warmup) = (self.run.epochs as usize, self.run.warmup_epochs as usize);
         Schedule::Timm(TimmCosine::new(peak, epochs, self.run.min_lr, warmup, self.warmup_lr))
@@ -280,7 +280,9 @@ impl Command<'_> {
             args.classifier.load(&mut method.params, &method.student, &rng, say)?;
         }
         if args.attn_only {
-            method.params.train_only(|name| name.contains(".attn.") || name.starts_with("head") || name == "pos_embed");
+            // What a ConViT's stages call so is a convolution.
+            let attention = |name: &str| name.contains(".attn.") && !name.starts_with("blocks1.") && !name.starts_with("blocks2.");
+            method.params.train_only(|name| attention(name) || name.starts_with("head") || name == "pos_embed");
         }
         method.params.move_to(&device, args.run.precision.dtype())?;
         let ready = Ready {
@@ -344,6 +346,7 @@ pub fn logit(args: &LogitDistillArgs, deit: bool, say: &mut dyn FnMut(&str)) -> 
     let settings = settings(&LogitDistillArgs { train: resolved(&args.train), ..args.clone() })?;
     let cached = args.teacher.teacher_cache.is_some();
     let words = if deit { "distill deit" } else { "distill logit" };
+    args.train.classifier.needs_patches("masque distill")?;
     let folder = if deit { "distill-deit" } else { "distill-logit" };
     let command = Command { words, folder, args: &args.train, settings, views: args.teacher.views, cached };
     let teaching: Box<Teaching> = Box::new(move |config, device, shown, say| {
@@ -373,6 +376,7 @@ pub fn logit(args: &LogitDistillArgs, deit: bool, say: &mut dyn FnMut(&str)) -> 
 
 pub fn maskedkd(args: &MaskedKdArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let LogitDistillArgs { train, teacher: taught, logits } = &args.distill;
+    train.classifier.needs_patches("masque distill")?;
     let distill = LogitDistillArgs { train: resolved(train), ..args.distill.clone() };
     let settings = settings(&MaskedKdArgs { distill, ..args.clone() })?;
     let cached = taught.teacher_cache.is_some();

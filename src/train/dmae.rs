@@ -116,7 +116,7 @@ pub fn dmae(args: &DmaePretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
         say(&format!("blocks of student and teacher that are aligned, from 0: {}", pairs.join(", ")));
         let mut dmae = Dmae::new(config, teacher, Dtype::F32, &Rng::new(common.run.seed))?.with_masks(masks);
         if !resumed {
-            args.init.load(&mut dmae.mae, say)?;
+            args.init.load(&mut dmae.mae.params, &dmae.mae.encoder.config, say)?;
             args.start_partly(&mut dmae.mae, say)?;
         }
         args.freeze(&mut dmae.mae)?;
@@ -124,9 +124,9 @@ pub fn dmae(args: &DmaePretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended>
         Ok(Box::new(dmae))
     };
     let schedule = match common.run.schedule() {
-        Schedule::Mae { peak, min, warmup, .. } => Schedule::Mae { peak, min, warmup, fixed: args.fixed_lr },
+        Schedule::Mae { peak, min, warmup, from, .. } => Schedule::Mae { peak, min, warmup, from, fixed: args.fixed_lr },
         other => other,
     };
     let views = args.teacher.views;
-    Job { command: "pretrain dmae", folder: "pretrain-dmae", common, jitter: None, views, schedule, settings }.train(make, say)
+    Job { views, schedule, ..Job::new("pretrain dmae", "pretrain-dmae", common, settings) }.train(make, say)
 }

@@ -64,16 +64,13 @@ impl EvaluateArgs {
         images.check()?;
         let dataset = images.open(Part::Val)?;
         dataset.notes().iter().for_each(|note| say(note));
-        let (method, classes): (&dyn Method, _) = match &opened.model {
-            Model::Mae(mae) => (&**mae, None),
-            Model::Classifier(classifier) => (&**classifier, Some(classifier.classes)),
-            Model::Encoder(_) => {
-                return Err(Error::usage(format!(
-                    "{} is an encoder without a head; masque probe --finetune judges its features",
-                    self.model.checkpoint.display()
-                )));
-            }
+        let Some(method) = opened.method() else {
+            return Err(Error::usage(format!(
+                "{} is an encoder without a head; masque probe --finetune judges its features",
+                self.model.checkpoint.display()
+            )));
         };
+        let classes = if let Model::Classifier(classifier) = &opened.model { Some(classifier.classes) } else { None };
         let found = dataset.classes().len();
         if let Some(classes) = classes.filter(|&classes| classes < found || (classes > found && self.nb_classes != Some(classes))) {
             let more = if classes > found {
@@ -103,7 +100,7 @@ impl EvaluateArgs {
         };
         let loader = Loader::new(dataset, evaluation(opened.side(), ratio)?, options);
         let [mean, std] = images.statistics();
-        let feed = Feed { device: opened.params().device().clone(), mean, std, labels: None };
+        let feed = Feed { device: opened.params().device().clone(), mean, std, labels: None, bytes: method.needs_bytes() };
         let found = evaluate(method, &loader, &feed)?;
         say_skipped(&loader, say);
         say(&found.to_string());

@@ -43,6 +43,8 @@ pub struct Feed {
     pub mean: Vec<f32>,
     pub std: Vec<f32>,
     pub labels: Option<Labels>,
+    /// Whether batches hold the bytes of their images too.
+    pub bytes: bool,
 }
 
 impl Feed {
@@ -66,7 +68,8 @@ impl Feed {
     pub fn training(&self, loaded: Loaded, draws: &mut Stream) -> Result<Batch> {
         let Some(Labels { classes, mixing, labelled }) = &self.labels else {
             let images = self.images(&loaded, &Augment::default())?;
-            return Ok(Batch { teacher_images: self.clean(&loaded)?, keys: loaded.keys, ..Batch::of_images(images) });
+            let (bytes, teacher_images) = (self.bytes(&loaded)?, self.clean(&loaded)?);
+            return Ok(Batch { bytes, teacher_images, keys: loaded.keys, ..Batch::of_images(images) });
         };
         self.check(loaded.clean.is_some())?;
         let &[batch, h, w, _] = loaded.bytes.shape() else { crate::bail!("a batch is {:?} but [B, H, W, C] is needed", loaded.bytes) };
@@ -86,7 +89,11 @@ impl Feed {
     /// A batch to be judged by.
     pub fn evaluation(&self, loaded: Loaded) -> Result<Batch> {
         let images = self.images(&loaded, &Augment::default())?;
-        Ok(Batch { labels: loaded.labels, ..Batch::of_images(images) })
+        Ok(Batch { bytes: self.bytes(&loaded)?, labels: loaded.labels, ..Batch::of_images(images) })
+    }
+
+    fn bytes(&self, loaded: &Loaded) -> Result<Option<Tensor>> {
+        self.bytes.then(|| loaded.bytes.on(&self.device)).transpose()
     }
 
     fn clean(&self, loaded: &Loaded) -> Result<Option<Tensor>> {

@@ -2,7 +2,7 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`pretrain`], [`classify`] | the commands that train, turned into a [`run`] |
+//! | [`pretrain`], [`classify`] and one for each other method | the commands that train, turned into a [`run`] |
 //! | [`args`], [`images`] | the flags that they share |
 //! | [`start`] | where a run writes, what it goes on from |
 //! | [`run`] | the one loop: where a run stands, what it does next, what it does when numbers are not finite |
@@ -12,7 +12,7 @@
 //! | [`evaluate`], [`knn`] | how good a model is |
 //! | [`model`] | a model out of a checkpoint, whoever wrote it |
 //! | [`record`], [`events`], [`progress`] | the rows of a run, TensorBoard's files, the line on the terminal |
-//! | [`visualize`], [`picture`], [`chart`], [`report`] | pictures, curves, and the page that shows them |
+//! | [`visualize`], [`predicted`], [`picture`], [`chart`], [`report`] | pictures, curves, and the page that shows them |
 
 pub mod args;
 pub mod augment;
@@ -20,16 +20,20 @@ pub mod cache;
 pub mod chart;
 pub mod checkpoint;
 pub mod classify;
+pub mod convmae;
 pub mod distill;
 pub mod dmae;
+pub mod dmjd;
 pub mod evaluate;
 pub mod events;
 pub mod feed;
 pub mod images;
 pub mod knn;
+pub mod maskfeat;
 pub mod model;
 pub mod official;
 pub mod picture;
+pub mod predicted;
 pub mod pretrain;
 pub mod progress;
 pub mod record;
@@ -38,6 +42,7 @@ pub mod run;
 pub mod signals;
 pub mod start;
 pub mod step;
+pub mod target;
 pub mod teacher;
 pub mod tinymim;
 pub mod visualize;

@@ -1,17 +1,24 @@
 //! A model out of a checkpoint, whoever wrote it: what it is stands in its settings, or is read off its tensors.
 
 use super::checkpoint;
+use super::dmjd::DmjdPretrainArgs;
 use super::images::ImagesArgs;
+use super::maskfeat::MaskFeatPretrainArgs;
 use crate::device::{Named, Precision};
 use crate::error::{Context, Error, Result};
-use crate::formats::{self, Checkpoint};
+use crate::formats::{self, Checkpoint, TensorFile};
+use crate::methods::Method;
+use crate::methods::convmae::ConvMaeArgs;
+use crate::methods::dmjd::Dmjd;
 use crate::methods::mae::{Mae, MaeArgs, MaeConfig};
+use crate::methods::maskfeat::MaskFeat;
 use crate::methods::supervised::Supervised;
 use crate::nn::Start;
 use crate::nn::classifier::{ClassifierConfig, Pool};
 use crate::nn::contents::Contents;
 use crate::nn::names;
 use crate::nn::presets;
+use crate::nn::stages::StagesConfig;
 use crate::nn::vit::{DropPath, Tokens, Vit, VitConfig};
 use crate::nn::weights::{self, Policy, Which};
 use crate::param::{Params, ParamsBuilder};
@@ -19,6 +26,7 @@ use crate::rng::Rng;
 use crate::targets::pixels;
 use crate::tensor::Dtype;
 use clap::Args;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use std::path::PathBuf;
 
@@ -43,6 +51,8 @@ pub struct ModelArgs {
 
 pub enum Model {
     Mae(Box<Mae>),
+    Dmjd(Box<Dmjd>),
+    MaskFeat(Box<MaskFeat>),
     Classifier(Box<Supervised>),
     /// An encoder without head or decoder.
     Encoder(Box<(Params, Vit)>),
@@ -62,6 +72,8 @@ impl Opened {
     pub fn vit(&self) -> &Vit {
         match &self.model {
             Model::Mae(mae) => &mae.encoder,
+            Model::Dmjd(dmjd) => dmjd.model.encoder(),
+            Model::MaskFeat(maskfeat) => maskfeat.model.encoder(),
             Model::Classifier(classifier) => &classifier.model.vit,
             Model::Encoder(encoder) => &encoder.1,
         }
@@ -70,8 +82,21 @@ impl Opened {
     pub fn params(&self) -> &Params {
         match &self.model {
             Model::Mae(mae) => &mae.params,
+            Model::Dmjd(dmjd) => &dmjd.params,
+            Model::MaskFeat(maskfeat) => &maskfeat.params,
             Model::Classifier(classifier) => &classifier.params,
             Model::Encoder(encoder) => &encoder.0,
+        }
+    }
+
+    /// What it learned by, or None of an encoder alone.
+    pub fn method(&self) -> Option<&dyn Method> {
+        match &self.model {
+            Model::Mae(mae) => Some(&**mae),
+            Model::Dmjd(dmjd) => Some(&**dmjd),
+            Model::MaskFeat(maskfeat) => Some(&**maskfeat),
+            Model::Classifier(classifier) => Some(&**classifier),
+            Model::Encoder(_) => None,
         }
     }
 
@@ -119,7 +144,18 @@ impl ModelArgs {
         }
         let vit =
             encoder_of(&contents, &settings, self.model.as_deref()).with_context(|| format!("{}: give its name by --model", shown()))?;
-        let mut model = if contents.decoder.is_some() {
+        let (on, sizes) = ((&device, self.precision), [vit.image[0], vit.channels]);
+        let mut model = if checkpoint::command(&stored)?.as_deref() == Some("pretrain dmjd") {
+            Model::Dmjd(Box::new(of_run::<DmjdPretrainArgs>(&settings)?.model(sizes, on)?))
+        } else if checkpoint::command(&stored)?.as_deref() == Some("pretrain maskfeat") {
+            Model::MaskFeat(Box::new(of_run::<MaskFeatPretrainArgs>(&settings)?.model(sizes, on)?))
+        } else if predicts_more(&file, &contents) {
+            return Err(Error::usage(format!(
+                "{} predicts other things than pixels, as DMJD and MaskFeat do, and does not say which; masque finetune and masque probe take its encoder \
+                 by --finetune",
+                shown()
+            )));
+        } else if contents.decoder.is_some() {
             Model::Mae(Box::new(Mae::new(self.mae(&contents, &settings, vit)?, Dtype::F32, &Rng::new(0))?))
         } else if let Some(classes) = contents.classes {
             let pool = if contents.pooled { Pool::Mean } else { Pool::ClassToken };
@@ -133,6 +169,8 @@ impl ModelArgs {
         };
         let (params, config) = match &mut model {
             Model::Mae(mae) => (&mut mae.params, &mae.encoder.config),
+            Model::Dmjd(dmjd) => (&mut dmjd.params, &dmjd.model.encoder().config),
+            Model::MaskFeat(maskfeat) => (&mut maskfeat.params, &maskfeat.model.encoder().config),
             Model::Classifier(classifier) => (&mut classifier.params, &classifier.model.vit.config),
             Model::Encoder(encoder) => (&mut encoder.0, &encoder.1.config),
         };
@@ -143,8 +181,11 @@ impl ModelArgs {
 
     fn mae(&self, contents: &Contents, settings: &Map<String, Value>, vit: VitConfig) -> Result<MaeConfig> {
         if settings.contains_key("decoder-dim") {
-            let args: MaeArgs = serde_json::from_value(Value::Object(settings.clone())).context("the settings of the checkpoint")?;
-            return args.config(vit.image[0], vit.channels);
+            let (image, channels) = (vit.image[0], vit.channels);
+            if vit.stages.is_some() {
+                return of_run::<ConvMaeArgs>(settings)?.config(image, channels);
+            }
+            return of_run::<MaeArgs>(settings)?.config(image, channels);
         }
         let decoder = contents.decoder()?.ok_or_else(|| Error::new("there is no decoder"))?;
         // Where a file does not say what its pixels were, they are taken to be raw, as those of the models published for pictures are.
@@ -154,6 +195,18 @@ impl ModelArgs {
         let mask_ratio = settings.get("mask-ratio").and_then(Value::as_f64).unwrap_or(0.75);
         Ok(MaeConfig { encoder: vit, decoder, mask_ratio, norm_pix: normalised.then_some(pixels::EPS) })
     }
+}
+
+/// The flags of the run that a checkpoint comes from.
+fn of_run<T: DeserializeOwned>(settings: &Map<String, Value>) -> Result<T> {
+    serde_json::from_value(Value::Object(settings.clone())).context("the settings of the checkpoint")
+}
+
+/// Whether a model's last layer predicts something else than the pixels of patches, or of visible patches too.
+fn predicts_more(file: &TensorFile, contents: &Contents) -> bool {
+    let values = contents.patch.checked_mul(contents.patch).and_then(|area| area.checked_mul(contents.channels));
+    let predicted = file.get("decoder_pred.weight").ok().and_then(|weight| weight.shape().first().copied());
+    file.contains("predictor.0.weight") || predicted.is_some_and(|predicted| contents.decoder.is_none() || Some(predicted) != values)
 }
 
 /// The encoder of a file: shapes are its tensors', heads are the name's where one is typed or stands in its settings, else those of the published size.
@@ -166,12 +219,19 @@ pub fn encoder_of(contents: &Contents, settings: &Map<String, Value>, name: Opti
     let grid = contents.grid.ok_or_else(|| Error::new("its position table is of no square grid"))?;
     let side = grid.checked_mul(contents.patch).ok_or_else(|| Error::new("its position table is too large"))?;
     let named = presets::named(name)?;
+    if named.is_convit() != contents.stages.is_some() {
+        let [is, holds] = if named.is_convit() { ["a ConViT", "none"] } else { ["no ConViT", "one"] };
+        return Err(Error::usage(format!("model {name} is {is} but the file holds {holds}")));
+    }
     let fixed = contents.decoder.is_some();
     let config = if fixed { named.encoder(side)? } else { named.classifier(side, 0.0)? };
     let number = |key: &str| settings.get(key).and_then(Value::as_u64).map(|n| n as usize);
     // Heads of a TinyMIM student, which are not those that it is fine-tuned with.
     let heads = number("heads").or(named.heads).unwrap_or(config.heads);
+    // A file may hold an encoder as it is pre-trained and no decoder.
+    let stages = config.stages.map(|stages| StagesConfig { fused: contents.stages.as_ref().is_some_and(|found| found.fused), ..stages });
     Ok(VitConfig {
+        stages,
         patch: contents.patch,
         channels: contents.channels,
         drop_path: DropPath::Constant(0.0),

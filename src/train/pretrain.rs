@@ -4,19 +4,22 @@ use super::args::{RunArgs, settings};
 use super::cache::Shown;
 use super::feed::Feed;
 use super::images::{CropArgs, ImagesArgs, Part, spread};
-use super::picture;
+use super::picture::{self, SheetRow};
+use super::predicted;
 use super::run::{After, Ended, Schedule};
 use super::start::{Ready, Start};
 use super::visualize::{self, Normalised};
 use crate::data::loader::{Loader, LoaderOptions, Order};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::methods::Method;
+use crate::methods::{Batch, Method};
 use crate::methods::dmae::Dmae;
 use crate::methods::mae::{Mae, MaeArgs};
+use crate::nn::vit::VitConfig;
 use crate::nn::weights::{self, Policy, Which};
 use crate::optim::adamw::AdamW;
 use crate::optim::groups;
+use crate::param::Params;
 use crate::rng::Rng;
 use crate::tensor::Dtype;
 use clap::Args;
@@ -58,20 +61,21 @@ pub struct PretrainArgs {
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct InitArgs {
-    /// Start from the weights of this checkpoint: a whole model of masque or of MAE's programs (.pth, .safetensors) [default: from scratch]
+    /// Start from the weights of this checkpoint: a whole model of masque or of the method's program (.pth, .safetensors) [default: from scratch]
     #[arg(long, value_name = "PATH")]
     pub init: Option<PathBuf>,
-    /// --init may be an encoder alone: the decoder starts from scratch
+    /// --init may be an encoder alone: decoder and heads start from scratch
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
     pub fresh_decoder: bool,
 }
 
 impl InitArgs {
-    pub fn load(&self, mae: &mut Mae, say: &mut dyn FnMut(&str)) -> Result<()> {
+    /// Gives a fresh model, whose encoder is `vit`, the weights of --init.
+    pub fn load(&self, params: &mut Params, vit: &VitConfig, say: &mut dyn FnMut(&str)) -> Result<()> {
         if let Some(path) = &self.init {
             let file = weights::open(path, Which::Trained)?;
             let policy = Policy::PreTraining { fresh_decoder: self.fresh_decoder };
-            say(&weights::load(&mut mae.params, &mae.encoder.config, &file, policy)?.text());
+            say(&weights::load(params, vit, &file, policy)?.text());
         } else if self.fresh_decoder {
             return Err(Error::usage("--fresh-decoder says what --init may lack; give a checkpoint by --init PATH"));
         }
@@ -85,18 +89,27 @@ const SHOWN: usize = 6;
 /// Draws the panels of a few unseen images after each evaluation.
 fn pictures<'a>(shown: Loader, feed: Feed) -> After<'a> {
     Box::new(move |method, record, place| {
-        let method = method as &dyn Any;
-        let distilled = || method.downcast_ref::<Dmae>().map(|dmae| &dmae.mae);
-        let Some(mae) = method.downcast_ref::<Mae>().or_else(distilled) else { return Ok(()) };
         let Some(loaded) = shown.epoch(0, 0).next() else { return Ok(()) };
-        let images = feed.evaluation(loaded?)?.images;
+        let batch = feed.evaluation(loaded?)?;
         let normalised = Normalised { mean: &feed.mean, std: &feed.std };
-        let rows = visualize::panel_rows(mae, &images, normalised, &[mae.mask_ratio()], &[], &Rng::new(2))?;
-        let percent = 100.0 * mae.mask_ratio();
-        let given = if mae.norm_pix().is_some() { "; mean and deviation of each hidden patch are the true ones" } else { "" };
-        let caption = format!("Unseen images with {percent:.0} % of the patches hidden, after epoch {}{given}", place.epoch);
+        let Some((rows, what)) = rows_of(method, &batch, normalised)? else { return Ok(()) };
+        let caption = format!("Unseen images {what}, after epoch {}", place.epoch);
         record.picture(place.update, "reconstruction", &caption, &picture::sheet(&rows)?.png()?)
     })
+}
+
+/// Rows of panels and what they show of the images; None of a method that has nothing to show.
+fn rows_of(method: &dyn Method, batch: &Batch, normalised: Normalised) -> Result<Option<(Vec<SheetRow>, String)>> {
+    let rng = Rng::new(2);
+    if let Some((rows, what)) = predicted::rows(method, batch, normalised, &[], &rng)? {
+        return Ok(Some((rows, what)));
+    }
+    let method = method as &dyn Any;
+    let distilled = || method.downcast_ref::<Dmae>().map(|dmae| &dmae.mae);
+    let Some(mae) = method.downcast_ref::<Mae>().or_else(distilled) else { return Ok(None) };
+    let rows = visualize::panel_rows(mae, &batch.images, normalised, &[mae.mask_ratio()], &[], &rng)?;
+    let given = if mae.norm_pix().is_some() { "; mean and deviation of each hidden patch are the true ones" } else { "" };
+    Ok(Some((rows, format!("with {:.0} % of the patches hidden{given}", 100.0 * mae.mask_ratio()))))
 }
 
 /// Betas of MAE's AdamW.
@@ -114,6 +127,9 @@ pub struct Job<'a> {
     /// Fixed views of each image.
     pub views: Option<u64>,
     pub schedule: Schedule,
+    /// AdamW's, and the names of parameters that do not decay although they are no vectors.
+    pub betas: (f64, f64),
+    pub no_decay: &'static [&'static str],
     pub settings: Map<String, Value>,
 }
 
@@ -127,7 +143,13 @@ pub struct Making<'a> {
     pub shown: Shown,
 }
 
-impl Job<'_> {
+impl<'a> Job<'a> {
+    /// One that trains as MAE does.
+    pub fn new(command: &'static str, folder: &'static str, common: &'a CommonArgs, settings: Map<String, Value>) -> Self {
+        let schedule = common.run.schedule();
+        Self { command, folder, common, jitter: None, views: None, schedule, betas: BETAS, no_decay: &[], settings }
+    }
+
     /// Trains what `make` makes, on its device.
     pub fn train(self, make: impl FnOnce(Making) -> Result<Box<dyn Method>>, say: &mut dyn FnMut(&str)) -> Result<Ended> {
         let CommonArgs { run, images, crop } = self.common;
@@ -177,8 +199,8 @@ impl Job<'_> {
             precision: run.precision,
         };
         let mut method = make(Making { device: device.clone(), resumed: start.from.is_some(), say: &mut *say, shown })?;
-        let optimizer = AdamW::new(groups::by_decay(method.params(), run.weight_decay, &[]), BETAS, 1e-8)?;
-        let feed = Feed { device, mean, std, labels: None };
+        let optimizer = AdamW::new(groups::by_decay(method.params(), run.weight_decay, self.no_decay), self.betas, 1e-8)?;
+        let feed = Feed { device, mean, std, labels: None, bytes: method.needs_bytes() };
         let shown = spread(validation.clone().unwrap_or_else(|| train.clone()), SHOWN);
         let few = LoaderOptions { batch: SHOWN, order: Order::Sequential, workers: 0, views: None, ..loading };
         let after = pictures(Loader::new(shown, crop.evaluation(side)?, few), feed.clone());
@@ -215,11 +237,10 @@ pub fn mae(args: &PretrainArgs, say: &mut dyn FnMut(&str)) -> Result<Ended> {
     let make = |making: Making| -> Result<Box<dyn Method>> {
         let mut mae = Mae::new(config, Dtype::F32, &Rng::new(common.run.seed))?.with_masks(masks);
         if !making.resumed {
-            args.init.load(&mut mae, making.say)?;
+            args.init.load(&mut mae.params, &mae.encoder.config, making.say)?;
         }
         mae.params.move_to(&making.device, common.run.precision.dtype())?;
         Ok(Box::new(mae))
     };
-    Job { command: "pretrain mae", folder: "pretrain-mae", common, jitter: None, views: None, schedule: common.run.schedule(), settings }
-        .train(make, say)
+    Job::new("pretrain mae", "pretrain-mae", common, settings).train(make, say)
 }

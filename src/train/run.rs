@@ -78,8 +78,9 @@ impl Mean {
 /// How the learning rate moves.
 #[derive(Clone, Copy, Debug)]
 pub enum Schedule {
-    /// As MAE's programs move it; epochs may be fractions. `fixed`: after the warm-up it stays at its peak.
-    Mae { peak: f64, min: f64, warmup: f64, fixed: bool },
+    /// As MAE's programs move it; epochs may be fractions. `from`: the part of the peak that the warm-up starts with. `fixed`: after the warm-up it stays
+    /// at its peak.
+    Mae { peak: f64, min: f64, warmup: f64, from: f64, fixed: bool },
     /// As timm moves it, by whole epochs.
     Timm(TimmCosine),
 }
@@ -89,6 +90,7 @@ impl Schedule {
     pub fn at(&self, epoch: f64, epochs: f64) -> f64 {
         match *self {
             Schedule::Mae { peak, warmup, fixed: true, .. } if epoch >= warmup => peak,
+            Schedule::Mae { peak, warmup, from, .. } if from > 0.0 && epoch < warmup => peak * (from + (1.0 - from) * epoch / warmup),
             Schedule::Mae { peak, min, warmup, .. } => schedule::mae_cosine(epoch, peak, min, warmup, epochs),
             Schedule::Timm(cosine) => cosine.during_epoch(epoch as usize),
         }
@@ -468,6 +470,7 @@ impl Run<'_> {
         for (name, mean) in std::mem::take(&mut self.place.epoch_parts) {
             line.insert(format!("train_loss_{name}"), json!(mean.value()));
         }
+        line.extend(self.step.method().facts().into_iter().map(|(name, value)| (name.to_string(), json!(value))));
         line.insert("epoch".into(), json!(number));
         line.insert("n_parameters".into(), json!(self.step.method().params().count_trained()));
         line.insert("update".into(), json!(self.place.update));

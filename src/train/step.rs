@@ -202,6 +202,7 @@ impl Step {
             let empty = |like: &Tensor| Tensor::empty_on(&Device::Gpu(gpu.clone()), like.shape(), like.dtype());
             let maybe = |like: &Option<Tensor>| like.as_ref().map(empty).transpose();
             self.place = Some(Batch {
+                bytes: maybe(&batch.bytes)?,
                 teacher_images: maybe(&batch.teacher_images)?,
                 teacher_output: maybe(&batch.teacher_output)?,
                 targets: maybe(&batch.targets)?,
@@ -211,6 +212,7 @@ impl Step {
         let own = self.place.as_mut().expect("made above");
         put(gpu, &mut own.images, &batch.images, "images")?;
         for (own, given, what) in [
+            (&mut own.bytes, &batch.bytes, "bytes of images"),
             (&mut own.teacher_images, &batch.teacher_images, "images for a teacher"),
             (&mut own.teacher_output, &batch.teacher_output, "answers of a teacher"),
             (&mut own.targets, &batch.targets, "targets"),

@@ -87,6 +87,12 @@ impl TeacherArgs {
         let settings = checkpoint::settings(&stored).with_context(attempt)?;
         let file = names::to_official(&stored).with_context(attempt)?.file;
         let contents = Contents::of(&file).with_context(attempt)?;
+        if contents.stages.is_some() {
+            return Err(Error::new(format!(
+                "{}: it is a ConViT, which projects no patches and has no class token; a teacher is a ViT, DeiT, DeiT-III or CaiT",
+                attempt()
+            )));
+        }
         let name = self.teacher_model.as_deref();
         if let Some(name) = name.filter(|name| name.starts_with("regnet")) {
             return Err(Error::usage(format!(

@@ -75,6 +75,6 @@ pub fn tinymim(args: &TinymimPretrainArgs, say: &mut dyn FnMut(&str)) -> Result<
         Ok(Box::new(tinymim))
     };
     let jitter = Some(method.color_jitter).filter(|strength| *strength > 0.0);
-    let (views, schedule) = (args.teacher.views, common.run.schedule());
-    Job { command: "pretrain tinymim", folder: "pretrain-tinymim", common, jitter, views, schedule, settings }.train(make, say)
+    let views = args.teacher.views;
+    Job { jitter, views, ..Job::new("pretrain tinymim", "pretrain-tinymim", common, settings) }.train(make, say)
 }

@@ -45,26 +45,39 @@ pub fn panels(mae: &Mae, images: &Tensor, normalised: Normalised, ratio: f64, rn
     let tape = Tape::off();
     let s = Scope::new(&tape, &mae.params);
     let mask = mae.mask_at(ratio, images.shape()[0], rng)?;
-    let latent = mae.encoder.forward(&s, images, Some(&mask.kept))?; // [B, 1 + K, C]
+    let latent = mae.latent(&s, images, &mask)?; // [B, extra + K, C]
     let pred = mae.decoder.forward(&s, &latent, &mask.restore)?; // [B, L, P]
 
+    painted(images, pred.value(), &mask.hidden, config.patch, mae.norm_pix(), normalised)
+}
+
+/// The same for what somebody has predicted, [B, L, P], with patches hidden where `hidden` [B, L] is 1; `norm_pix`: of pixels normalised patch by patch, with
+/// this much added to the variance.
+pub fn painted(
+    images: &Tensor,
+    predicted: &Tensor,
+    hidden: &Tensor,
+    patch: usize,
+    norm_pix: Option<f64>,
+    normalised: Normalised,
+) -> Result<Vec<[Picture; 4]>> {
     let images = images.on(&Device::Cpu)?.cast(Dtype::F32)?;
     let &[batch, channels, height, width] = images.shape() else { crate::bail!("images are {images:?} but [B, C, H, W] is needed") };
-    let x = patchify(&images, config.patch)?; // [B, L, P]
-    let mut y = pred.value().on(&Device::Cpu)?.cast(Dtype::F32)?.into_unique()?;
+    let x = patchify(&images, patch)?; // [B, L, P]
+    let mut y = predicted.on(&Device::Cpu)?.cast(Dtype::F32)?.into_unique()?;
     let p = x.last();
-    if let Some(eps) = mae.norm_pix() {
+    if let Some(eps) = norm_pix {
         for (y, x) in y.data_mut::<f32>().chunks_exact_mut(p).zip(x.data::<f32>().chunks_exact(p)) {
             let (mean, deviation) = statistics(x, eps);
             y.iter_mut().for_each(|y| *y = (*y as f64 * deviation + mean) as f32);
         }
     }
-    let hidden = mask.hidden.on(&Device::Cpu)?;
+    let hidden = hidden.on(&Device::Cpu)?;
     let blend = |shown: &dyn Fn(f32, f32, bool) -> f32| {
         let hidden = hidden.data::<f32>().iter().flat_map(|m| std::iter::repeat_n(*m > 0.0, p));
         let values = x.data::<f32>().iter().zip(y.data::<f32>()).zip(hidden).map(|((x, y), hidden)| shown(*x, *y, hidden));
         let joined =
-            unpatchify(&Tensor::from_slice(x.shape(), &values.collect::<Vec<f32>>())?, [batch, channels, height, width], config.patch)?;
+            unpatchify(&Tensor::from_slice(x.shape(), &values.collect::<Vec<f32>>())?, [batch, channels, height, width], patch)?;
         pictures(&joined, normalised)
     };
     let originals = blend(&|x, _, _| x)?;

@@ -2,6 +2,7 @@
 
 mod distill;
 mod dmae;
+mod dmjd;
 mod mae;
 mod tinymim;
 
@@ -57,7 +58,7 @@ fn glyphs(name: &'static str, command: &'static str, about: &'static str, more: 
 
 /// Every recipe there is.
 pub fn all() -> Vec<Preset> {
-    [mae::all(), dmae::all(), tinymim::all(), distill::all()].into_iter().flatten().collect()
+    [mae::all(), dmae::all(), tinymim::all(), dmjd::all(), distill::all()].into_iter().flatten().collect()
 }
 
 /// Fine-tuning on the built-in images, without what depends on the encoder.

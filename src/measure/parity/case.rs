@@ -153,6 +153,16 @@ impl<'a> Fields<'a> {
     /// Height and width, given as one number or a list of two.
     pub fn sides(&self, key: &str) -> Result<[usize; 2]> {
         let json = self.need(key)?;
+        self.sides_of(key, json)
+    }
+
+    /// The same of an entry of a list.
+    pub fn sides_at(&self, key: &str, at: usize) -> Result<[usize; 2]> {
+        let json = self.list(key)?.get(at).ok_or_else(|| Error::new(format!("{}.{key} has no entry {at}", self.what)))?;
+        self.sides_of(key, json)
+    }
+
+    fn sides_of(&self, key: &str, json: &Json) -> Result<[usize; 2]> {
         let sides = match json.as_array().map(Vec::as_slice) {
             Some([height, width]) => size(height).zip(size(width)),
             Some([one]) => size(one).zip(size(one)),
@@ -162,6 +172,12 @@ impl<'a> Fields<'a> {
             Some((height, width)) => Ok([height, width]),
             None => self.wrong(key, json, "a whole number, or height and width,"),
         }
+    }
+
+    /// A list of whole numbers.
+    pub fn sizes(&self, key: &str) -> Result<Vec<usize>> {
+        let list = self.list(key)?;
+        list.iter().map(|json| size(json).map_or_else(|| self.wrong(key, json, "a whole number from 0 to 2^20"), Ok)).collect()
     }
 
     pub fn number(&self, key: &str) -> Result<f64> {

@@ -30,7 +30,7 @@ pub fn run(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()> {
 }
 
 /// Images [B, H, W, C] as [B, C, H, W].
-fn planes(case: &Case, name: &str, dtype: Dtype) -> Result<Tensor> {
+pub fn planes(case: &Case, name: &str, dtype: Dtype) -> Result<Tensor> {
     let pixels = case.tensor(name, dtype)?;
     let &[batch, height, width, channels] = pixels.shape() else { bail!("{name} is {pixels:?} but [B, H, W, C] is needed") };
     let pixels = Var::constant(pixels.reshape(&[batch, height * width, channels])?);

@@ -9,7 +9,9 @@
 
 mod case;
 mod compare;
+mod convmae;
 mod dmae;
+mod dmjd;
 mod hog;
 mod mae;
 mod maskedkd;
@@ -73,8 +75,6 @@ pub struct Summary {
     pub skipped: usize,
     pub rows: Vec<Row>,
 }
-
-const NOT_YET: [&str; 2] = ["dmjd", "convmae"];
 
 /// Runs every case and prints its row as soon as it is done, then the counts.
 pub fn run(options: &Options, print: &mut dyn FnMut(&str)) -> Result<Summary> {
@@ -219,6 +219,10 @@ fn run_case(path: &Path, options: &Options) -> Result<Ran> {
         "maskedkd" => maskedkd::run(&case, dtype, &mut record)?,
         "vit" | "linprobe" if matches!(kind, "" | "deit" | "deit_distilled") => vit::run(&case, dtype, &mut record)?,
         "vit" | "linprobe" => return Ok(Ran::Unsupported(format!("models of kind {kind:?} are not supported yet"))),
+        "dmjd" => dmjd::dmjd(&case, dtype, &mut record)?,
+        "convmae" if kind.is_empty() => dmjd::convmae(&case, dtype, &mut record)?,
+        "convmae" if kind == "convvit_classifier" => convmae::classify(&case, dtype, &mut record)?,
+        "convmae" => return Ok(Ran::Unsupported(format!("models of kind {kind:?} are not supported yet"))),
         "hog" => hog::run(&case, dtype, &mut record)?,
         "op" => {
             if !ops::run(&case, dtype, &mut record)? {
@@ -226,7 +230,6 @@ fn run_case(path: &Path, options: &Options) -> Result<Ran> {
                 return Ok(Ran::Unsupported(format!("the operation {op:?} is not supported yet")));
             }
         }
-        known if NOT_YET.contains(&known) => return Ok(Ran::Unsupported(format!("the method {known} is not supported yet"))),
         other => return Err(Error::new(format!("there is no method {other:?}"))),
     }
     if let Some(problem) = record.problem.take() {
