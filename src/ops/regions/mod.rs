@@ -16,6 +16,7 @@
 //! GPU: kernels/regions.cu and kernels/region_conv.cu.
 
 mod conv;
+mod cpu;
 mod gpu;
 
 use super::case::Case;
