@@ -3,7 +3,7 @@
 use super::case::{Case, Fields, check_tokens};
 use super::compare::Record;
 use super::hog::planes;
-use super::mae;
+use super::{convmae, mae};
 use super::steps::{self, Place, Subject};
 use crate::error::Result;
 use crate::masking::Mask;
@@ -15,7 +15,6 @@ use crate::methods::target::{Kind, LossType, Targets};
 use crate::methods::{Batch, Loss};
 use crate::nn::Scope;
 use crate::nn::decoder::DecoderConfig;
-use crate::nn::stages::StagesConfig;
 use crate::nn::vit::{Position, Vit, VitConfig};
 use crate::optim::groups::Group;
 use crate::param::Params;
@@ -26,71 +25,12 @@ use crate::tensor::{Dtype, Tensor};
 use crate::{bail, ensure};
 use std::collections::BTreeMap;
 
-/// Three numbers of a list with one for each stage.
-fn three(model: &Fields, key: &str) -> Result<[f64; 3]> {
-    let numbers = model.numbers(key)?;
-    let fits = |n: &&f64| (0.0..=f64::from(1 << 20)).contains(*n);
-    match numbers[..] {
-        [a, b, c] if numbers.iter().all(|n| fits(&n)) => Ok([a, b, c]),
-        _ => bail!("model.{key} is {numbers:?} but a number for each of three stages is needed"),
-    }
-}
-
-fn sizes(model: &Fields, key: &str) -> Result<[usize; 3]> {
-    let numbers = three(model, key)?;
-    ensure!(numbers.iter().all(|n| n.fract() == 0.0), "model.{key} is {numbers:?} but whole numbers are needed");
-    Ok(numbers.map(|n| n as usize))
-}
-
-/// The ConViT that a case's `model` means; `fused` where it is to be pre-trained.
-pub fn convit(model: &Fields, position: Position, fused: bool) -> Result<VitConfig> {
-    let (image, patches) = (sizes(model, "image_size")?, sizes(model, "patch_size")?);
-    let ([e1, e2, e3], [d1, d2, d3], [r1, r2, r3]) = (sizes(model, "embed_dim")?, sizes(model, "depth")?, three(model, "mlp_ratio")?);
-    let stages = StagesConfig {
-        patches,
-        widths: [e1, e2],
-        depths: [d1, d2],
-        mlp_ratios: [r1, r2],
-        eps: model.number_or("stage_norm_eps", 1e-5)?,
-        fused,
-    };
-    stages.check()?;
-    let [p1, p2, _] = patches;
-    let follow = image[1] == image[0] / p1 && image[2] == image[1] / p2;
-    ensure!(follow, "model.image_size {image:?} does not follow from patches of {patches:?}");
-    let config = VitConfig {
-        channels: model.size_or("in_chans", 3)?,
-        mlp_ratio: r3,
-        eps: model.number_or("norm_eps", 1e-6)?,
-        qkv_bias: model.flag_or("qkv_bias", true)?,
-        position,
-        class_token: false,
-        stages: Some(stages),
-        ..VitConfig::new(image[0], patches.iter().product(), e3, d3, model.size("num_heads")?)
-    };
-    config.check()?;
-    check_tokens(config.patches() * config.stages.as_ref().map_or(1, |stages| stages.layout(0).tokens()))?;
-    Ok(config)
-}
-
-/// The weights that a file holds have to be about as many as the model's.
-pub fn check_size(case: &Case, c: &VitConfig, decoder: Option<&DecoderConfig>) -> Result<()> {
-    let Some(stages) = &c.stages else { bail!("the model has no convolution stages") };
-    let ([e1, e2], [d1, d2], [r1, r2]) = (stages.widths, stages.depths, stages.mlp_ratios);
-    let hidden = |width: usize, ratio: f64| (width as f64 * ratio) as usize;
-    let (width, depth) = decoder.map_or((0, 0), |decoder| (decoder.width, decoder.depth));
-    let parts: [&[usize]; 9] = [
-        &[c.patches(), c.width],
-        &[d1, 2, e1, e1],
-        &[d1, 2, e1, hidden(e1, r1)],
-        &[d2, 2, e2, e2],
-        &[d2, 2, e2, hidden(e2, r2)],
-        &[c.depth, 4, c.width, c.width],
-        &[c.depth, 2, c.width, hidden(c.width, c.mlp_ratio)],
-        &[depth, 4, width, width],
-        &[depth, 2, width, hidden(width, r1)],
-    ];
-    case.check_size("w/", &parts)
+/// Encoder and decoder of a case, about as large as the weights that its file holds.
+fn networks(case: &Case, model: &Fields) -> Result<(VitConfig, DecoderConfig)> {
+    let (encoder, decoder) = (convmae::encoder_config(model, Position::SinCos, true)?, decoder(model)?);
+    let (width, hidden) = (decoder.width, (decoder.width as f64 * encoder.decoder_mlp_ratio()) as usize);
+    convmae::check_size(case, &encoder, &[&[encoder.patches(), width], &[decoder.depth, 4, width, width], &[decoder.depth, 2, width, hidden]])?;
+    Ok((encoder, decoder))
 }
 
 fn decoder(model: &Fields) -> Result<DecoderConfig> {
@@ -156,8 +96,7 @@ struct ConvMae<'a> {
 
 pub fn convmae(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()> {
     let (model, options) = (case.part("model")?, case.part("options")?);
-    let (encoder, decoder) = (convit(&model, Position::SinCos, true)?, decoder(&model)?);
-    check_size(case, &encoder, Some(&decoder))?;
+    let (encoder, decoder) = networks(case, &model)?;
     same(&options, "target_patch", encoder.patch)?;
     let norm_pix = options.flag_or("norm_pix_loss", model.flag_or("norm_pix_loss", false)?)?.then_some(pixels::EPS);
     let config = MaeConfig { encoder, decoder, mask_ratio: options.number("mask_ratio")?, norm_pix };
@@ -260,8 +199,7 @@ pub fn dmjd(case: &Case, dtype: Dtype, record: &mut Record) -> Result<()> {
         ensure!(op == "disjoint_masks", "there is no operation {op:?} of dmjd");
         return masks(case, &options, record);
     }
-    let (encoder, decoder) = (convit(&model, Position::SinCos, true)?, decoder(&model)?);
-    check_size(case, &encoder, Some(&decoder))?;
+    let (encoder, decoder) = networks(case, &model)?;
     let targets = Targets::new(Kind::Hog, &encoder, pixels::EPS, None)?;
     same(&model, "decoder_pred_dim", targets.width)?;
     let order = match options.text("vis_target_order")? {
