@@ -152,16 +152,16 @@ mod tests {
             }
         }
         assert!(both as f64 > 0.65 * pairs as f64, "{both} of {pairs}");
-        // No place of the grid is left out.
+        // No place of the grid is left out, though corners lie under fewer blocks.
         let mut counts = [0.0f32; 196];
         mask.hidden.data::<f32>().iter().enumerate().for_each(|(at, hidden)| counts[at % 196] += hidden);
-        assert!(counts.iter().all(|&count| count > 20.0), "{counts:?}");
+        assert!(counts.iter().all(|&count| count > 2.0), "{counts:?}");
     }
 
     #[test]
     fn a_block_has_the_area_the_aspect_and_the_place_of_its_numbers() {
         let c = Blocks { grid: [8, 8], hide: 20, least: 10 };
-        let mut noise = vec![0.25; noise_each([8, 8])];
+        let mut noise = vec![0.25f32; noise_each([8, 8])];
         // 15 patches, as high as they are wide; from the third row and the last column but three. Then what fails ten times.
         noise[64..68].copy_from_slice(&[0.5, 0.5, 0.5, 0.99]);
         noise[68..].chunks_mut(4).for_each(|numbers| numbers.copy_from_slice(&[0.5, 0.5, 0.5, 0.99]));

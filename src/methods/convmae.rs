@@ -10,7 +10,7 @@ use super::dmjd::StagesName;
 use super::mae::{Mae, MaeArgs, MaeConfig};
 use super::masks::Masks;
 use crate::error::{Error, Result};
-use crate::nn::presets;
+use crate::nn::presets::{self, Family};
 use crate::rng::Rng;
 use crate::tensor::Dtype;
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,9 @@ impl ConvMaeArgs {
     pub fn config(&self, image: usize, channels: usize) -> Result<MaeConfig> {
         let name = &self.mae.model;
         let named = presets::named(name)?;
+        if named.family == Some(Family::ConVit) {
+            return Err(Error::usage(format!("--model {name} is a classifier; pre-training takes convmae_convvit_... or a size")));
+        }
         if named.encoder(image)?.stages.is_none() {
             return Err(Error::usage(format!(
                 "--model {name} has no convolution stages; masque pretrain mae takes it, and this command a ConViT"

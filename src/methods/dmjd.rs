@@ -20,7 +20,7 @@ use crate::masking::{self, Mask};
 use crate::nn::decoder::DecoderConfig;
 use crate::nn::linear::Linear;
 use crate::nn::norm::Norm;
-use crate::nn::presets;
+use crate::nn::presets::{self, Family};
 use crate::nn::vit::{Vit, VitConfig};
 use crate::nn::{Scope, Start};
 use crate::ops::gather;
@@ -163,6 +163,9 @@ impl DmjdArgs {
     pub fn networks(&self, image: usize, channels: usize) -> Result<(VitConfig, Option<DecoderConfig>)> {
         let name = self.model_name();
         let named = presets::named(name)?;
+        if named.family.is_some_and(|family| matches!(family, Family::Deit | Family::Distilled | Family::Deit3)) {
+            return Err(Error::usage(format!("--model {name} is a classifier of DeiT's; DMJD trains a plain ViT or a ConViT: base, convit_base ...")));
+        }
         let encoder = named.encoder(image)?;
         let encoder = VitConfig { patch: self.patch_size.unwrap_or(encoder.patch), channels, ..encoder };
         if encoder.stages.is_some() != (self.baseline == BaselineName::Convmae) {

@@ -99,6 +99,20 @@ mod tests {
     }
 
     #[test]
+    fn dmjd_scales_the_rate_by_what_is_predicted_and_warms_up_as_mae_does() {
+        let peak = peak_predicted(6e-4, 512, [1.0, 0.6]);
+        assert_eq!(peak, 6e-4 * (512.0 * (1.0 / 0.6)) / 256.0);
+        assert!((peak - 2.0e-3).abs() < 1e-12, "{peak}");
+        assert_eq!(peak_predicted(1e-3, 64, [0.75, 0.75]), peak_per_256(1e-3, 64));
+        for (epoch, rate) in
+            [(0.0, 0.0), (0.5, 5e-5), (10.0, 1e-3), (20.0, 2e-3), (100.0, 1.78914051e-3), (210.0, 1e-3), (399.0, 3.4174e-8)]
+        {
+            let found = mae_cosine(epoch, peak, 0.0, 20.0, 400.0);
+            assert!((found - rate).abs() <= 2e-5 * rate + 1e-12, "epoch {epoch}: {found} is not {rate}");
+        }
+    }
+
+    #[test]
     fn mae_schedule_has_the_published_pretraining_values() {
         let lr = |e| mae_cosine(e, 2.4e-3, 0.0, 40.0, 800.0);
         assert_eq!(lr(0.0), 0.0);

@@ -195,6 +195,13 @@ impl Facts {
         if let (Some(time), Some(flops)) = (share("s"), share("flops_per_image")) {
             tile("Teacher", format!("{time:.0} %"), format!("of a step's time; {flops:.0} % of its FLOPs"));
         }
+        if let (Some(views), Some(hidden), Some(predicted)) =
+            (self.last("views_of_an_image"), self.last("corruption_rate"), self.last("prediction_rate"))
+        {
+            let asked = self.setting("pred-ratio").and_then(|ratio| ratio.parse::<f64>().ok());
+            let asked = asked.map_or(String::new(), |ratio| format!(", asked for {} %", short(100.0 * ratio)));
+            tile("Hidden in each view", format!("{:.1} %", 100.0 * hidden), format!("{views} views predict {:.1} %{asked}", 100.0 * predicted));
+        }
         if let Some(count) = self.epochs.iter().rev().find_map(|row| number(row, "n_parameters")) {
             let (scale, unit) = if count >= 1e9 {
                 (1e9, " G")

@@ -49,11 +49,11 @@ pub fn all() -> Vec<Preset> {
         glyphs(
             "glyphs-dmjd",
             "pretrain dmjd",
-            "built-in images: DMJD of a small ConViT, two views of each image",
+            "built-in images: DMJD of a small ConViT, two views of each image, a minute or two on two cores",
             &[
                 &GLYPHS[..],
                 &GLYPHS_DMJD,
-                &[("model", "glyph_conv"), ("baseline", "convmae"), ("epochs", "8"), ("warmup-epochs", "0.4"), ("lr", "3e-3")],
+                &[("model", "glyph_conv"), ("baseline", "convmae"), ("epochs", "4"), ("warmup-epochs", "0.2"), ("lr", "3e-3")],
             ]
             .concat(),
         ),
@@ -61,7 +61,7 @@ pub fn all() -> Vec<Preset> {
             "glyphs-dmjd-maskfeat",
             "pretrain dmjd",
             "built-in images: DMJD of a small MaskFeat, two views of each image",
-            &[&GLYPHS[..], &GLYPHS_DMJD, &[("baseline", "maskfeat"), ("epochs", "8"), ("warmup-epochs", "0.4"), ("lr", "3e-3")]].concat(),
+            &[&GLYPHS[..], &GLYPHS_DMJD, &[("baseline", "maskfeat"), ("epochs", "4"), ("warmup-epochs", "0.2"), ("lr", "3e-3")]].concat(),
         ),
         glyphs(
             "glyphs-maskfeat",
@@ -69,7 +69,7 @@ pub fn all() -> Vec<Preset> {
             "built-in images: MaskFeat of a small ViT",
             &[
                 &GLYPHS[..],
-                &[("epochs", "16"), ("warmup-epochs", "0.8"), ("lr", "3e-3"), ("clip-grad", "1"), ("pred-type", "hog"), ("mask-ratio", "0.4")],
+                &[("epochs", "8"), ("warmup-epochs", "0.4"), ("lr", "3e-3"), ("clip-grad", "1"), ("pred-type", "hog"), ("mask-ratio", "0.4")],
             ]
             .concat(),
         ),
@@ -81,8 +81,8 @@ pub fn all() -> Vec<Preset> {
                 &GLYPHS[..],
                 &[
                     ("model", "glyph_conv"),
-                    ("epochs", "16"),
-                    ("warmup-epochs", "0.8"),
+                    ("epochs", "8"),
+                    ("warmup-epochs", "0.4"),
                     ("lr", "3e-3"),
                     ("mask-ratio", "0.75"),
                     ("norm-pix-loss", "true"),
