@@ -102,6 +102,11 @@ impl ParamsBuilder {
         Ok(ParamId(self.entries.len() - 1))
     }
 
+    /// In the order of registration, which is that of the state dict.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.iter().map(|(name, ..)| &name[..])
+    }
+
     /// How many numbers have been registered.
     pub fn count(&self) -> usize {
         self.entries.iter().map(|(_, shape, _, _)| shape.numel()).sum()

@@ -111,6 +111,10 @@ fn a_wrong_eps_fails_at_the_strict_limits() {
         let file = changed(name, name, |_, case| case["model"]["norm_eps"] = json!(1e-5));
         failure(&file);
     }
+    for (field, eps) in [("norm_eps", 1e-5), ("stage_norm_eps", 1e-6)] {
+        let file = changed(field, "convmae_convvit_classify", |_, case| case["model"][field] = json!(eps));
+        failure(&file);
+    }
 }
 
 #[test]
@@ -267,6 +271,22 @@ fn hostile_descriptions_are_refused_in_a_sentence() {
         ("vit_cls_ce", "/options/loss", json!("hinge")),
         ("vit_cls_ce", "/options/loss", json!("soft_target_ce")),
         ("linprobe_lars_2steps", "/options/bn_eps", json!(1e-5)),
+        ("convmae_convvit_classify", "/model/embed_dim", json!(16)),
+        ("convmae_convvit_classify", "/model/embed_dim", json!([8, 12])),
+        ("convmae_convvit_classify", "/model/embed_dim", json!([8, 1 << 20, 16])),
+        ("convmae_convvit_classify", "/model/embed_dim", json!([0, 12, 16])),
+        ("convmae_convvit_classify", "/model/depth", json!([1, 1 << 20, 2])),
+        ("convmae_convvit_classify", "/model/depth", json!([1, 2, 0])),
+        ("convmae_convvit_classify", "/model/patch_size", json!([4, 0, 2])),
+        ("convmae_convvit_classify", "/model/patch_size", json!([1 << 20, 1 << 20, 1 << 20])),
+        ("convmae_convvit_classify", "/model/image_size", json!([32, 8])),
+        ("convmae_convvit_classify", "/model/image_size", json!([32, 8, 5])),
+        ("convmae_convvit_classify", "/model/image_size", json!([1 << 19, 1 << 17, 1 << 16])),
+        ("convmae_convvit_classify", "/model/mlp_ratio", json!([4, 1e300, 4])),
+        ("convmae_convvit_classify", "/model/mlp_ratio", json!([4, 4])),
+        ("convmae_convvit_classify", "/model/stage_norm_eps", json!(-1)),
+        ("convmae_convvit_classify", "/model/num_classes", json!(1 << 20)),
+        ("convmae_convvit_classify", "/optim/layer_decay", json!(0.6)),
         ("op_attention", "/options/specs", json!({})),
         ("op_layernorm", "/options/specs/1", json!(3)),
         ("op_layernorm", "/options/specs/1/eps", json!("small")),

@@ -65,7 +65,9 @@ impl VisualizeArgs {
         let draws = matches!(opened.model, Model::Mae(_) | Model::Dmjd(_) | Model::MaskFeat(_));
         if !opened.vit().config.class_token && (self.attention || !draws) {
             let file = self.model.checkpoint.display();
-            return Err(Error::usage(format!("{file} is a ConViT, which has no class token, so there is nothing to show of where it looks")));
+            return Err(Error::usage(format!(
+                "{file} is a ConViT, which has no class token, so there is nothing to show of where it looks"
+            )));
         }
         let of_run = opened.images(None, [&self.mean, &self.std])?;
         let [mean, std] = of_run.statistics();

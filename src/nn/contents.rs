@@ -138,7 +138,8 @@ impl Contents {
             };
             let sized: Vec<&str> = convit::NAMES.into_iter().filter(sized).collect();
             // Where ConvMAE's and DMJD's differ in nothing but the MLPs, any of them has the right heads.
-            let ratios = |name: &&&str| convit::encoder(name, 224).is_ok_and(|vit| vit.stages.is_some_and(|own| own.mlp_ratios == found.ratios()));
+            let ratios =
+                |name: &&&str| convit::encoder(name, 224).is_ok_and(|vit| vit.stages.is_some_and(|own| own.mlp_ratios == found.ratios()));
             return sized.iter().find(ratios).or(sized.first()).copied();
         }
         presets::NAMES.into_iter().find(|size| presets::mae(size, 224).is_ok_and(|vit| (vit.width, vit.depth) == (self.width, self.depth)))

@@ -158,6 +158,33 @@ mod tests {
     }
 
     #[test]
+    fn convit_costs_the_sum_of_its_terms() {
+        // ConvMAE's base: tokens of 4 pixels 256 wide, of 8 pixels 384 wide, of 16 pixels 768 wide; two blocks in each convolution stage.
+        let (vit, all) = (presets::named("convvit_base_patch16").unwrap().classifier(224, 0.0).unwrap(), 14 * 14);
+        let embeds = 56 * 56 * 256 * (4 * 4 * 3) + 28 * 28 * 384 * (2 * 2 * 256) + all * 768 * (2 * 2 * 384) + all * 768 * 768;
+        let block = |width: u64| 2 * width * width + 2 * width * 4 * width + 25 * width;
+        let stages = 2 * 56 * 56 * block(256) + 2 * 28 * 28 * block(384);
+        let blocks = 11 * (12 * all * 768 * 768 + 2 * all * all * 768);
+        assert_eq!(vit_macs(&vit, 196), embeds + stages + blocks);
+        assert_eq!(classifier_macs(&vit, 1000), embeds + stages + blocks + 768 * 1000);
+
+        // In pre-training a quarter of everything but for attention, and views of what both stages end with; the decoder sees all tokens.
+        let named = presets::named("convmae_convvit_base_patch16").unwrap();
+        let (vit, kept) = (named.encoder(224).unwrap(), 49);
+        let views = kept * 768 * (4 * 4 * 256 + 2 * 2 * 384);
+        let seen = (embeds + stages) / 4 + views + 11 * (12 * kept * 768 * 768 + 2 * kept * kept * 768);
+        assert_eq!(vit_macs(&vit, 49), seen);
+        let decoder = kept * 768 * 512 + 8 * (12 * all * 512 * 512 + 2 * all * all * 512) + all * 512 * 768;
+        assert_eq!(decoder_macs(&named.decoder, &vit, 49), decoder);
+        // DMJD's has ratios of 8 in both stages and in the decoder.
+        let wider = presets::named("dmjd_convit_base_patch16_dec8_hog").unwrap();
+        let more = 2 * (16 * kept * 8 * 256 * 256 + 4 * kept * 8 * 384 * 384);
+        assert_eq!(vit_macs(&wider.encoder(224).unwrap(), 49), seen + more);
+        let more = 8 * 8 * all * 512 * 512;
+        assert_eq!(decoder_macs(&wider.decoder, &wider.encoder(224).unwrap(), 49), decoder + more);
+    }
+
+    #[test]
     fn a_second_head_and_a_second_token_are_counted() {
         let (one, two) = (presets::vit("base", 224, 0.0).unwrap(), presets::deit_distilled("base", 224, 0.0).unwrap());
         let (n, d) = (197, 768);

@@ -86,7 +86,8 @@ const CONVIT: [(&str, Family); 3] = [("convmae_", Family::ConvMae), ("dmjd_", Fa
 impl Named {
     fn plain(size: &str) -> Option<Self> {
         let plain = SIZES.iter().find(|(name, ..)| *name == size).map(|&(name, _, _, _, patch)| (name, patch));
-        let convit = || convit::NAMES.into_iter().find(|name| *name == size).and_then(|name| Some((name, convit::encoder(name, 224).ok()?.patch)));
+        let convit =
+            || convit::NAMES.into_iter().find(|name| *name == size).and_then(|name| Some((name, convit::encoder(name, 224).ok()?.patch)));
         let (size, patch) = plain.or_else(convit)?;
         let image = if size.starts_with("glyph") { 48 } else { 224 };
         Some(Self { size, family: None, patch, image, decoder: decoder_of(size), heads: None })
@@ -380,6 +381,49 @@ mod tests {
         assert_eq!(sizes("mae_vit_base_patch16_dec256d4b"), (256, 4, 8));
         assert_eq!(sizes("glyph_s"), (64, 1, 4));
         assert_eq!(sizes("mae_vit_glyph_s_patch8_dec64d2b"), (64, 2, 4));
+    }
+
+    #[test]
+    fn names_of_convit_say_what_they_are() {
+        for (name, size, family, ratio, depth) in [
+            ("convvit_base", "convvit_base", None, 4.0, 8),
+            ("convvit_base_patch16", "convvit_base", Some(Family::ConVit), 4.0, 8),
+            ("convmae-convvit-base-patch16", "convvit_base", Some(Family::ConvMae), 4.0, 8),
+            ("convmae_convvit_base_patch16_dec512d8b", "convvit_base", Some(Family::ConvMae), 4.0, 8),
+            ("convit_base_patch16", "convit_base", Some(Family::ConVit), 8.0, 8),
+            ("convit_large_patch16", "convit_large", Some(Family::ConVit), 8.0, 8),
+            ("dmjd_convit_base_patch16_dec2_hog", "convit_base", Some(Family::ConvMae), 8.0, 2),
+            ("dmjd_convit_large_patch16_dec512d8b_hog", "convit_large", Some(Family::ConvMae), 8.0, 8),
+            ("glyph_conv", "glyph_conv", None, 4.0, 1),
+        ] {
+            let found = named(name).unwrap();
+            assert_eq!((found.size, found.family, found.decoder.depth), (size, family, depth), "{name}");
+            let (encoder, classifier) = (found.encoder(found.image).unwrap(), found.classifier(found.image, 0.1).unwrap());
+            assert!(found.is_convit() && !encoder.class_token && encoder.position == Position::SinCos, "{name}");
+            assert_eq!(classifier.position, Position::LearnedPatches);
+            let (before, after) = (encoder.stages.unwrap(), classifier.stages.unwrap());
+            assert_eq!((before.mlp_ratios, before.fused, after.fused), ([ratio; 2], true, false), "{name}");
+            assert!(found.needs_patches(name, "masque distill").unwrap_err().chain().contains("is a ConViT"));
+        }
+        let glyph = named("glyph_conv").unwrap();
+        assert_eq!((glyph.patch, glyph.image, glyph.decoder.width, glyph.encoder(48).unwrap().grid()), (8, 48, 64, [6, 6]));
+        assert!(!named("base").unwrap().is_convit() && named("base").unwrap().needs_patches("base", "x").is_ok());
+        for name in [
+            "convvit_large_patch16",
+            "convvit_base_patch8",
+            "convvit_base_patch16_dec512d8b",
+            "convmae_convvit_base",
+            "convmae_convvit_base_patch16_dec8",
+            "convmae_convvit_base_patch16_dec8_hog",
+            "convmae_convvit_base_patch16_224",
+            "dmjd_convit_base_patch16_dec0_hog",
+            "dmjd_convit_base_patch16_dec8_rgb",
+            "dmjd_vit_base_patch16",
+        ] {
+            assert!(named(name).unwrap_err().to_string().contains("convmae_convvit_base_patch16"), "{name}");
+        }
+        let near = named("dmjd_convit_base_patch16_dec8_hg").unwrap_err().to_string();
+        assert!(near.contains("did you mean dmjd_convit_base_patch16_dec8_hog?"), "{near}");
     }
 
     #[test]

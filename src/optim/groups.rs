@@ -76,3 +76,28 @@ pub fn vit_layer(name: &str, last: usize) -> Result<usize> {
     let block = rest.split('.').next().unwrap_or(rest).parse::<usize>();
     Ok(block.with_context(|| format!("layer decay: {name} names no block"))?.saturating_add(1))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_of_a_convit_learn_like_its_embeddings() {
+        for (name, layer) in [
+            ("pos_embed", 0),
+            ("patch_embed1.proj.weight", 0),
+            ("patch_embed4.bias", 0),
+            ("blocks1.1.attn.weight", 0),
+            ("blocks2.0.mlp.fc1.bias", 0),
+            ("blocks3.0.attn.qkv.weight", 1),
+            ("blocks3.10.norm1.weight", 11),
+            ("fc_norm.weight", 12),
+            ("norm.bias", 12),
+            ("head.weight", 12),
+            ("blocks.10.norm1.weight", 11),
+        ] {
+            assert_eq!(vit_layer(name, 12).unwrap(), layer, "{name}");
+        }
+        assert!(vit_layer("blocks3.x.norm1.weight", 12).is_err());
+    }
+}

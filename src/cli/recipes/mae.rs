@@ -1,6 +1,6 @@
 //! MAE's recipes: pre-training, fine-tuning, linear probing, training from scratch.
 
-use super::{GLYPHS_LABELLED, Preset, glyphs, preset};
+use super::{GLYPHS_LABELLED, GLYPHS_PROBE, Preset, glyphs, preset};
 
 /// Size in names of presets, the program's name, what a person calls it, the patch.
 const SIZES: [(&str, &str, &str, usize); 5] = [
@@ -41,22 +41,7 @@ pub fn all() -> Vec<Preset> {
             "built-in images: the same steps from scratch",
             &[&GLYPHS_LABELLED[..], &[("layer-decay", "1"), ("start", "xavier")]].concat(),
         ),
-        glyphs(
-            "glyphs-probe",
-            "probe",
-            "built-in images: a linear head on 2000 labels",
-            &[
-                ("train-images", "2000"),
-                ("epochs", "60"),
-                ("warmup-epochs", "6"),
-                ("lr", "15"),
-                ("weight-decay", "0"),
-                ("global-pool", "true"),
-                ("crop", "whole"),
-                ("eval-freq", "20"),
-                ("save-freq", "20"),
-            ],
-        ),
+        glyphs("glyphs-probe", "probe", "built-in images: a linear head on 2000 labels", &GLYPHS_PROBE),
     ];
     for (letter, size, called, patch) in SIZES {
         let pretrained = format!("mae_vit_{size}_patch{patch}");

@@ -1,5 +1,6 @@
 //! The recipes: what was published for each method, and one of each kind for the built-in images.
 
+mod convit;
 mod distill;
 mod dmae;
 mod dmjd;
@@ -19,7 +20,7 @@ fn preset(name: impl Into<String>, command: &'static str, about: impl Into<Strin
     Preset { name: name.into(), command, about: about.into(), flags }
 }
 
-/// How an encoder that learned from a teacher is fine-tuned: MAE's recipe for Base, 100 epochs of batch 1024.
+/// How a pre-trained encoder is fine-tuned: MAE's recipe for Base, 100 epochs of batch 1024.
 fn finetuning<'a>(model: &'a str, warmup: &'a str, layer_decay: &'a str, drop_path: &'a str) -> [(&'static str, &'a str); 16] {
     [
         ("model", model),
@@ -58,7 +59,7 @@ fn glyphs(name: &'static str, command: &'static str, about: &'static str, more: 
 
 /// Every recipe there is.
 pub fn all() -> Vec<Preset> {
-    [mae::all(), dmae::all(), tinymim::all(), dmjd::all(), distill::all()].into_iter().flatten().collect()
+    [mae::all(), dmae::all(), tinymim::all(), dmjd::all(), convit::all(), distill::all()].into_iter().flatten().collect()
 }
 
 /// Fine-tuning on the built-in images, without what depends on the encoder.
@@ -77,4 +78,17 @@ const GLYPHS_LABELLED: [(&str, &str); 14] = [
     ("crop", "shift"),
     ("shift", "3"),
     ("global-pool", "true"),
+];
+
+/// Linear probing on the built-in images.
+const GLYPHS_PROBE: [(&str, &str); 9] = [
+    ("train-images", "2000"),
+    ("epochs", "60"),
+    ("warmup-epochs", "6"),
+    ("lr", "15"),
+    ("weight-decay", "0"),
+    ("global-pool", "true"),
+    ("crop", "whole"),
+    ("eval-freq", "20"),
+    ("save-freq", "20"),
 ];
