@@ -1,4 +1,4 @@
-//! ConViT behind pre-training: what its classifiers compute, which files they take, the commands that use them and those that refuse them.
+//! ConViT behind pre-training: which files its classifiers take, the commands that use them and those that refuse them.
 
 #[path = "common/runs.rs"]
 mod runs;
@@ -9,66 +9,16 @@ use masque::nn::contents::Contents;
 use masque::nn::decoder::{Decoder, DecoderTokens};
 use masque::nn::presets::named;
 use masque::nn::stages::StagesConfig;
-use masque::nn::vit::{Position, Tokens, Vit, VitConfig};
+use masque::nn::vit::{Position, Tokens, Vit};
 use masque::nn::weights::{self, Head, Policy};
-use masque::nn::{Scope, Start, convit, names};
+use masque::nn::{Start, convit, names};
 use masque::param::{Init, Params, ParamsBuilder};
 use masque::rng::Rng;
-use masque::tape::Tape;
-use masque::tensor::{Dtype, Tensor};
+use masque::tensor::Dtype;
 use runs::{fails, folder, last_tensors, masque, rows, said, succeeds};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-
-/// The weights of the fixture: element i of a tensor is 0.1 sin(0.7 i + s), s the sum of its name's letters modulo 97; 1 more in norms.
-fn fixture_weights(params: &mut Params) {
-    for id in params.ids() {
-        let (name, shape) = (params.name(id).to_string(), params.value(id).shape().to_vec());
-        if name == "pos_embed" {
-            continue;
-        }
-        let s = (name.bytes().map(usize::from).sum::<usize>() % 97) as f64;
-        let more = if shape.len() == 1 && name.ends_with("weight") { 1.0 } else { 0.0 };
-        let values: Vec<f64> = (0..shape.iter().product()).map(|i: usize| 0.1 * (0.7 * i as f64 + s).sin() + more).collect();
-        params.set_value(id, &Tensor::from_slice(&shape, &values).unwrap()).unwrap();
-    }
-}
-
-fn fixture_images() -> Tensor {
-    let (mean, std) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
-    let mut values = Vec::new();
-    for n in 0..2 {
-        for c in 0..3 {
-            for (y, x) in (0..224).flat_map(|y| (0..224).map(move |x| (y, x))) {
-                let pixel = (y * y + 3 * x * y + 5 * x + 50 * c + 29 * n) % 256;
-                values.push((pixel as f64 / 255.0 - mean[c]) / std[c]);
-            }
-        }
-    }
-    Tensor::from_slice(&[2, 3, 224, 224], &values).unwrap()
-}
-
-#[test]
-fn classifiers_give_the_logits_of_the_published_code() {
-    let stages =
-        StagesConfig { patches: [4, 2, 2], widths: [8, 12], depths: [2, 1], mlp_ratios: [3.0, 2.0], eps: convit::STAGE_EPS, fused: false };
-    let vit = VitConfig { class_token: false, stages: Some(stages), mlp_ratio: 2.0, ..VitConfig::new(224, 16, 16, 2, 2) };
-    let pooled = [0.8236972, 0.1341847, -0.7986030, -0.4110311, 0.7336045, 0.8173382, -0.3377373, -0.9649889, -0.1341792, 0.7984761];
-    let first = [0.8604147, -0.1394522, -0.9464197, -0.1974093, 0.9681538, 0.6989456, -0.6203551, -0.9613419, 0.1499193, 0.9101760];
-    for (pool, expected) in [(Pool::Mean, pooled), (Pool::ClassToken, first)] {
-        let mut b = ParamsBuilder::default();
-        let model = Classifier::new(&mut b, ClassifierConfig { vit: vit.clone(), classes: 10, pool, probe: false }).unwrap();
-        let mut params = b.build(Dtype::F64, &Rng::new(0)).unwrap();
-        fixture_weights(&mut params);
-        let tape = Tape::off();
-        let output = model.forward(&Scope::new(&tape, &params), &fixture_images(), None, false).unwrap();
-        for (i, expected) in expected.into_iter().enumerate() {
-            let found = output.logits.value().to_f64()[i];
-            assert!((found - expected).abs() < 1e-7, "{pool:?} {i}: {found} is not {expected}");
-        }
-    }
-}
 
 /// The built-in images' ConViT as it is pre-trained, with DMJD's heads for visible patches where `heads`; `ratio`: of both stages' MLPs.
 fn pre_trained(heads: bool, ratio: f64) -> Params {

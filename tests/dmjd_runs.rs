@@ -200,7 +200,10 @@ fn whole_models_start_others_of_their_kind_and_official_files_are_taken() {
     // ConvMAE's predict pixels: a file without settings can be shown.
     succeeds(masque(&format!("pretrain convmae {FEW}"), &base.join("convmae")));
     program("convert convmae/best.safetensors convmae.pth", &base);
-    program("visualize convmae.pth --model glyph_conv --norm-pix-loss --mask-ratio 0.5,0.75 --output shown.png convmae/pictures/reconstruction.png", &base);
+    program(
+        "visualize convmae.pth --model glyph_conv --norm-pix-loss --mask-ratio 0.5,0.75 --output shown.png convmae/pictures/reconstruction.png",
+        &base,
+    );
 }
 
 #[cfg(feature = "emulated")]

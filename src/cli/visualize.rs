@@ -3,14 +3,14 @@
 use crate::data::{Picture, decode, resize};
 use crate::error::{Context, Error, Result};
 use crate::formats;
-use crate::rng::Rng;
 use crate::methods::Batch;
+use crate::rng::Rng;
 use crate::targets::pixels;
 use crate::tensor::Tensor;
 use crate::train::images::{ImagesArgs, Part, spread};
 use crate::train::model::{Model, ModelArgs, Opened};
-use crate::train::predicted;
 use crate::train::picture::{SheetRow, sheet};
+use crate::train::predicted;
 use crate::train::visualize::{Normalised, attention_rows, panel_rows};
 use clap::Args;
 use std::io::Write;

@@ -164,7 +164,9 @@ impl DmjdArgs {
         let name = self.model_name();
         let named = presets::named(name)?;
         if named.family.is_some_and(|family| matches!(family, Family::Deit | Family::Distilled | Family::Deit3)) {
-            return Err(Error::usage(format!("--model {name} is a classifier of DeiT's; DMJD trains a plain ViT or a ConViT: base, convit_base ...")));
+            return Err(Error::usage(format!(
+                "--model {name} is a classifier of DeiT's; DMJD trains a plain ViT or a ConViT: base, convit_base ..."
+            )));
         }
         let encoder = named.encoder(image)?;
         let encoder = VitConfig { patch: self.patch_size.unwrap_or(encoder.patch), channels, ..encoder };

@@ -76,9 +76,7 @@ pub fn check_loss(kind: Kind, losses: [LossType; 2], beta: f64, eps: f64) -> Res
 pub fn check_patch(kind: Kind, encoder: &VitConfig) -> Result<()> {
     if matches!(kind, Kind::Hog | Kind::HogMaskfeat) && !encoder.patch.is_multiple_of(2) {
         let patch = encoder.patch;
-        return Err(Error::usage(format!(
-            "--pred-type: a patch of {patch} pixels does not fall into 2 x 2 cells of gradients; take rgb"
-        )));
+        return Err(Error::usage(format!("--pred-type: a patch of {patch} pixels does not fall into 2 x 2 cells of gradients; take rgb")));
     }
     Ok(())
 }

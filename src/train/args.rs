@@ -128,9 +128,7 @@ impl RunArgs {
             }
         }
         if let Some(norm) = self.clip_grad.filter(|norm| !(norm.is_finite() && *norm > 0.0)) {
-            return fail(format!(
-                "--clip-grad {norm}: gradients are clipped to a length above 0; one as large as 1e9 clips none"
-            ));
+            return fail(format!("--clip-grad {norm}: gradients are clipped to a length above 0; one as large as 1e9 clips none"));
         }
         if let Some(decay) = self.model_ema_decay.filter(|decay| !(0.0..1.0).contains(decay)) {
             return fail(format!("--model-ema-decay {decay} is not in [0, 1)"));

@@ -200,7 +200,11 @@ impl Facts {
         {
             let asked = self.setting("pred-ratio").and_then(|ratio| ratio.parse::<f64>().ok());
             let asked = asked.map_or(String::new(), |ratio| format!(", asked for {} %", short(100.0 * ratio)));
-            tile("Hidden in each view", format!("{:.1} %", 100.0 * hidden), format!("{views} views predict {:.1} %{asked}", 100.0 * predicted));
+            tile(
+                "Hidden in each view",
+                format!("{:.1} %", 100.0 * hidden),
+                format!("{views} views predict {:.1} %{asked}", 100.0 * predicted),
+            );
         }
         if let Some(count) = self.epochs.iter().rev().find_map(|row| number(row, "n_parameters")) {
             let (scale, unit) = if count >= 1e9 {

@@ -28,7 +28,9 @@ impl Targeted<'_> {
             ("--teacher-cache", t.teacher_cache.is_some()),
         ];
         if let Some((flag, _)) = flags.iter().find(|(_, typed)| *typed) {
-            return Err(Error::usage(format!("{flag}: a teacher is asked with --pred-type teacher alone; give that too, or leave the flag out")));
+            return Err(Error::usage(format!(
+                "{flag}: a teacher is asked with --pred-type teacher alone; give that too, or leave the flag out"
+            )));
         }
         let gradients = matches!(self.kind, Kind::Hog | Kind::HogMaskfeat);
         if gradients && device != Named::Cpu && !matches!(encoder.patch, 8 | 16) {
@@ -54,7 +56,9 @@ impl Targeted<'_> {
         let mut teacher = self.teacher.open(Wanted::Encoder, device, precision, say)?;
         check_sees(&teacher, encoder, true)?;
         let depth = teacher.vit().depth;
-        say(&format!("the teacher is asked for the tokens of its last block, {depth}, each normalised; no pictures are drawn of such targets"));
+        say(&format!(
+            "the teacher is asked for the tokens of its last block, {depth}, each normalised; no pictures are drawn of such targets"
+        ));
         if let Some(shown) = shown {
             self.teacher.remember(&mut teacher, Kept { what: "normalised tokens", block: Some(depth) }, shown, features, say)?;
         }

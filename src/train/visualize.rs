@@ -76,8 +76,7 @@ pub fn painted(
     let blend = |shown: &dyn Fn(f32, f32, bool) -> f32| {
         let hidden = hidden.data::<f32>().iter().flat_map(|m| std::iter::repeat_n(*m > 0.0, p));
         let values = x.data::<f32>().iter().zip(y.data::<f32>()).zip(hidden).map(|((x, y), hidden)| shown(*x, *y, hidden));
-        let joined =
-            unpatchify(&Tensor::from_slice(x.shape(), &values.collect::<Vec<f32>>())?, [batch, channels, height, width], patch)?;
+        let joined = unpatchify(&Tensor::from_slice(x.shape(), &values.collect::<Vec<f32>>())?, [batch, channels, height, width], patch)?;
         pictures(&joined, normalised)
     };
     let originals = blend(&|x, _, _| x)?;

@@ -69,7 +69,14 @@ pub fn all() -> Vec<Preset> {
             "built-in images: MaskFeat of a small ViT",
             &[
                 &GLYPHS[..],
-                &[("epochs", "8"), ("warmup-epochs", "0.4"), ("lr", "3e-3"), ("clip-grad", "1"), ("pred-type", "hog"), ("mask-ratio", "0.4")],
+                &[
+                    ("epochs", "8"),
+                    ("warmup-epochs", "0.4"),
+                    ("lr", "3e-3"),
+                    ("clip-grad", "1"),
+                    ("pred-type", "hog"),
+                    ("mask-ratio", "0.4"),
+                ],
             ]
             .concat(),
         ),
@@ -93,9 +100,30 @@ pub fn all() -> Vec<Preset> {
         ),
     ];
     for (name, baseline, model, epochs, clip, about) in [
-        ("dmjd-convit-b", "convmae", "dmjd_convit_base_patch16_dec8_hog", "400", None, "ConViT-base, 400 epochs of two views, the released command"),
-        ("dmjd-convit-l", "convmae", "dmjd_convit_large_patch16_dec8_hog", "400", Some("3"), "ConViT-large, 400 epochs of two views, the released command"),
-        ("dmjd-vit-b", "maskfeat", "vit_base_patch16", "800", None, "MaskFeat of ViT-base, 800 epochs of two views; what is not published of it as for ConViT"),
+        (
+            "dmjd-convit-b",
+            "convmae",
+            "dmjd_convit_base_patch16_dec8_hog",
+            "400",
+            None,
+            "ConViT-base, 400 epochs of two views, the released command",
+        ),
+        (
+            "dmjd-convit-l",
+            "convmae",
+            "dmjd_convit_large_patch16_dec8_hog",
+            "400",
+            Some("3"),
+            "ConViT-large, 400 epochs of two views, the released command",
+        ),
+        (
+            "dmjd-vit-b",
+            "maskfeat",
+            "vit_base_patch16",
+            "800",
+            None,
+            "MaskFeat of ViT-base, 800 epochs of two views; what is not published of it as for ConViT",
+        ),
     ] {
         let own = [("baseline", baseline), ("model", model), ("epochs", epochs)];
         let clip: Vec<_> = clip.map(|clip| ("clip-grad", clip)).into_iter().collect();

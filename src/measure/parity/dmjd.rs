@@ -3,8 +3,8 @@
 use super::case::{Case, Fields, check_tokens};
 use super::compare::Record;
 use super::hog::planes;
-use super::{convmae, mae};
 use super::steps::{self, Place, Subject};
+use super::{convmae, mae};
 use crate::error::Result;
 use crate::masking::Mask;
 use crate::masking::disjoint::{Disjoint, Rates};
@@ -29,7 +29,11 @@ use std::collections::BTreeMap;
 fn networks(case: &Case, model: &Fields) -> Result<(VitConfig, DecoderConfig)> {
     let (encoder, decoder) = (convmae::encoder_config(model, Position::SinCos, true)?, decoder(model)?);
     let (width, hidden) = (decoder.width, (decoder.width as f64 * encoder.decoder_mlp_ratio()) as usize);
-    convmae::check_size(case, &encoder, &[&[encoder.patches(), width], &[decoder.depth, 4, width, width], &[decoder.depth, 2, width, hidden]])?;
+    convmae::check_size(
+        case,
+        &encoder,
+        &[&[encoder.patches(), width], &[decoder.depth, 4, width, width], &[decoder.depth, 2, width, hidden]],
+    )?;
     Ok((encoder, decoder))
 }
 
