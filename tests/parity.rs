@@ -287,6 +287,20 @@ fn hostile_descriptions_are_refused_in_a_sentence() {
         ("convmae_convvit_classify", "/model/stage_norm_eps", json!(-1)),
         ("convmae_convvit_classify", "/model/num_classes", json!(1 << 20)),
         ("convmae_convvit_classify", "/optim/layer_decay", json!(0.6)),
+        ("dmjd_64_rand", "/options/mask_ratio", json!(1.5)),
+        ("dmjd_64_rand", "/options/pred_ratio", json!(0.5)),
+        ("dmjd_64_rand", "/options/len_keep", json!(5)),
+        ("dmjd_64_rand", "/options/num_extra", json!(3)),
+        ("dmjd_64_rand", "/options/mask_type", json!(3)),
+        ("dmjd_64_rand", "/options/vis_target_order", json!("odd")),
+        ("dmjd_64_rand", "/options/smooth_l1_beta", json!(0)),
+        ("dmjd_64_rand", "/model/decoder_pred_dim", json!(768)),
+        ("dmjd_64_rand", "/model/decoder_depth", json!(1 << 20)),
+        ("dmjd_masks", "/options/specs/0/num_patches", json!(1 << 20)),
+        ("dmjd_masks", "/options/specs/0/num_patches", json!(195)),
+        ("dmjd_masks", "/options/specs/0/batch", json!(1 << 20)),
+        ("convmae_64_normpix", "/options/target_patch", json!(8)),
+        ("convmae_64_normpix", "/options/mask_ratio", json!(-1)),
         ("op_attention", "/options/specs", json!({})),
         ("op_layernorm", "/options/specs/1", json!(3)),
         ("op_layernorm", "/options/specs/1/eps", json!("small")),
@@ -353,9 +367,9 @@ fn tensors_of_a_wrong_kind_are_refused() {
 
 #[test]
 fn what_is_not_supported_is_named_and_fails_only_when_that_is_asked() {
-    let method = changed("method", "mae_r75_plain", |_, case| case["method"] = json!("convmae"));
+    let kind = changed("kind", "convmae_64_normpix", |_, case| case["model"]["kind"] = json!("segmenter"));
     let op = changed("op", "op_gelu_erf", |_, case| case["options"]["op"] = json!("swish"));
-    for (file, named) in [(&method, "the method convmae is not supported yet"), (&op, "the operation \"swish\" is not supported yet")] {
+    for (file, named) in [(&kind, "models of kind \"segmenter\" are not supported yet"), (&op, "the operation \"swish\" is not supported yet")] {
         let (summary, lines) = run(file.file.clone(), |_| ());
         assert_eq!(summary.unwrap().skipped, 1);
         assert!(lines[0].starts_with("unsupported") && lines[1].contains(named), "{lines:?}");

@@ -127,7 +127,8 @@ pub fn run(args: &StagesArgs) -> Result<Report> {
     let largest = latents[0].iter().fold(0.0, |most: f64, x| most.max(x.abs()));
     let apart = latents[0].iter().zip(&latents[1]).fold(0.0, |most: f64, (a, b)| most.max((a - b).abs())) / largest;
     let allowed = if dtype == Dtype::Bf16 { 0.1 } else { 1e-3 };
-    ensure!(apart <= allowed, "visible and dense stages are {apart:e} apart, more than {allowed:e}: what is timed does not agree");
+    let agrees = apart.is_finite() && apart <= allowed;
+    ensure!(agrees, "visible and dense stages are {apart:e} apart, more than {allowed:e}: what is timed does not agree");
 
     let batch = Batch::of_images(images);
     let mut times: [Vec<f64>; 2] = Default::default();
