@@ -369,7 +369,9 @@ fn tensors_of_a_wrong_kind_are_refused() {
 fn what_is_not_supported_is_named_and_fails_only_when_that_is_asked() {
     let kind = changed("kind", "convmae_64_normpix", |_, case| case["model"]["kind"] = json!("segmenter"));
     let op = changed("op", "op_gelu_erf", |_, case| case["options"]["op"] = json!("swish"));
-    for (file, named) in [(&kind, "models of kind \"segmenter\" are not supported yet"), (&op, "the operation \"swish\" is not supported yet")] {
+    for (file, named) in
+        [(&kind, "models of kind \"segmenter\" are not supported yet"), (&op, "the operation \"swish\" is not supported yet")]
+    {
         let (summary, lines) = run(file.file.clone(), |_| ());
         assert_eq!(summary.unwrap().skipped, 1);
         assert!(lines[0].starts_with("unsupported") && lines[1].contains(named), "{lines:?}");

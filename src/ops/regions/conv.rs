@@ -77,6 +77,7 @@ pub fn conv_cases() -> Vec<Case> {
     vec![
         conv("3 of 6 regions of 4 x 4, 5 x 5", some_regions(four), 40, 5),
         conv("3 of 6 regions of 2 x 2, 5 x 5", some_regions(two), 7, 5),
+        conv("3 of 6 regions of 2 x 2, 20 channels", some_regions(two), 20, 5),
         conv("all of 2 x 2 regions of 4 x 4, 5 x 5", all([2, 2], four), 16, 5),
         conv("all of 3 x 1 regions of 3 x 3, 3 x 3", all([3, 1], Layout { side: 3, cell: 1 }), 18, 3),
         conv("blocks of channels, rows that are no pairs", some_regions(four), 131, 5),

@@ -1,7 +1,8 @@
 //! region_conv on the CPU.
 //!
-//! A region is filtered for 32 channels at a time: a row of its tokens stays in registers over all taps, with the rows around it read once a row of taps.
-//! Tokens that are not there are zeros; rows that have no others are skipped. For the weight's gradient a row of taps stays in registers over a region.
+//! A region is filtered for 32 channels at a time, or 16 where there are fewer: a row of its tokens stays in registers over all taps, with the
+//! rows around it read once a row of taps. Tokens that are not there are zeros; rows that have no others are skipped. For the weight's gradient a
+//! row of taps stays in registers over a region.
 //! Sides of regions and filters that no ConViT has, and fewer channels, go one by one.
 
 use super::{Layout, Regions, Seen};
@@ -14,8 +15,8 @@ use crate::tensor::{Element, Tensor};
 use crate::vectorised;
 use rayon::prelude::*;
 
-/// Channels that are filtered together.
-const CHANNELS: usize = 32;
+/// Channels that are filtered together: the most that there are.
+const WIDTHS: [usize; 2] = [32, 16];
 
 /// How channels are cut into blocks; what is kept by channel lies as [blocks, .., width]. Where the width is no divisor, the last block overlaps the one
 /// before it.
@@ -28,8 +29,8 @@ struct Blocks {
 
 impl Blocks {
     fn of(c: usize, k: usize, layout: Layout) -> Self {
-        let wide = c >= CHANNELS && k == 5 && [2, 4].contains(&layout.side);
-        Self { c, width: if wide { CHANNELS } else { 1 }, k }
+        let usual = k == 5 && [2, 4].contains(&layout.side);
+        Self { c, width: WIDTHS.into_iter().find(|&width| usual && c >= width).unwrap_or(1), k }
     }
 
     fn count(self) -> usize {
@@ -159,20 +160,20 @@ impl<'a> Around<'a> {
 
 /// A block of channels of one token.
 #[inline(always)]
-fn block<T>(x: &[T], from: usize) -> &[T; CHANNELS] {
+fn block<T, const N: usize>(x: &[T], from: usize) -> &[T; N] {
     x[from..].first_chunk().expect("rows are as wide as blocks")
 }
 
 /// What a row of W tokens says to S sums beside each other.
 #[inline(always)]
-fn add_row<T: Real, const S: usize, const K: usize, const W: usize>(
-    sums: &mut [[T; CHANNELS]; S],
-    x: &[&[T; CHANNELS]; W],
-    taps: &[[T; CHANNELS]; K],
+fn add_row<T: Real, const N: usize, const S: usize, const K: usize, const W: usize>(
+    sums: &mut [[T; N]; S],
+    x: &[&[T; N]; W],
+    taps: &[[T; N]; K],
 ) {
     for v in 0..K {
         for j in 0..S {
-            for l in 0..CHANNELS {
+            for l in 0..N {
                 sums[j][l] = x[j + v][l].mul_add(taps[v][l], sums[j][l]);
             }
         }
@@ -180,27 +181,27 @@ fn add_row<T: Real, const S: usize, const K: usize, const W: usize>(
 }
 
 #[inline(always)]
-fn filter_blocks<T: Real, const S: usize, const K: usize, const W: usize>(
+fn filter_blocks<T: Real, const N: usize, const S: usize, const K: usize, const W: usize>(
     window: &Window<T>,
     w: &[T],
     bias: &[T],
     blocks: Blocks,
     y: &mut [T],
 ) {
-    let (taps, _) = w.as_chunks::<CHANNELS>().0.as_chunks::<K>();
+    let (taps, _) = w.as_chunks::<N>().0.as_chunks::<K>();
     for (i, taps) in taps.chunks_exact(K).enumerate() {
         let from = blocks.first(i);
         for row in 0..S {
-            let mut sums = [*block(bias, from); S];
+            let mut sums = [*block::<T, N>(bias, from); S];
             for (u, taps) in taps.iter().enumerate() {
                 if window.rows[row + u] {
                     let tokens = &window.tokens[(row + u) * W..][..W];
-                    let x: [&[T; CHANNELS]; W] = std::array::from_fn(|v| block(tokens[v], from));
+                    let x: [&[T; N]; W] = std::array::from_fn(|v| block(tokens[v], from));
                     add_row(&mut sums, &x, taps);
                 }
             }
             for (sums, own) in sums.iter().zip(&window.own[row * S..]) {
-                y[own + from..][..CHANNELS].copy_from_slice(sums);
+                y[own + from..][..N].copy_from_slice(sums);
             }
         }
     }
@@ -208,14 +209,14 @@ fn filter_blocks<T: Real, const S: usize, const K: usize, const W: usize>(
 
 /// What a row of dy says to the K taps of a row, where x is the row that they see.
 #[inline(always)]
-fn add_taps<T: Real, const S: usize, const K: usize, const W: usize>(
-    taps: &mut [[T; CHANNELS]; K],
-    x: &[&[T; CHANNELS]; W],
-    dy: &[&[T; CHANNELS]; S],
+fn add_taps<T: Real, const N: usize, const S: usize, const K: usize, const W: usize>(
+    taps: &mut [[T; N]; K],
+    x: &[&[T; N]; W],
+    dy: &[&[T; N]; S],
 ) {
     for j in 0..S {
         for v in 0..K {
-            for l in 0..CHANNELS {
+            for l in 0..N {
                 taps[v][l] = x[j + v][l].mul_add(dy[j][l], taps[v][l]);
             }
         }
@@ -223,18 +224,23 @@ fn add_taps<T: Real, const S: usize, const K: usize, const W: usize>(
 }
 
 #[inline(always)]
-fn sum_blocks<T: Real, const S: usize, const K: usize, const W: usize>(window: &Window<T>, dy: &[T], blocks: Blocks, sums: &mut [T]) {
-    let (sums, _) = sums.as_chunks_mut::<CHANNELS>();
+fn sum_blocks<T: Real, const N: usize, const S: usize, const K: usize, const W: usize>(
+    window: &Window<T>,
+    dy: &[T],
+    blocks: Blocks,
+    sums: &mut [T],
+) {
+    let (sums, _) = sums.as_chunks_mut::<N>();
     for (i, sums) in sums.chunks_exact_mut(K * K + 1).enumerate() {
         let from = blocks.first(i);
-        let own = |row: usize| -> [&[T; CHANNELS]; S] { std::array::from_fn(|j| block(dy, window.own[row * S + j] + from)) };
+        let own = |row: usize| -> [&[T; N]; S] { std::array::from_fn(|j| block(dy, window.own[row * S + j] + from)) };
         let (taps, bias) = sums.split_at_mut(K * K);
         for (u, taps) in taps.as_chunks_mut::<K>().0.iter_mut().enumerate() {
             let mut sums = *taps;
             for row in 0..S {
                 if window.rows[row + u] {
                     let tokens = &window.tokens[(row + u) * W..][..W];
-                    let x: [&[T; CHANNELS]; W] = std::array::from_fn(|v| block(tokens[v], from));
+                    let x: [&[T; N]; W] = std::array::from_fn(|v| block(tokens[v], from));
                     add_taps(&mut sums, &x, &own(row));
                 }
             }
@@ -250,8 +256,10 @@ vectorised! {
     /// A region's tokens. w is packed, bias [C].
     fn filter_region<T: Real>(window: &Window<T>, w: &[T], bias: &[T], blocks: Blocks, y: &mut [T]) {
         match (blocks.width, window.side, blocks.k) {
-            (CHANNELS, 4, 5) => return filter_blocks::<T, 4, 5, 8>(window, w, bias, blocks, y),
-            (CHANNELS, 2, 5) => return filter_blocks::<T, 2, 5, 6>(window, w, bias, blocks, y),
+            (32, 4, 5) => return filter_blocks::<T, 32, 4, 5, 8>(window, w, bias, blocks, y),
+            (32, 2, 5) => return filter_blocks::<T, 32, 2, 5, 6>(window, w, bias, blocks, y),
+            (16, 4, 5) => return filter_blocks::<T, 16, 4, 5, 8>(window, w, bias, blocks, y),
+            (16, 2, 5) => return filter_blocks::<T, 16, 2, 5, 6>(window, w, bias, blocks, y),
             _ => {}
         }
         let k = blocks.k;
@@ -269,8 +277,10 @@ vectorised! {
     /// Adds what a region's dy says to the taps and the bias, [blocks, taps + 1, width].
     fn sum_region<T: Real>(window: &Window<T>, dy: &[T], blocks: Blocks, sums: &mut [T]) {
         match (blocks.width, window.side, blocks.k) {
-            (CHANNELS, 4, 5) => return sum_blocks::<T, 4, 5, 8>(window, dy, blocks, sums),
-            (CHANNELS, 2, 5) => return sum_blocks::<T, 2, 5, 6>(window, dy, blocks, sums),
+            (32, 4, 5) => return sum_blocks::<T, 32, 4, 5, 8>(window, dy, blocks, sums),
+            (32, 2, 5) => return sum_blocks::<T, 32, 2, 5, 6>(window, dy, blocks, sums),
+            (16, 4, 5) => return sum_blocks::<T, 16, 4, 5, 8>(window, dy, blocks, sums),
+            (16, 2, 5) => return sum_blocks::<T, 16, 2, 5, 6>(window, dy, blocks, sums),
             _ => {}
         }
         let k = blocks.k;
