@@ -131,7 +131,7 @@ __device__ __forceinline__ void hog(float* __restrict__ target, float* __restric
 }  // namespace
 
 #define EXPORT(T, NAME, CELL, PLANAR)                                                                                                        \
-  extern "C" __global__ void __launch_bounds__(128) NAME(float* target, float* histograms, float* normalised, const T* images, int batch,    \
+  extern "C" __global__ void __launch_bounds__(128, 8) NAME(float* target, float* histograms, float* normalised, const T* images, int batch,    \
                                                          int channels, int height, int width, int maskfeat, float eps) {                     \
     hog<CELL>(target, histograms, normalised, images, batch, channels, height, width, PLANAR, maskfeat != 0, eps);                           \
   }                                                                                                                                          \
