@@ -280,8 +280,8 @@ pub struct DmjdConfig {
 
 /// What predicts the targets of visible patches.
 struct Visible {
-    /// Linear layers and the norms behind all but the last of them.
-    layers: [Option<(Linear, Norm)>; 2],
+    /// Linear layers and the norms behind them; none of a head that is linear.
+    layers: Vec<(Linear, Norm)>,
     last: Option<Linear>,
     predictor: Linear,
     eps: f64,
@@ -289,22 +289,22 @@ struct Visible {
 
 impl Visible {
     fn new(b: &mut ParamsBuilder, head: VisibleHead, [fan_in, width, out]: [usize; 3], eps: f64) -> Result<Self> {
-        let mut linear = |name: &str, from, to| Linear::new(b, name, from, to, Start::Xavier.linear(from, to));
-        if head == VisibleHead::Linear {
-            return Ok(Self { layers: [None, None], last: None, predictor: linear("predictor.0", fan_in, out)?, eps });
+        let linear = |b: &mut ParamsBuilder, name: &str, from, to| Linear::new(b, name, from, to, Start::Xavier.linear(from, to));
+        let (mut layers, mut last, mut from) = (Vec::new(), None, fan_in);
+        if head == VisibleHead::Projector {
+            for at in [0, 3] {
+                let layer = linear(b, &format!("proj_embed.{at}"), from, width)?;
+                layers.push((layer, Norm::new(b, &format!("proj_embed.{}", at + 1), width, eps)?));
+                from = width;
+            }
+            last = Some(linear(b, "proj_embed.6", width, width)?);
         }
-        let mut layer = |at: usize, from| {
-            let linear = Linear::new(b, &format!("proj_embed.{at}"), from, width, Start::Xavier.linear(from, width))?;
-            Ok(Some((linear, Norm::new(b, &format!("proj_embed.{}", at + 1), width, eps)?)))
-        };
-        let layers = [layer(0, fan_in)?, layer(3, width)?];
-        let mut linear = |name: &str, from, to| Linear::new(b, name, from, to, Start::Xavier.linear(from, to));
-        Ok(Self { layers, last: Some(linear("proj_embed.6", width, width)?), predictor: linear("predictor.0", width, out)?, eps })
+        Ok(Self { layers, last, predictor: linear(b, "predictor.0", from, out)?, eps })
     }
 
     fn forward(&self, s: &Scope, latent: &Var) -> Result<Var> {
         let mut x = latent.clone();
-        for (linear, norm) in self.layers.iter().flatten() {
+        for (linear, norm) in &self.layers {
             x = norm.forward(s, &linear.forward(s, &x)?)?.gelu()?;
         }
         if let Some(last) = &self.last {
@@ -375,10 +375,9 @@ impl Dmjd {
         let answer = self.model.answer(s, &images, &mask, self.dense)?;
         let predicted_visible = self.visible.forward(s, &answer.visible)?; // [M B, K, P]
 
-        let [hidden_loss, visible_loss] = self.losses.map(|loss| loss.distance(self.beta));
         let of_all = gather::repeated(&target, self.views.views())?; // [M B, L, P]
-        let invisible = answer.predicted.feature_loss_at(&of_all, hidden_loss, &mask.hidden)?;
-        let visible = predicted_visible.feature_loss(&self.visible_target(&target, &mask, self.order)?, visible_loss)?;
+        let invisible = answer.predicted.feature_loss_at(&of_all, self.losses[0].distance(self.beta), &mask.hidden)?;
+        let visible = self.visible_loss(&predicted_visible, &self.visible_target(&target, &mask, self.order)?)?;
         Ok(Pass { mask, target, predicted: answer.predicted, predicted_visible, latent: answer.visible, invisible, visible })
     }
 

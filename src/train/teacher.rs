@@ -110,12 +110,6 @@ impl TeacherArgs {
                 attempt()
             )));
         }
-        if contents.cait.is_some() && wanted != Wanted::Classifier {
-            return Err(Error::new(format!(
-                "{}: it is a CaiT, whose blocks give no features or relations of a plain ViT; it teaches logits, by masque distill",
-                attempt()
-            )));
-        }
         let hint = if name.is_some() { "" } else { ": give its name by --teacher-model" };
         let vit = encoder_of(&contents, &settings, name).with_context(|| format!("{}{hint}", attempt()))?;
         Ok((stored, file, vit))
@@ -134,12 +128,6 @@ impl TeacherArgs {
         let shown = self.teacher_path.iter().map(|path| path.display().to_string()).collect::<String>();
         let attempt = || format!("--teacher-path {shown}");
         let contents = Contents::of(&file).with_context(attempt)?;
-        if contents.cait.is_some() && wanted != Wanted::Classifier {
-            return Err(Error::new(format!(
-                "{}: it is a CaiT, whose blocks give no features or relations of a plain ViT; it teaches classes, by masque distill",
-                attempt()
-            )));
-        }
         let vit = change(vit)?;
         let mut b = ParamsBuilder::default();
         let (network, policy) = match wanted {

@@ -5,7 +5,7 @@ use super::{GLYPHS_LABELLED, GLYPHS_PROBE, Preset, finetuning, glyphs, preset};
 /// What a recipe is of, the program's name, what a person calls it.
 type Model = (&'static str, &'static str, &'static str);
 
-const CONVMAE: Model = ("convmae-convit-b", "convvit_base_patch16", "ConViT-Base that ConvMAE has pre-trained");
+const CONVMAE: Model = ("convmae-b", "convvit_base_patch16", "ConViT-Base that ConvMAE has pre-trained");
 const BASE: Model = ("dmjd-convit-b", "convit_base_patch16", "ConViT-Base that DMJD has pre-trained");
 const LARGE: Model = ("dmjd-convit-l", "convit_large_patch16", "ConViT-Large that DMJD has pre-trained");
 
