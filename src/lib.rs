@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | 0 | [`error`] | one error: a message, a cause, an exit code |
 //! | 0 | [`rng`] | random numbers asked for by name |
+//! | 0 | [`trace`] | what is done when, if anybody asks |
 //! | 1 | [`device`] | where numbers live and run: memory, vector instructions, matrix product, threads |
 //! | 2 | [`tensor`] | shape + dtype + memory, always contiguous |
 //! | 2 | [`formats`] | named tensors on disk: safetensors and PyTorch's .pth |
@@ -38,6 +39,7 @@ pub mod rng;
 pub mod tape;
 pub mod targets;
 pub mod tensor;
+pub mod trace;
 pub mod train;
 
 /// Compiles and runs the example in the README.

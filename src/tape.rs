@@ -10,6 +10,7 @@ use crate::ensure;
 use crate::error::{Context, Error, Result};
 use crate::param::{ParamId, Params};
 use crate::tensor::{Device, Dtype, Shape, Tensor};
+use crate::trace::{self, Kind as Traced};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -213,6 +214,7 @@ impl Tape {
                 Kind::Op(backward) => {
                     let mut need = need(&device, &node.inputs, &facts, &owners, &mut gradients, params)?;
                     let answers = backward(gradient, &mut need).with_context(|| format!("the backward of {}", node.name))?;
+                    trace::op(node.name, Traced::Backward, || format!("{} {:?}", node.dtype, node.shape));
                     give_back(need, &node.inputs, &owners, &mut gradients, params)?;
                     for (i, (input, answer)) in node.inputs.iter().zip(answers).enumerate() {
                         let Some(input) = *input else { continue };
@@ -292,6 +294,12 @@ fn give_back(
     Ok(())
 }
 
+/// What goes into an op and comes out of it.
+fn sizes<'a>(inputs: impl Iterator<Item = &'a Tensor>, value: &Tensor) -> String {
+    let inputs: Vec<String> = inputs.map(|input| format!("{} {:?}", input.dtype(), input.shape())).collect();
+    format!("{} -> {} {:?}", inputs.join(", "), value.dtype(), value.shape())
+}
+
 impl Var {
     /// A tensor that no gradient flows through.
     pub fn constant(value: Tensor) -> Self {
@@ -330,6 +338,7 @@ impl Var {
         value: Tensor,
         backward: impl FnOnce(Tensor, &mut Need) -> Result<Vec<Option<Tensor>>> + 'static,
     ) -> Result<Var> {
+        trace::op(name, Traced::Forward, || sizes(inputs.iter().map(|input| input.value()), &value));
         let Some((tape, _)) = inputs.iter().find_map(|input| input.place.as_ref()) else { return Ok(Var::constant(value)) };
         let one_tape = inputs.iter().filter_map(|input| input.place.as_ref()).all(|(other, _)| other.same(tape));
         ensure!(one_tape, "{name}: its inputs are on different tapes");

@@ -16,9 +16,10 @@ const fn rule(module: &'static str, floor: usize, up_to: usize) -> Rule {
     Rule { module, floor, up_to, also: &[], never: &[] }
 }
 
-const RULES: [Rule; 18] = [
+const RULES: [Rule; 19] = [
     Rule { also: &["rng"], ..rule("error", 0, 0) },
     Rule { also: &["error"], ..rule("rng", 0, 0) },
+    rule("trace", 0, 0),
     rule("device", 1, 0),
     rule("tensor", 2, 1),
     rule("formats", 2, 1),

@@ -7,6 +7,7 @@ pub mod ops;
 pub mod parity;
 pub mod stages;
 pub mod step;
+pub mod subject;
 pub mod teacher;
 
 use std::time::Instant;

@@ -13,6 +13,7 @@ use crate::nn::vit::{Vit, VitConfig};
 use crate::param::Params;
 use crate::tape::Tape;
 use crate::tensor::Tensor;
+use crate::trace;
 use crate::{bail, ensure};
 use std::cell::Cell;
 use std::time::Instant;
@@ -107,6 +108,7 @@ impl Teacher {
     /// A pass off the tape, with its time taken.
     pub fn pass<R>(&self, f: impl FnOnce(&Scope) -> Result<R>) -> Result<R> {
         let tape = Tape::off();
+        let _phase = trace::phase("teacher");
         let wait = || match self.params.device().gpu() {
             Some(gpu) => gpu.wait(),
             None => Ok(()),

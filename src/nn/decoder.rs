@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::param::{Init, ParamId, ParamsBuilder, Role};
 use crate::tape::Var;
 use crate::tensor::Tensor;
+use crate::trace;
 
 #[derive(Clone, Debug)]
 pub struct DecoderConfig {
@@ -92,6 +93,7 @@ impl Decoder {
 
     /// Predictions for all patches [B, L, P] from the latent [B, extra + K, C]; `see` is shown what each block gives.
     pub fn forward_seen(&self, s: &Scope, latent: &Var, restore: &Tensor, mut see: impl FnMut(usize, &Var)) -> Result<Var> {
+        let _phase = trace::phase("decoder");
         let y = self.embed.forward(s, latent)?; // [B, extra + K, D]
         let (mask, table) = (s.param(self.tokens.mask), s.param(self.tokens.position));
         let mut y = y.unshuffle_with_positions(&mask, restore, self.extra, &table)?; // [B, extra + L, D]

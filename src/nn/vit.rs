@@ -17,6 +17,7 @@ use crate::ops::gather::gather_patches;
 use crate::param::{Init, ParamId, ParamsBuilder, Role};
 use crate::tape::Var;
 use crate::tensor::Tensor;
+use crate::trace;
 use crate::{bail, ensure};
 
 /// Where the position table comes from and which tokens have a row in it.
@@ -287,6 +288,7 @@ impl Vit {
 
     /// Tokens in front, then the kept patches (all if None) in the order of `kept` [B, K]; all with their positions: [B, extra + K, C].
     pub fn embed(&self, s: &Scope, images: &Tensor, kept: Option<&Tensor>) -> Result<Var> {
+        let _phase = trace::phase("encoder");
         let x = match &self.embedding {
             Embedding::Patches(patches) => patches.forward(s, &self.config, images, kept)?, // [B, K, C]
             Embedding::Stages(stages) => {
@@ -323,12 +325,14 @@ impl Vit {
         let Embedding::Stages(stages) = &self.embedding else {
             return Ok(Staged { tokens: self.embed(s, images, Some(view.kept))?, fused: None });
         };
+        let _phase = trace::phase("encoder");
         let staged = stages.forward(s, &self.checked(s, images)?, Some(view), see)?;
         Ok(Staged { tokens: self.with_positions(s, &staged.tokens, Some(view.kept))?, ..staged })
     }
 
     /// All patches, with `token` where the view hides one, behind the tokens in front; all with their positions: [B, extra + L, C].
     pub fn embed_hiding(&self, s: &Scope, images: &Tensor, view: &View, token: &Var) -> Result<Var> {
+        let _phase = trace::phase("encoder");
         let Embedding::Patches(patches) = &self.embedding else { bail!("convolution stages have no place for a token instead of a patch") };
         let seen = patches.forward(s, &self.config, images, Some(view.kept))?; // [B, K, C]
         self.with_positions(s, &seen.unshuffle(token, view.restore, 0)?, None)
@@ -350,6 +354,7 @@ impl Vit {
 
     /// All blocks; `see` is shown what each gives.
     pub fn blocks_seen(&self, s: &Scope, x: &Var, mut see: impl FnMut(usize, &Var)) -> Result<Var> {
+        let _phase = trace::phase("encoder");
         let mut x = x.clone();
         for (i, block) in self.blocks.iter().enumerate() {
             x = block.forward(s, &x)?;
@@ -369,6 +374,7 @@ impl Vit {
 
     /// All blocks, and what tokens in front attend to in block `at`: probabilities over all keys, [B, H, N], or [B, 2 H, N] of both tokens.
     pub fn blocks_with_rows(&self, s: &Scope, x: &Var, at: usize, query: Query) -> Result<(Var, Tensor)> {
+        let _phase = trace::phase("encoder");
         ensure!(at < self.blocks.len(), "block {at} was asked for but there are {}", self.blocks.len());
         ensure!(query == Query::Class || self.config.distillation_token, "there is no distillation token to ask where it looks");
         let (mut x, mut seen) = (x.clone(), None);
@@ -385,30 +391,35 @@ impl Vit {
 
     /// Block `i` alone.
     pub fn block(&self, s: &Scope, x: &Var, i: usize) -> Result<Var> {
+        let _phase = trace::phase("encoder");
         ensure!(i < self.blocks.len(), "block {i} was asked for but there are {}", self.blocks.len());
         self.blocks[i].forward(s, x)
     }
 
     /// Block `i` alone, with everything on its way.
     pub fn parts(&self, s: &Scope, x: &Var, i: usize) -> Result<Parts> {
+        let _phase = trace::phase("encoder");
         ensure!(i < self.blocks.len(), "block {i} was asked for but there are {}", self.blocks.len());
         self.blocks[i].parts(s, x)
     }
 
     /// The first `count` blocks and no more.
     pub fn first_blocks(&self, s: &Scope, x: &Var, count: usize) -> Result<Var> {
+        let _phase = trace::phase("encoder");
         ensure!(count <= self.blocks.len(), "block {count} was asked for but there are {}", self.blocks.len());
         self.blocks[..count].iter().try_fold(x.clone(), |x, block| block.forward(s, &x))
     }
 
     /// Packed queries, keys and values of block `i` for its input x; the block itself is not run.
     pub fn qkv(&self, s: &Scope, x: &Var, i: usize) -> Result<Var> {
+        let _phase = trace::phase("encoder");
         ensure!(i < self.blocks.len(), "block {i} was asked for but there are {}", self.blocks.len());
         self.blocks[i].qkv(s, x)
     }
 
     /// The final norm; the input itself where there is none.
     pub fn norm(&self, s: &Scope, x: &Var) -> Result<Var> {
+        let _phase = trace::phase("encoder");
         self.norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(s, x))
     }
 

@@ -15,6 +15,7 @@ use crate::param::ParamId;
 use crate::rng::Rng;
 use crate::tape::Tape;
 use crate::tensor::{Device, Tensor};
+use crate::trace;
 use std::borrow::Cow;
 
 /// Passes before one is recorded: memory is allocated in the first, and the second shows that nothing more is asked for.
@@ -139,6 +140,7 @@ impl Step {
     pub fn finish(&mut self, lr: f64) -> Result<Outcome> {
         let losses = std::mem::take(&mut self.losses);
         ensure!(!losses.is_empty(), "an update needs a micro-batch before it");
+        let _phase = trace::phase("update");
         let params = self.method.params();
         let norm = match self.options.clip {
             Some(most) => clip::clip(params, most)?,
@@ -249,9 +251,12 @@ fn put(gpu: &Gpu, own: &mut Tensor, given: &Tensor, what: &str) -> Result<()> {
 /// Forward and backward.
 fn walk(method: &mut dyn Method, batch: &Batch, rng: &Rng, options: StepOptions) -> Result<Seen> {
     let tape = Tape::new();
+    let forward = trace::phase("forward");
     let Loss { total, parts, statistics } = method.loss(&tape, batch, rng)?;
+    drop(forward);
     let loss = total.value().clone();
     let share = if options.accumulate > 1 { total.scale(1.0 / options.accumulate as f64)? } else { total };
+    let _phase = trace::phase("backward");
     tape.backward(&share, &mut [method.params()])?;
     Ok(Seen { loss, parts, statistics })
 }
