@@ -24,9 +24,9 @@ const PIECE_ROWS: usize = 448;
 const PIECES: usize = 4;
 /// Lanes of a vector of pairs.
 const LANES: usize = 16;
-/// Pairs of k between a line that is asked for and the one in use.
+/// Lines between one that is asked for and the one in use.
 const AHEAD: usize = 8;
-/// Groups that are packed side by side where rows lie in one line of memory.
+/// Groups, or panels, that are packed side by side where their numbers lie in one line of memory.
 const TOGETHER: usize = 8;
 
 /// Blocks of k, each with whole pairs.
@@ -69,14 +69,14 @@ pub(super) fn drive(job: &Job<f32>, a: View<f32>, b: View<f32>, share: bool) {
     for block in 0..blocks.count() {
         let length = blocks.pairs(block) * WIDTH;
         let whole = &mut right[before(block)..][..length * panels];
-        let one = |(panel, to): (usize, &mut [u32])| {
-            let columns = panel * WIDTH..((panel + 1) * WIDTH).min(job.n);
+        let some = |(i, to): (usize, &mut [u32])| {
+            let columns = i * TOGETHER * WIDTH..((i + 1) * TOGETHER * WIDTH).min(job.n);
             // SAFETY: the processor has the instructions, as whoever chose this product made sure.
-            unsafe { pack_panel(to, b, columns, blocks.steps(block)) }
+            unsafe { pack_panels(to, b, columns, blocks.steps(block)) }
         };
         match share {
-            true => whole.par_chunks_exact_mut(length.max(1)).enumerate().for_each(one),
-            false => whole.chunks_exact_mut(length.max(1)).enumerate().for_each(one),
+            true => whole.par_chunks_mut((TOGETHER * length).max(1)).enumerate().for_each(some),
+            false => whole.chunks_mut((TOGETHER * length).max(1)).enumerate().for_each(some),
         }
     }
     let right = &*right;
@@ -210,20 +210,34 @@ fn first(count: usize) -> __mmask16 {
     if count >= LANES { !0 } else { (1 << count) - 1 }
 }
 
-/// A panel [pair][WIDTH] of the right factor, zeros beyond its columns.
+/// Some panels [pair][WIDTH] of the right factor, zeros beyond its columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-unsafe fn pack_panel(to: &mut [u32], b: View<f32>, columns: Range<usize>, steps: Range<usize>) {
-    for (half, left) in (columns.start..columns.start + WIDTH).step_by(LANES).enumerate() {
-        let count = columns.end.saturating_sub(left).min(LANES);
-        for pair in 0..steps.len().div_ceil(2) {
-            if b.column == 1 {
+unsafe fn pack_panels(to: &mut [u32], b: View<f32>, columns: Range<usize>, steps: Range<usize>) {
+    let pairs = steps.len().div_ceil(2);
+    let halves = 2 * columns.len().div_ceil(WIDTH);
+    assert!(to.len() >= halves * pairs * LANES);
+    // Where a half begins in its panel, its first column, and how many there are.
+    let half = |half: usize| {
+        let left = columns.start + half * LANES;
+        (half / 2 * pairs * WIDTH + half % 2 * LANES, left, columns.end.saturating_sub(left).min(LANES))
+    };
+    if b.column == 1 {
+        // Some panels together, line by line: their numbers lie side by side.
+        for pair in 0..pairs {
+            for (start, left, count) in (0..halves).map(half) {
                 // SAFETY: the panel has room for the line, and the factor has the numbers that are asked for.
-                unsafe { side_by_side(to.as_mut_ptr().add(pair * WIDTH + half * LANES), b, left, count, steps.start + 2 * pair, steps.end) };
-            } else if pair % LANES == 0 {
-                let lines = LANES.min(steps.len().div_ceil(2) - pair);
-                let target = &mut to[pair * WIDTH + half * LANES..];
-                // SAFETY: as above, for so many lines.
-                unsafe { turned(target.as_mut_ptr(), WIDTH, lines, b.transposed(), left, count, steps.start + 2 * pair, steps.end) };
+                unsafe { side_by_side(to.as_mut_ptr().add(start + pair * WIDTH), b, left, count, steps.start + 2 * pair, steps.end) };
+            }
+        }
+        return;
+    }
+    for (start, left, count) in (0..halves).map(half) {
+        for pair in (0..pairs).step_by(LANES) {
+            let lines = LANES.min(pairs - pair);
+            // SAFETY: as above, for so many lines.
+            unsafe {
+                let to = to.as_mut_ptr().add(start + pair * WIDTH);
+                turned(to, WIDTH, lines, b.transposed(), left, count, steps.start + 2 * pair, steps.end);
             }
         }
     }
@@ -283,6 +297,10 @@ unsafe fn side_by_side(to: *mut u32, x: View<f32>, left: usize, count: usize, st
             true => _mm512_maskz_loadu_ps(first(count), x.data.as_ptr().wrapping_add(step * x.row + left)),
             false => _mm512_setzero_ps(),
         };
+        for line in [step, step + 1] {
+            // Lines lie too far apart to be foreseen.
+            _mm_prefetch::<_MM_HINT_T0>(x.data.as_ptr().wrapping_add((line + AHEAD) * x.row + left).cast());
+        }
         let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(line(step + 1), line(step)));
         let turns = _mm512_loadu_si512(TURNS.as_ptr().cast());
         _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(turns, both));
@@ -298,7 +316,7 @@ unsafe fn turned(to: *mut u32, stride: usize, lines: usize, x: View<f32>, row: u
     unsafe {
         let here = end - step;
         let (low, high) = (first(here), first(here.saturating_sub(LANES)));
-        let mut r = [_mm512_setzero_si512(); 16];
+        let mut r = [_mm512_setzero_ps(); 16];
         for (i, r) in r.iter_mut().enumerate() {
             // A row that is not there is read with an empty mask.
             let (low, high) = if i < count { (low, high) } else { (0, 0) };
@@ -307,9 +325,9 @@ unsafe fn turned(to: *mut u32, stride: usize, lines: usize, x: View<f32>, row: u
             _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(4 * LANES).cast());
             _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(5 * LANES).cast());
             let (front, back) = (_mm512_maskz_loadu_ps(low, from), _mm512_maskz_loadu_ps(high, from.wrapping_add(LANES)));
-            *r = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(back, front));
+            *r = std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(back, front));
         }
-        let t = super::transposed(r.map(|r| _mm512_castsi512_ps(r)));
+        let t = super::transposed(r);
         if lines == LANES {
             for (i, &t) in t.iter().enumerate() {
                 _mm512_storeu_ps(to.add(i * stride).cast(), t);
@@ -340,9 +358,18 @@ mod tests {
         }
         let draw = |name: &str, n: usize| Rng::new(3).normal(name, n);
         let rounded = |x: &f32| bf16::from_f32(*x).to_f64();
-        for (m, n, k) in
-            [(1, 1, 1), (5, 3, 2), (8, 48, 7), (9, 49, 33), (14, 32, 32), (17, 100, 400), (70, 65, 800), (3, 200, 1), (2, 2, 0), (450, 96, 1601)]
-        {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (5, 3, 2),
+            (8, 48, 7),
+            (9, 49, 33),
+            (14, 32, 32),
+            (17, 100, 400),
+            (70, 65, 800),
+            (3, 200, 1),
+            (2, 2, 0),
+            (450, 96, 1601),
+        ] {
             let (a, b, before, bias) = (draw("a", m * k), draw("b", k * n), draw("c", m * n), draw("bias", n));
             for (turn_a, turn_b) in [(false, false), (false, true), (true, false), (true, true)] {
                 let left = if turn_a { View::rows(&a, m).transposed() } else { View::rows(&a, k) };
