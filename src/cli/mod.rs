@@ -122,7 +122,7 @@ enum Measure {
         #[arg(long)]
         json: bool,
     },
-    /// One MAE training step: forward, backward, AdamW
+    /// One training step of any of the five systems: teacher, forward, backward, AdamW
     Step {
         #[command(flatten)]
         step: step::StepArgs,
@@ -341,8 +341,7 @@ fn execute(command: Command) -> Result<ExitCode> {
             loading::run(&args, |row| say(&if json { row.json().to_string() } else { row.text() }))?;
         }
         Command::Measure(Measure::Step { step: args, json }) => {
-            let report = step::run(&args)?;
-            say(&if json { report.json().to_string() } else { report.text() });
+            step::run_each(&args, |report| say(&if json { report.json().to_string() } else { report.text() }))?;
         }
         Command::Measure(Measure::Stages { stages: args, json }) => {
             let report = measure::stages::run(&args)?;

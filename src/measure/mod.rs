@@ -5,6 +5,7 @@ pub mod kernels;
 pub mod loading;
 pub mod ops;
 pub mod parity;
+pub mod room;
 pub mod stages;
 pub mod step;
 pub mod subject;

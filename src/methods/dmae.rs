@@ -129,7 +129,7 @@ impl Target {
 }
 
 /// Three quarters up: block 8 of 12, 17 of 24, 23 of 32.
-fn three_quarters(depth: usize) -> usize {
+pub fn three_quarters(depth: usize) -> usize {
     (3 * depth / 4).saturating_sub(1)
 }
 

@@ -182,7 +182,7 @@ pub enum Seen {
 }
 
 /// The block that a teacher so deep is asked for, from 1.
-fn usual_block(depth: usize) -> usize {
+pub fn usual_block(depth: usize) -> usize {
     match depth {
         12 => 12,
         24 => 18,
