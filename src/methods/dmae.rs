@@ -23,6 +23,7 @@ use crate::param::{Init, Params, ParamsBuilder};
 use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Dtype, Tensor};
+use crate::trace;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -391,6 +392,7 @@ impl Method for Dmae {
         let mask = self.mae.training_mask(&images, rng)?; // one for both
         let taught = self.teach(&batch.for_teacher().on(device)?, &mask)?;
         let learned = self.learn_from(&s, &images, &mask)?;
+        let _phase = trace::phase("loss");
         Loss::sum(self.terms(&s, &images, &mask, &taught, &learned)?)
     }
 
