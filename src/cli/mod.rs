@@ -6,7 +6,7 @@ mod presets;
 mod recipes;
 mod visualize;
 
-use crate::device::{Named, parallel};
+use crate::device::{self, Named, parallel};
 use crate::error::{Error, Result};
 use crate::measure::{self, info, kernels, loading, ops, parity, step};
 use crate::tensor::Dtype;
@@ -156,6 +156,9 @@ struct OpsArgs {
     /// Runs of each case that count, after two that do not
     #[arg(long, default_value_t = 20)]
     rounds: usize,
+    /// f32, or bf16 (products round their factors), where the processor has it
+    #[arg(long, default_value = "f32")]
+    precision: device::Precision,
     /// One JSON object a line instead of text
     #[arg(long)]
     json: bool,
@@ -331,7 +334,7 @@ fn execute(command: Command) -> Result<ExitCode> {
             recipes::all().iter().for_each(|preset| say(&format!("{:<34} {:<17} {}", preset.name, preset.command, preset.about)));
         }
         Command::Measure(Measure::Ops(args)) => {
-            ops::run(&args.only, args.rounds, |row| say(&if args.json { row.json().to_string() } else { row.text() }))?;
+            ops::run(&args.only, args.rounds, args.precision, |row| say(&if args.json { row.json().to_string() } else { row.text() }))?;
         }
         Command::Measure(Measure::Kernels(args)) => kernels::run(&args, &mut |line| say(line))?,
         Command::Measure(Measure::Loading { loading: args, json }) => {
