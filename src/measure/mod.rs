@@ -4,6 +4,7 @@ pub mod figure;
 pub mod info;
 pub mod kernels;
 pub mod loading;
+pub mod masking;
 pub mod ops;
 pub mod page;
 pub mod parity;

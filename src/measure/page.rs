@@ -26,6 +26,22 @@ pub struct Table {
     pub rows: Vec<Vec<String>>,
 }
 
+impl Table {
+    /// The same for a terminal.
+    pub fn text(&self) -> String {
+        let lines = || std::iter::once(&self.head).chain(&self.rows);
+        let columns = lines().map(Vec::len).max().unwrap_or(0);
+        let width = |column: usize| lines().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..columns).map(width).collect();
+        let line = |cells: &Vec<String>| {
+            let cells = cells.iter().zip(&widths).enumerate();
+            let padded = cells.map(|(at, (cell, width))| if at == 0 { format!("{cell:<width$}") } else { format!("  {cell:>width$}") });
+            format!("{}\n", padded.collect::<String>().trim_end())
+        };
+        lines().map(line).collect()
+    }
+}
+
 /// The command as it was typed, fit to be typed again.
 pub fn command() -> String {
     let typed: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
@@ -123,6 +139,12 @@ impl Page {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_table_stands_in_columns_on_a_terminal() {
+        let table = Table { head: ["op", "ms"].map(String::from).to_vec(), rows: vec![["softmax", "12.5"].map(String::from).to_vec()] };
+        assert_eq!(table.text(), "op         ms\nsoftmax  12.5\n");
+    }
 
     #[test]
     fn a_page_holds_everything_and_fetches_nothing() {
