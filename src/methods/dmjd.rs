@@ -401,6 +401,11 @@ impl Dmjd {
         predicted.feature_loss(target, self.losses[1].distance(self.beta))
     }
 
+    /// Multiply-accumulates of all views of an image: of the encoder, and of what predicts hidden patches.
+    pub fn model_macs(&self) -> [u64; 2] {
+        self.model.macs(self.views.kept_each(), self.targets.width).map(|macs| self.views.views() as u64 * macs)
+    }
+
     pub fn theta(&self) -> f64 {
         self.theta
     }
@@ -431,7 +436,7 @@ impl Method for Dmjd {
             VisibleHead::Linear => width * out,
             VisibleHead::Projector => (width + 2 * self.projection + out) * self.projection,
         };
-        [self.views.views() as u64 * (self.model.macs(kept, out) + (kept * head) as u64); 2]
+        [self.views.views() as u64 * (self.model.macs(kept, out).iter().sum::<u64>() + (kept * head) as u64); 2]
     }
 
     fn teacher(&self) -> Option<&super::teacher::Teacher> {

@@ -139,6 +139,11 @@ impl Mae {
         Self { masks, ..self }
     }
 
+    /// Other masks in training from now on.
+    pub fn see(&mut self, masks: Masks) {
+        self.masks = masks;
+    }
+
     /// The same with convolution stages computed everywhere, or for the patches that are seen alone.
     pub fn with_dense_stages(self, dense: bool) -> Self {
         Self { dense, ..self }

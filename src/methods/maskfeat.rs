@@ -158,7 +158,7 @@ impl Method for MaskFeat {
     fn macs(&self) -> [u64; 2] {
         let seen = &self.model.encoder().config;
         let looked = if self.masks.kind() == Masking::Saliency { flops::vit_macs(seen, seen.patches()) } else { 0 };
-        let all = self.model.macs(self.masks.kept_each(), self.targets.width);
+        let all = self.model.macs(self.masks.kept_each(), self.targets.width).iter().sum::<u64>();
         [looked + all, all]
     }
 

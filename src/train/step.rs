@@ -107,6 +107,12 @@ impl Step {
         self.eager = on;
     }
 
+    /// Takes passes as they come again, and records a new one after them, for a method that has been changed.
+    pub fn forget(&mut self) {
+        (self.recorded, self.passes) = (None, 0);
+        self.reached.clear();
+    }
+
     /// A whole step of one micro-batch.
     pub fn run(&mut self, batch: &Batch, rng: &Rng, lr: f64) -> Result<Outcome> {
         self.add(batch, rng)?;

@@ -10,7 +10,7 @@
 mod timing;
 
 use super::launch::{Args, KERNELS, Kernel, Launch, Versions, find};
-use super::memory::{ALIGN, class_bytes, class_of};
+use super::memory::{ALIGN, IN_USE_ON_GPUS, class_bytes, class_of};
 use super::product::Product;
 use super::real;
 use crate::ensure;
@@ -168,9 +168,13 @@ impl Block {
 impl Drop for Block {
     fn drop(&mut self) {
         match &self.home {
-            Home::Arena { arena, class } => lock(&arena.free).entry(*class).or_default().push(self.address),
+            Home::Arena { arena, class } => {
+                IN_USE_ON_GPUS.less(class_bytes(*class));
+                lock(&arena.free).entry(*class).or_default().push(self.address);
+            }
             Home::Alone => {
                 let inner = &self.gpu.0;
+                IN_USE_ON_GPUS.less(self.bytes);
                 lock(&inner.state).allocated.retain(|(address, _)| *address != self.address);
                 // What fails here shows at the next call.
                 let _ = inner.backend.wait();
@@ -349,12 +353,14 @@ impl Gpu {
         };
         if exact && bytes > 0 {
             let address = self.allocate(bytes)?;
+            IN_USE_ON_GPUS.more(bytes);
             return Ok(Block { gpu: self.clone(), address, bytes, home: Home::Alone });
         }
         let address = match arena.pop(class, untouched) {
             Some(address) => address,
             None => self.allocate(class_bytes(class))?,
         };
+        IN_USE_ON_GPUS.more(class_bytes(class));
         Ok(Block { gpu: self.clone(), address, bytes, home: Home::Arena { arena, class } })
     }
 
