@@ -114,6 +114,8 @@ enum Measure {
     Ops(OpsArgs),
     /// Every op and every version of its kernels at the shapes of a ViT with masked tokens, beside what the machine copies and multiplies
     Kernels(kernels::KernelsArgs),
+    /// What masking saves: steps of the five systems that see more or less of each image, beside what arithmetic promises
+    Masking(Box<measure::masking::MaskingArgs>),
     /// Images a core decodes, cuts, augments and normalises, from JPEG files
     Loading {
         #[command(flatten)]
@@ -337,6 +339,7 @@ fn execute(command: Command) -> Result<ExitCode> {
             ops::run(&args.only, args.rounds, args.precision, |row| say(&if args.json { row.json().to_string() } else { row.text() }))?;
         }
         Command::Measure(Measure::Kernels(args)) => kernels::run(&args, &mut |line| say(line))?,
+        Command::Measure(Measure::Masking(args)) => measure::masking::run(&args, &mut |line| say(line))?,
         Command::Measure(Measure::Loading { loading: args, json }) => {
             loading::run(&args, |row| say(&if json { row.json().to_string() } else { row.text() }))?;
         }

@@ -35,6 +35,7 @@ impl Buffer {
         let class = class_of(bytes);
         let reused = POOL.free[class].lock().expect("the pool's lock is held only for a push or a pop").pop();
         let start = reused.map_or_else(|| Self::fresh(class_bytes(class)), |block| block.0);
+        IN_USE.more(class_bytes(class));
         Self { start, bytes, home: Home::Pool { class } }
     }
 
@@ -62,6 +63,7 @@ impl Drop for Buffer {
         if let Home::Pool { class } = self.home {
             let mut free = POOL.free[class].lock().expect("the pool's lock is held only for a push or a pop");
             free.push(Block(self.start));
+            IN_USE.less(class_bytes(class));
         }
     }
 }
@@ -84,6 +86,44 @@ static POOL: Pool = Pool { free: [const { Mutex::new(Vec::new()) }; CLASSES], ta
 /// What the pool has asked of the system so far: (bytes, requests).
 pub fn taken_from_system() -> (usize, usize) {
     (POOL.taken.load(Ordering::Relaxed), POOL.requests.load(Ordering::Relaxed))
+}
+
+/// Bytes that somebody holds: now, and at most since they were last looked at from anew.
+pub struct InUse {
+    now: AtomicUsize,
+    most: AtomicUsize,
+}
+
+/// Of the CPU: blocks of the pool and slabs.
+pub static IN_USE: InUse = InUse::new();
+/// Of all GPUs together.
+pub static IN_USE_ON_GPUS: InUse = InUse::new();
+
+impl InUse {
+    const fn new() -> Self {
+        Self { now: AtomicUsize::new(0), most: AtomicUsize::new(0) }
+    }
+
+    pub(super) fn more(&self, bytes: usize) {
+        let now = self.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.most.fetch_max(now, Ordering::Relaxed);
+    }
+
+    pub(super) fn less(&self, bytes: usize) {
+        self.now.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Forgets what was held before; answers what is held now.
+    pub fn restart(&self) -> usize {
+        let now = self.now.load(Ordering::Relaxed);
+        self.most.store(now, Ordering::Relaxed);
+        now
+    }
+
+    /// The most at once since [`InUse::restart`].
+    pub fn most(&self) -> usize {
+        self.most.load(Ordering::Relaxed)
+    }
 }
 
 /// Bytes of memory that the machine has; 2^40 where the system does not say.
@@ -164,12 +204,19 @@ unsafe impl Send for Slab {}
 // SAFETY: as above.
 unsafe impl Sync for Slab {}
 
+impl Drop for Slab {
+    fn drop(&mut self) {
+        IN_USE.less(self.0.bytes);
+    }
+}
+
 impl Slab {
     /// Zeroed ranges of these lengths in bytes, one behind the other, each starting on a cache line.
     pub fn cut(lengths: &[usize]) -> Vec<Buffer> {
         let padded = |bytes: usize| bytes.div_ceil(ALIGN) * ALIGN;
         let bytes = lengths.iter().map(|&length| padded(length)).sum::<usize>().max(ALIGN);
         let slab = Arc::new(Slab(Memory::new(bytes)));
+        IN_USE.more(bytes);
         let mut offset = 0;
         lengths
             .iter()
@@ -214,6 +261,18 @@ mod tests {
             assert!(bytes < 256 || class_bytes(class) * 3 <= bytes * 4 + 3 * ALIGN, "{bytes} in {}", class_bytes(class));
             assert!(class == 0 || class_bytes(class - 1) <= class_bytes(class));
         }
+    }
+
+    #[test]
+    fn what_is_held_is_counted_and_its_most_is_kept() {
+        let count = InUse::new();
+        count.more(100);
+        count.more(50);
+        count.less(120);
+        assert_eq!((count.restart(), count.most()), (30, 30));
+        count.more(10);
+        count.less(40);
+        assert_eq!((count.most(), count.restart(), count.most()), (40, 0, 0));
     }
 
     #[test]

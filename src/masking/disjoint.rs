@@ -66,6 +66,11 @@ impl Disjoint {
         Ok(Self { grid, side, keep, hide: count - keep, fresh })
     }
 
+    /// One view that hides nothing, and in which all patches are predicted: what others are measured against.
+    pub fn whole(grid: [usize; 2]) -> Self {
+        Self { grid, side: 1, keep: grid.iter().product(), hide: 0, fresh: Vec::new() }
+    }
+
     pub fn views(&self) -> usize {
         1 + self.fresh.len()
     }
@@ -79,9 +84,10 @@ impl Disjoint {
         self.keep * self.each()
     }
 
-    /// Patches that at least one view hides.
+    /// Patches that at least one view hides; all where nothing is hidden.
     pub fn predicted(&self) -> usize {
-        (self.hide + self.fresh.iter().sum::<usize>()) * self.each()
+        let hidden = self.hide + self.fresh.iter().sum::<usize>();
+        if hidden == 0 { self.patches() } else { hidden * self.each() }
     }
 
     /// Patches of a unit.
@@ -97,7 +103,11 @@ impl Disjoint {
     pub fn draw(&self, batch: usize, device: &Device, rng: &Rng) -> Result<Mask> {
         let drawn = |name: &str, rows: usize, columns: usize| Tensor::drawn(device, rng, name, &[rows, columns]);
         let sorted = |noise: &Tensor| Ok(random(noise, 0)?.shuffle);
-        let first = sorted(&drawn("mask", batch, self.units())?)?;
+        let noise = drawn("mask", batch, self.units())?;
+        if self.hide == 0 {
+            return Ok(Mask { hidden: random(&noise, 0)?.hidden, ..random(&noise, self.keep)? });
+        }
+        let first = sorted(&noise)?;
         let mut permutations = Vec::with_capacity(self.fresh.len());
         let mut seen = self.keep;
         for (view, &fresh) in self.fresh.iter().enumerate() {
@@ -191,6 +201,19 @@ impl Disjoint {
 mod tests {
     use super::*;
     use std::collections::BTreeMap;
+
+    #[test]
+    fn a_view_of_the_whole_keeps_and_predicts_every_patch() {
+        let whole = Disjoint::whole([3, 4]);
+        let mask = whole.draw(2, &Device::Cpu, &Rng::new(1)).unwrap();
+        assert_eq!([whole.views(), whole.kept_each(), whole.predicted(), mask.kept_each()], [1, 12, 12, 12]);
+        assert!(mask.hidden.data::<f32>().iter().all(|&x| x == 1.0));
+        for row in mask.kept.data::<u32>().chunks(12) {
+            let mut sorted = row.to_vec();
+            sorted.sort_unstable();
+            assert_eq!(sorted, (0..12).collect::<Vec<u32>>());
+        }
+    }
 
     fn rates(corruption: f64, prediction: f64, views: usize) -> Rates {
         Rates { corruption, prediction, views }

@@ -62,6 +62,32 @@ pub fn run(kernels: bool, print: &mut dyn FnMut(&str)) -> Result<()> {
     Ok(())
 }
 
+/// The processor by its maker's name, with the vector instructions that are used.
+pub fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim().to_string()));
+    format!("{} ({})", name.unwrap_or_else(|| std::env::consts::ARCH.to_string()), simd::level().name())
+}
+
+/// Day and time now: 2026-02-28 09:05 UTC.
+pub fn utc() -> String {
+    let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    utc_of(seconds)
+}
+
+/// Of seconds since 1970.
+fn utc_of(seconds: u64) -> String {
+    // Years begin in March here, so that a leap day is the last of its year; 146097 days are 400 years.
+    let days = seconds / 86400 + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let (day, month) = (day - (153 * month + 2) / 5 + 1, if month < 10 { month + 3 } else { month - 9 });
+    let year = 400 * era + year + u64::from(month <= 2);
+    format!("{year}-{month:02}-{day:02} {:02}:{:02} UTC", seconds / 3600 % 24, seconds / 60 % 60)
+}
+
 fn device(ordinal: usize, facts: &Facts) -> String {
     let Facts { name, capability: (major, minor), memory, multiprocessors, cache, most_shared } = facts;
     format!(
@@ -93,4 +119,22 @@ fn list(print: &mut dyn FnMut(&str)) -> Result<()> {
         });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn days_are_those_of_the_calendar() {
+        for (seconds, said) in [
+            (0, "1970-01-01 00:00 UTC"),
+            (951_782_399, "2000-02-28 23:59 UTC"),
+            (951_782_400, "2000-02-29 00:00 UTC"),
+            (1_709_251_200, "2024-03-01 00:00 UTC"),
+            (4_107_542_400, "2100-03-01 00:00 UTC"),
+        ] {
+            assert_eq!(utc_of(seconds), said);
+        }
+    }
 }

@@ -1,9 +1,12 @@
 //! Floor 7: how long things take, whether the numbers are PyTorch's, and what the machine offers.
 
+pub mod figure;
 pub mod info;
 pub mod kernels;
 pub mod loading;
+pub mod masking;
 pub mod ops;
+pub mod page;
 pub mod parity;
 pub mod room;
 pub mod stages;

@@ -115,7 +115,7 @@ pub struct SubjectArgs {
 }
 
 /// How much is looked at.
-#[derive(Clone, Debug, PartialEq, Args)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Args)]
 pub struct Point {
     /// Part of the patches that is hidden: of each view for dmjd, from teacher and student alike for dmae; for tinymim 0 hides none [default: 0.75, 0 for tinymim]
     #[arg(long, allow_negative_numbers = true, value_name = "RATIO")]

@@ -76,14 +76,14 @@ impl Baseline {
         }
     }
 
-    /// Multiply-accumulates of one view of an image that keeps so many patches.
-    pub fn macs(&self, kept: usize, out: usize) -> u64 {
+    /// Multiply-accumulates of one view of an image that keeps so many patches: of the encoder, and of what predicts.
+    pub fn macs(&self, kept: usize, out: usize) -> [u64; 2] {
         let config = &self.encoder().config;
         match self {
-            Self::Autoencoder { decoder, .. } => flops::vit_macs(config, kept) + flops::predictor_macs(&decoder.config, config, out, kept),
+            Self::Autoencoder { decoder, .. } => [flops::vit_macs(config, kept), flops::predictor_macs(&decoder.config, config, out, kept)],
             Self::MaskFeat { .. } => {
                 let unseen = ((config.patches() - kept) * config.patch_values() * config.width) as u64;
-                flops::vit_macs(config, config.patches()) - unseen + (config.patches() * config.width * out) as u64
+                [flops::vit_macs(config, config.patches()) - unseen, (config.patches() * config.width * out) as u64]
             }
         }
     }

@@ -23,6 +23,7 @@ use crate::param::{Init, Params, ParamsBuilder};
 use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Dtype, Tensor};
+use crate::trace;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -301,6 +302,23 @@ impl Dmae {
         Self { mae: self.mae.with_masks(masks), ..self }
     }
 
+    /// Blocks of the teacher that are aligned, from 0.
+    pub fn asked(&self) -> Vec<usize> {
+        self.align.pairs.iter().map(|pair| pair.1).collect()
+    }
+
+    /// Aligns other blocks of the teacher from now on, from 0 and rising: one for each of the student's.
+    pub fn ask(&mut self, blocks: &[usize]) -> Result<()> {
+        let (pairs, depth) = (&mut self.align.pairs, self.teacher.vit().depth);
+        ensure!(blocks.len() == pairs.len(), "{} blocks of the teacher were asked for {} of the student", blocks.len(), pairs.len());
+        ensure!(
+            blocks.is_sorted_by(|a, b| a < b) && blocks.iter().all(|&block| block < depth),
+            "blocks {blocks:?} of {depth} were asked for"
+        );
+        pairs.iter_mut().zip(blocks).for_each(|(pair, &block)| pair.1 = block);
+        Ok(())
+    }
+
     /// Blocks of the teacher that run.
     fn teacher_depth(&self) -> usize {
         let stop = self.align.pairs.iter().map(|pair| pair.1 + 1).max().unwrap_or(0);
@@ -391,6 +409,7 @@ impl Method for Dmae {
         let mask = self.mae.training_mask(&images, rng)?; // one for both
         let taught = self.teach(&batch.for_teacher().on(device)?, &mask)?;
         let learned = self.learn_from(&s, &images, &mask)?;
+        let _phase = trace::phase("loss");
         Loss::sum(self.terms(&s, &images, &mask, &taught, &learned)?)
     }
 

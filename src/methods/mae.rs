@@ -16,6 +16,7 @@ use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::targets::pixels;
 use crate::tensor::{Dtype, Tensor};
+use crate::trace;
 use serde::{Deserialize, Serialize};
 
 /// The flags of the method, with the paper's values.
@@ -138,6 +139,11 @@ impl Mae {
         Self { masks, ..self }
     }
 
+    /// Other masks in training from now on.
+    pub fn see(&mut self, masks: Masks) {
+        self.masks = masks;
+    }
+
     /// The same with convolution stages computed everywhere, or for the patches that are seen alone.
     pub fn with_dense_stages(self, dense: bool) -> Self {
         Self { dense, ..self }
@@ -207,6 +213,7 @@ impl Method for Mae {
         let mask = self.training_mask(&images, rng)?;
         let latent = self.latent(&s, &images, &mask)?; // [B, extra + K, C]
         let pred = self.decoder.forward(&s, &latent, &mask.restore)?; // [B, L, P]
+        let _phase = trace::phase("loss");
         Ok(Loss::single("pixels", self.reconstruction(&pred, &images, &mask)?))
     }
 

@@ -11,6 +11,7 @@ use crate::param::Params;
 use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Device, Dtype, Tensor};
+use crate::trace;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -123,10 +124,17 @@ impl Masks {
 
     /// The masks of a batch. `student` is asked where it looks.
     pub fn draw(&self, images: &Tensor, student: (&Vit, &Params), rng: &Rng) -> Result<Mask> {
+        let _phase = trace::phase("mask");
         let (device, batch) = (student.1.device(), images.shape()[0]);
         let [rows, columns] = self.grid;
         match self.kind {
-            Masking::Random => masking::random(&Tensor::drawn(device, rng, "mask", &[batch, rows * columns])?, self.keep),
+            Masking::Random => {
+                let noise = Tensor::drawn(device, rng, "mask", &[batch, rows * columns])?;
+                let mask = masking::random(&noise, self.keep)?;
+                // Where nothing is hidden, which is measured and not trained, all patches are predicted.
+                let hidden = if mask.hidden_each() == 0 { masking::random(&noise, 0)?.hidden } else { mask.hidden };
+                Ok(Mask { hidden, ..mask })
+            }
             Masking::Block => {
                 let noise = Tensor::drawn(device, rng, "mask", &[batch, rows * columns / (SIDE * SIDE)])?;
                 masking::blocks(&noise, &self.units(device, batch)?, self.keep)
@@ -183,6 +191,19 @@ mod tests {
         let odd = VitConfig::new(24, 8, 16, 1, 2);
         let refused = Masks::new(Masking::Block, &odd, 0.5, KeepRounding::Floor).err().expect("3 x 3 patches").chain();
         assert!(refused.contains("--masking block") && refused.contains("3 x 3"), "{refused}");
+    }
+
+    #[test]
+    fn where_nothing_is_hidden_everything_counts() {
+        let mut b = crate::param::ParamsBuilder::default();
+        let tokens = crate::nn::vit::Tokens::new(&mut b, &config()).unwrap();
+        let vit = Vit::new(&mut b, config(), tokens, true, crate::nn::Start::Xavier).unwrap();
+        let params = b.build(Dtype::F32, &Rng::new(3)).unwrap();
+        let images = Tensor::from_slice(&[2, 3, 32, 32], &vec![0f32; 2 * 3 * 32 * 32]).unwrap();
+        for (keep, counted) in [(16, 16.0), (15, 1.0)] {
+            let mask = Masks::random(&config(), keep).draw(&images, (&vit, &params), &Rng::new(0)).unwrap();
+            assert_eq!((mask.kept_each(), mask.hidden.data::<f32>().iter().sum::<f32>()), (keep, 2.0 * counted));
+        }
     }
 
     #[test]

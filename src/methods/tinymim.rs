@@ -12,7 +12,6 @@
 use super::masks::{KeepRounding, Masking, Masks};
 use super::teacher::{Cost, Teacher};
 use super::{Batch, Loss, Method, Scores};
-use crate::bail;
 use crate::error::{Error, Result};
 use crate::nn::block::Parts;
 use crate::nn::decoder::{Decoder, DecoderConfig, DecoderTokens};
@@ -29,6 +28,8 @@ use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::targets::pixels;
 use crate::tensor::{Dtype, Tensor};
+use crate::trace;
+use crate::{bail, ensure};
 use clap::{ArgAction, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -400,6 +401,34 @@ impl Tinymim {
         self.c.ask(&self.teacher, images, kept, noise)
     }
 
+    /// Student and teacher see the patches of other masks from now on, or all where there are none.
+    pub fn see(&mut self, masks: Option<Masks>) {
+        self.c.masks = masks;
+    }
+
+    /// The teacher's block that is asked, from 0.
+    pub fn asked(&self) -> usize {
+        self.c.block
+    }
+
+    /// Asks another block of the teacher from now on, from 0.
+    pub fn ask(&mut self, block: usize) -> Result<()> {
+        let teacher = self.teacher.vit();
+        ensure!(block < teacher.depth, "block {block} of {} was asked for", teacher.depth);
+        let heads = teacher.heads_of(block);
+        ensure!(heads == self.c.heads, "block {block} of the teacher has {heads} heads, and the student's last block {}", self.c.heads);
+        self.c.block = block;
+        Ok(())
+    }
+
+    /// Multiply-accumulates of the student's encoder for one image.
+    pub fn encoder_macs(&self) -> u64 {
+        let (c, seen) = (&self.c.student, self.seen());
+        let (n, width) = ((seen + c.extra()) as u64, c.width as u64);
+        let until = |depth: usize| flops::vit_macs(&VitConfig { depth, ..c.clone() }, seen);
+        if self.ends_at_qkv() { until(c.depth - 1) + 3 * n * width * width } else { until(c.depth) }
+    }
+
     /// Hands out the teacher and how it is asked about whole images, so that its answers can be remembered.
     pub fn remembering(
         &mut self,
@@ -475,10 +504,13 @@ impl Tinymim {
         let x = self.before_last(s, &images, kept)?;
         let whole = if self.ends_at_qkv() { None } else { Some(self.student.parts(s, &x, self.c.student.depth - 1)?) };
         let qkv = whole.as_ref().map_or_else(|| self.relating(s, &x), |parts| Ok(parts.qkv.clone()))?;
+        let phase = trace::phase("loss");
         let mut terms = self.distillation(s, &qkv, whole.as_ref(), &taught)?;
+        drop(phase);
         if let (Some((decoder, norm_pix)), Some(mask), Some(parts)) = (&self.decoder, &mask, &whole) {
             let latent = self.student.norm(s, &parts.output)?;
             let pred = decoder.forward(s, &latent, &mask.restore)?;
+            let _phase = trace::phase("loss");
             terms.push(("pixels", 1.0, pred.pixel_loss(&images, self.c.student.patch, *norm_pix, &mask.hidden)?));
         }
         Loss::sum(terms)
@@ -532,8 +564,7 @@ impl Method for Tinymim {
     fn macs(&self) -> [u64; 2] {
         let (c, seen) = (&self.c.student, self.seen());
         let (n, width) = ((seen + c.extra()) as u64, c.width as u64);
-        let until = |depth: usize| flops::vit_macs(&VitConfig { depth, ..c.clone() }, seen);
-        let mut all = if self.ends_at_qkv() { until(c.depth - 1) + 3 * n * width * width } else { until(c.depth) };
+        let mut all = self.encoder_macs();
         let (products, projected) = match self.c.target {
             Target::Relations => (self.c.relations.len() as u64, 0),
             Target::Features => (0, n),

@@ -27,7 +27,8 @@ pub fn write(folder: &Path) -> Result<()> {
     formats::write_atomically(&folder.join("report.html"), |out| out.write_all(page.as_bytes()).context("writing the page"))
 }
 
-pub(super) fn escaped(text: &str) -> String {
+/// Fit to stand in a page, between tags and within quotes.
+pub fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
