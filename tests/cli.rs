@@ -153,7 +153,7 @@ fn other_mistakes_in_what_was_typed_are_refused() {
         &["measure", "loading", "--workers", "-1"],
         &["measure", "loading", "--folder", empty],
         &["measure", "step", "--precision", "f16"],
-        &["measure", "step", "--precision", "bf16", "--image-size", "32"],
+        &["measure", "step", "--precision", "tf32", "--image-size", "32"],
         &["measure", "step", "--precision", "tf32", "--device", "emulated", "--image-size", "32"],
         &["convert", "only-one.pth"],
     ] {

@@ -300,7 +300,7 @@ fn what_cannot_be_meant_is_one_sentence() {
         ("pretrain mae --clip-grad 0", 2, "--clip-grad 0"),
         ("pretrain mae --train-images 8", 2, "an epoch has 0 batches"),
         ("pretrain mae --no-such-flag", 2, "--no-such-flag"),
-        ("pretrain mae --precision bf16", 2, "bf16"),
+        ("pretrain mae --precision tf32", 2, "tf32"),
         ("pretrain mae --data-path /no/such/folder", 1, "/no/such/folder"),
         ("finetune --mixup 0.8 --batch-size 3", 2, "--batch-size"),
         ("finetune --aa original", 2, "original"),

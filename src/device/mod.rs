@@ -134,15 +134,15 @@ impl Device {
 
 impl Device {
     /// Makes products of f32 what the precision says; refuses one that the device does not have. On the CPU it holds for the whole program: there bf16 means
-    /// that products round their factors, and what lies between products stays f32.
+    /// that products round their factors, and what lies between products stays f32. The emulated GPU's products are the CPU's, and take factors as they are.
     pub fn compute_in(&self, precision: Precision) -> Result<()> {
         let real = self.gpu().and_then(Gpu::as_real);
-        match (precision, real, self.gpu()) {
-            (Precision::Tf32, None, _) => Err(Error::usage(format!("device {self} has no tf32; use f32, or --device gpu"))),
-            (_, _, None) if !gemm::round_factors(precision == Precision::Bf16) => Err(Error::usage(
+        match (precision, real) {
+            (Precision::Tf32, None) => Err(Error::usage(format!("device {self} has no tf32; use f32, or --device gpu"))),
+            _ if !gemm::round_factors(precision == Precision::Bf16 && self.gpu().is_none()) => Err(Error::usage(
                 "device cpu: this processor does not multiply bf16 numbers (AVX512-BF16); use --precision f32, or --device gpu or emulated",
             )),
-            (_, Some(real), _) => {
+            (_, Some(real)) => {
                 real.allow_tf32(precision == Precision::Tf32);
                 Ok(())
             }

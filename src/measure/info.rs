@@ -4,14 +4,17 @@ use crate::device::gpu::Gpu;
 use crate::device::launch::{FILES, KERNELS};
 use crate::device::libs::{self, Library};
 use crate::device::real::{Facts, KernelFacts};
-use crate::device::{parallel, simd};
+use crate::device::{gemm, parallel, simd};
 use crate::error::Result;
 use crate::nn::{convit, presets};
 
 /// Prints everything; with `kernels` also each kernel, and where there is a GPU what its compiler made of it.
 pub fn run(kernels: bool, print: &mut dyn FnMut(&str)) -> Result<()> {
     print(&format!("masque {}\n", env!("CARGO_PKG_VERSION")));
-    print(&format!("cpu        {} threads, {}", parallel::threads(), simd::level().name()));
+    print(
+        &(format!("cpu        {} threads, {}", parallel::threads(), simd::level().name())
+            + if gemm::has_bf16() { ", products of bf16" } else { "" }),
+    );
     let emulated = KERNELS.iter().filter(|kernel| kernel.entry.is_some()).count();
     print(&match emulated {
         0 => "emulated   not in this binary; build with the feature \"emulated\"".to_string(),
