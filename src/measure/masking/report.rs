@@ -140,7 +140,7 @@ impl Swept {
             for (saving, there) in [(&row.encoder, encoder), (&row.teacher, teacher)] {
                 let of = |saving: &Saving| [two(saving.speed_up.median), two(saving.predicted), two(saving.efficiency()[0])];
                 if there {
-                    cells.extend(saving.as_ref().map_or_else(|| ["1", "1", "-"].map(String::from), of));
+                    cells.extend(saving.as_ref().map_or_else(|| ["1.00", "1.00", "-"].map(String::from), of));
                 }
             }
             cells
