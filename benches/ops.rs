@@ -4,7 +4,7 @@
 const ROUNDS: usize = 5;
 
 fn main() {
-    let rows = || masque::measure::ops::run(&[], ROUNDS, |row| println!("{}", row.text()));
+    let rows = || masque::measure::ops::run(&[], ROUNDS, masque::device::Precision::F32, |row| println!("{}", row.text()));
     if let Err(error) = masque::device::parallel::with_threads(0, rows).and_then(|done| done) {
         eprintln!("{}", error.chain());
         std::process::exit(1);

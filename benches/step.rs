@@ -2,6 +2,7 @@
 
 use clap::Parser;
 use masque::measure::step::{self, StepArgs};
+use masque::measure::subject::SubjectArgs;
 
 #[derive(Parser)]
 struct Defaults {
@@ -10,7 +11,8 @@ struct Defaults {
 }
 
 fn main() {
-    let args = StepArgs { batch: 4, steps: 3, warmup: 1, ..Defaults::parse_from(["step"]).step };
+    let usual = Defaults::parse_from(["step"]).step;
+    let args = StepArgs { subject: SubjectArgs { batch: 4, ..usual.subject.clone() }, steps: 3, warmup: 1, ..usual };
     match masque::device::parallel::with_threads(0, || step::run(&args)).and_then(|report| report) {
         Ok(report) => println!("{}", report.text()),
         Err(error) => {

@@ -10,7 +10,7 @@ use crate::ensure;
 use crate::error::{Context, Error, Result};
 use crate::param::{ParamId, Params};
 use crate::tensor::{Device, Dtype, Shape, Tensor};
-use crate::trace::{self, Kind as Traced};
+use crate::trace::{self, Kind as Traced, Shapes};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -214,7 +214,10 @@ impl Tape {
                 Kind::Op(backward) => {
                     let mut need = need(&device, &node.inputs, &facts, &owners, &mut gradients, params)?;
                     let answers = backward(gradient, &mut need).with_context(|| format!("the backward of {}", node.name))?;
-                    trace::op(node.name, Traced::Backward, || format!("{} {:?}", node.dtype, node.shape));
+                    trace::op(node.name, Traced::Backward, || {
+                        let wanted = node.inputs.iter().filter_map(|input| input.map(|input| (facts[input].1, &*facts[input].0)));
+                        sizes(std::iter::once((node.dtype, &*node.shape)), wanted)
+                    });
                     give_back(need, &node.inputs, &owners, &mut gradients, params)?;
                     for (i, (input, answer)) in node.inputs.iter().zip(answers).enumerate() {
                         let Some(input) = *input else { continue };
@@ -229,7 +232,11 @@ impl Tape {
                         );
                         gradients[input] = Some(match gradients[input].take() {
                             None => answer,
-                            Some(sum) => sum.accumulate(&answer)?,
+                            Some(sum) => {
+                                let sum = sum.accumulate(&answer)?;
+                                trace::op("accumulate", Traced::Backward, || sizes([(dtype, &*shape); 2], [(dtype, &*shape)]));
+                                sum
+                            }
                         });
                     }
                 }
@@ -294,10 +301,19 @@ fn give_back(
     Ok(())
 }
 
-/// What goes into an op and comes out of it.
-fn sizes<'a>(inputs: impl Iterator<Item = &'a Tensor>, value: &Tensor) -> String {
-    let inputs: Vec<String> = inputs.map(|input| format!("{} {:?}", input.dtype(), input.shape())).collect();
-    format!("{} -> {} {:?}", inputs.join(", "), value.dtype(), value.shape())
+/// What goes into an op and comes out of it, as text and as shapes.
+fn sizes<'a>(
+    from: impl IntoIterator<Item = (Dtype, &'a [usize])>,
+    to: impl IntoIterator<Item = (Dtype, &'a [usize])>,
+) -> (String, [Shapes; 2]) {
+    let [from, to] = [from.into_iter().collect::<Vec<_>>(), to.into_iter().collect()];
+    let text = |all: &[(Dtype, &[usize])]| all.iter().map(|(dtype, shape)| format!("{dtype} {shape:?}")).collect::<Vec<_>>().join(", ");
+    let shapes = |all: &[(Dtype, &[usize])]| all.iter().map(|(_, shape)| shape.to_vec()).collect();
+    (format!("{} -> {}", text(&from), text(&to)), [shapes(&from), shapes(&to)])
+}
+
+fn size(tensor: &Tensor) -> (Dtype, &[usize]) {
+    (tensor.dtype(), tensor.shape())
 }
 
 impl Var {
@@ -338,7 +354,7 @@ impl Var {
         value: Tensor,
         backward: impl FnOnce(Tensor, &mut Need) -> Result<Vec<Option<Tensor>>> + 'static,
     ) -> Result<Var> {
-        trace::op(name, Traced::Forward, || sizes(inputs.iter().map(|input| input.value()), &value));
+        trace::op(name, Traced::Forward, || sizes(inputs.iter().map(|input| size(&input.value)), [size(&value)]));
         let Some((tape, _)) = inputs.iter().find_map(|input| input.place.as_ref()) else { return Ok(Var::constant(value)) };
         let one_tape = inputs.iter().filter_map(|input| input.place.as_ref()).all(|(other, _)| other.same(tape));
         ensure!(one_tape, "{name}: its inputs are on different tapes");

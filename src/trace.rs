@@ -6,6 +6,7 @@
 
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::rc::Rc;
 use std::time::Instant;
 
 /// What a span is about.
@@ -25,11 +26,15 @@ pub struct Event {
     pub kind: Kind,
     pub start: f64,
     pub end: f64,
-    /// Of an op: shapes and types.
+    /// Of an op: shapes and types. Of a kernel: how it was launched.
     pub detail: String,
+    /// Shapes of what goes in, and of what comes out. Of an op's backward these are the gradient that arrives and those that are wanted.
+    pub shapes: [Shapes; 2],
     /// How many phases it lies in.
     pub depth: usize,
 }
+
+pub type Shapes = Vec<Vec<usize>>;
 
 /// Waits until the device has done what it was given.
 pub type Wait = Box<dyn Fn()>;
@@ -39,7 +44,7 @@ struct Record {
     /// Where the last thing ended.
     mark: f64,
     depth: usize,
-    wait: Option<Wait>,
+    wait: Option<Rc<dyn Fn()>>,
     events: Vec<Event>,
 }
 
@@ -51,17 +56,11 @@ impl Record {
     fn now(&self) -> f64 {
         self.began.elapsed().as_secs_f64() * 1e6
     }
-
-    fn settle(&self) {
-        if let Some(wait) = &self.wait {
-            wait();
-        }
-    }
 }
 
 /// Begins a record on this thread, in the place of one that was begun before. `wait` is for a device that works on its own.
 pub fn start(wait: Option<Wait>) {
-    RECORD.set(Some(Record { began: Instant::now(), mark: 0.0, depth: 0, wait, events: Vec::new() }));
+    RECORD.set(Some(Record { began: Instant::now(), mark: 0.0, depth: 0, wait: wait.map(Rc::from), events: Vec::new() }));
 }
 
 /// Ends the record: everything since [`start`], in the order in which it ended. Nothing if none was begun.
@@ -78,53 +77,72 @@ fn with<R>(f: impl FnOnce(&mut Record) -> R) -> Option<R> {
     RECORD.with_borrow_mut(|record| record.as_mut().map(f))
 }
 
+/// Microseconds since the record began; None where there is none.
+pub fn now() -> Option<f64> {
+    with(|record| record.now())
+}
+
+/// Waits for the device, if there is one; the record is free meanwhile.
+fn settle() {
+    if let Some(wait) = with(|record| record.wait.clone()).flatten() {
+        wait();
+    }
+}
+
 /// A part of a step, until it is dropped.
 #[must_use = "a phase ends where it is dropped"]
 pub struct Phase {
     name: &'static str,
+    detail: String,
     /// When it began; None where nobody asked.
     start: Option<f64>,
 }
 
 pub fn phase(name: &'static str) -> Phase {
+    phase_of(name, String::new)
+}
+
+/// A phase that is one of several of its name.
+pub fn phase_of(name: &'static str, detail: impl FnOnce() -> String) -> Phase {
+    settle();
     let start = with(|record| {
-        record.settle();
         record.depth += 1;
         record.mark = record.now();
         record.mark
     });
-    Phase { name, start }
+    Phase { name, detail: start.map_or(String::new(), |_| detail()), start }
 }
 
 impl Drop for Phase {
     fn drop(&mut self) {
         let Some(start) = self.start else { return };
+        settle();
         with(|record| {
-            record.settle();
             record.depth = record.depth.saturating_sub(1);
             let end = record.now();
-            let (name, depth) = (self.name.into(), record.depth);
-            record.events.push(Event { name, kind: Kind::Phase, start, end, detail: String::new(), depth });
+            let (name, detail, depth) = (self.name.into(), std::mem::take(&mut self.detail), record.depth);
+            record.events.push(Event { name, kind: Kind::Phase, start, end, detail, shapes: Default::default(), depth });
             record.mark = end;
         });
     }
 }
 
-/// An op has just ended, which began where the last thing did.
-pub fn op(name: &'static str, kind: Kind, detail: impl FnOnce() -> String) {
+/// An op has just ended, which began where the last thing did. `sizes`: what stands in its detail, and its shapes.
+pub fn op(name: &'static str, kind: Kind, sizes: impl FnOnce() -> (String, [Shapes; 2])) {
     with(|record| {
         let (start, end) = (record.mark, record.now());
-        record.events.push(Event { name: name.into(), kind, start, end, detail: detail(), depth: record.depth });
+        let (detail, shapes) = sizes();
+        record.events.push(Event { name: name.into(), kind, start, end, detail, shapes, depth: record.depth });
         // What the record itself takes is nobody's time.
         record.mark = record.now();
     });
 }
 
 /// A kernel of a GPU, by times that the device took.
-pub fn kernel(name: String, start: f64, end: f64, detail: String) {
+pub fn kernel(name: impl Into<Cow<'static, str>>, [start, end]: [f64; 2], detail: String, shapes: [Shapes; 2]) {
     with(|record| {
-        let depth = record.depth;
-        record.events.push(Event { name: name.into(), kind: Kind::Kernel, start, end, detail, depth });
+        let (name, depth) = (name.into(), record.depth);
+        record.events.push(Event { name, kind: Kind::Kernel, start, end, detail, shapes, depth });
     });
 }
 
@@ -152,7 +170,7 @@ mod tests {
         {
             let _outer = phase("teacher");
             let _inner = phase("encoder");
-            op("linear", Kind::Forward, || "[2, 3]".into());
+            op("linear", Kind::Forward, || ("f32 [2, 3]".into(), [vec![vec![2, 3]], Vec::new()]));
         }
         drop(phase("encoder"));
         let events = stop();
@@ -172,5 +190,15 @@ mod tests {
         drop(phase("forward"));
         stop();
         assert_eq!(waits.get(), 2);
+    }
+
+    #[test]
+    fn what_waits_for_a_device_may_write_down_its_kernels() {
+        start(Some(Box::new(|| kernel("gelu", [1.0, 2.0], String::new(), Default::default()))));
+        drop(phase_of("step", || "update 4".into()));
+        let events = stop();
+        assert_eq!(events.iter().map(|event| event.kind).collect::<Vec<_>>(), [Kind::Kernel, Kind::Kernel, Kind::Phase]);
+        assert_eq!(events[2].detail, "update 4");
+        assert!(now().is_none());
     }
 }

@@ -6,7 +6,7 @@ mod presets;
 mod recipes;
 mod visualize;
 
-use crate::device::{Named, parallel};
+use crate::device::{self, Named, parallel};
 use crate::error::{Error, Result};
 use crate::measure::{self, info, kernels, loading, ops, parity, step};
 use crate::tensor::Dtype;
@@ -124,7 +124,7 @@ enum Measure {
         #[arg(long)]
         json: bool,
     },
-    /// One MAE training step: forward, backward, AdamW
+    /// One training step of any of the five systems: teacher, forward, backward, AdamW
     Step {
         #[command(flatten)]
         step: step::StepArgs,
@@ -158,6 +158,9 @@ struct OpsArgs {
     /// Runs of each case that count, after two that do not
     #[arg(long, default_value_t = 20)]
     rounds: usize,
+    /// f32, or bf16 (products round their factors), where the processor has it
+    #[arg(long, default_value = "f32")]
+    precision: device::Precision,
     /// One JSON object a line instead of text
     #[arg(long)]
     json: bool,
@@ -333,7 +336,7 @@ fn execute(command: Command) -> Result<ExitCode> {
             recipes::all().iter().for_each(|preset| say(&format!("{:<34} {:<17} {}", preset.name, preset.command, preset.about)));
         }
         Command::Measure(Measure::Ops(args)) => {
-            ops::run(&args.only, args.rounds, |row| say(&if args.json { row.json().to_string() } else { row.text() }))?;
+            ops::run(&args.only, args.rounds, args.precision, |row| say(&if args.json { row.json().to_string() } else { row.text() }))?;
         }
         Command::Measure(Measure::Kernels(args)) => kernels::run(&args, &mut |line| say(line))?,
         Command::Measure(Measure::Masking(args)) => measure::masking::run(&args, &mut |line| say(line))?,
@@ -341,8 +344,7 @@ fn execute(command: Command) -> Result<ExitCode> {
             loading::run(&args, |row| say(&if json { row.json().to_string() } else { row.text() }))?;
         }
         Command::Measure(Measure::Step { step: args, json }) => {
-            let report = step::run(&args)?;
-            say(&if json { report.json().to_string() } else { report.text() });
+            step::run_each(&args, |report| say(&if json { report.json().to_string() } else { report.text() }))?;
         }
         Command::Measure(Measure::Stages { stages: args, json }) => {
             let report = measure::stages::run(&args)?;

@@ -74,7 +74,7 @@ pub enum Precision {
     F32,
     /// f32, but products take their factors with the 11 significant bits that fast tensor cores read. Only where it is asked for.
     Tf32,
-    /// Activations and weights of products in bf16.
+    /// Activations and weights of products in bf16; on the CPU, rounded by each product.
     Bf16,
 }
 
@@ -133,14 +133,15 @@ impl Device {
 }
 
 impl Device {
-    /// Makes products of f32 what the precision says; refuses one that the device does not have.
+    /// Makes products of f32 what the precision says; refuses one that the device does not have. On the CPU it holds for the whole program: there bf16 means
+    /// that products round their factors, and what lies between products stays f32.
     pub fn compute_in(&self, precision: Precision) -> Result<()> {
         let real = self.gpu().and_then(Gpu::as_real);
         match (precision, real, self.gpu()) {
             (Precision::Tf32, None, _) => Err(Error::usage(format!("device {self} has no tf32; use f32, or --device gpu"))),
-            (Precision::Bf16, _, None) => {
-                Err(Error::usage(format!("device {self} does not compute in bf16; use f32, or --device gpu or emulated")))
-            }
+            (_, _, None) if !gemm::round_factors(precision == Precision::Bf16) => Err(Error::usage(
+                "device cpu: this processor does not multiply bf16 numbers (AVX512-BF16); use --precision f32, or --device gpu or emulated",
+            )),
             (_, Some(real), _) => {
                 real.allow_tf32(precision == Precision::Tf32);
                 Ok(())

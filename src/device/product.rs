@@ -5,6 +5,7 @@
 
 use super::Dtype;
 use super::launch::Operand;
+use crate::trace::Shapes;
 
 /// A matrix that is read, or a row of `batch` of them, `step` elements apart.
 #[derive(Clone, Copy, Debug)]
@@ -84,5 +85,23 @@ impl Product {
     /// c += a b.
     pub fn add(self) -> Self {
         Self { add: true, ..self }
+    }
+
+    /// Name, sizes as text, and the shapes of the factors and of the result.
+    pub(super) fn what(&self) -> (String, String, [Shapes; 2]) {
+        let Self { m, n, k, batch, a, b, c, .. } = *self;
+        let turned = |x: &Factor| if x.turned { " turned" } else { "" };
+        let bias = if self.bias.is_some() { ", bias" } else { "" };
+        let times = if batch > 1 { format!("{batch} x ") } else { String::new() };
+        let detail = format!(
+            "{times}{}{} [{m}, {k}], {}{} [{k}, {n}] {} {} [{m}, {n}]{bias}",
+            a.dtype,
+            turned(&a),
+            b.dtype,
+            turned(&b),
+            if self.add { "+>" } else { "->" },
+            c.dtype
+        );
+        (format!("product_{}", a.dtype), detail, [vec![vec![batch, m, k], vec![batch, k, n]], vec![vec![batch, m, n]]])
     }
 }

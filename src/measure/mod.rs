@@ -8,6 +8,7 @@ pub mod masking;
 pub mod ops;
 pub mod page;
 pub mod parity;
+pub mod room;
 pub mod stages;
 pub mod step;
 pub mod subject;

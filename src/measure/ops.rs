@@ -3,6 +3,7 @@
 use super::{Times, timed};
 use crate::device::gemm::{self, Finish, View};
 use crate::device::parallel::{self, Panel};
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::masking;
 use crate::ops::case::numbers;
@@ -38,12 +39,13 @@ const WARMUP: usize = 2;
 pub struct Row {
     pub op: &'static str,
     pub case: Map<String, Value>,
+    pub precision: Precision,
     pub times: Times,
 }
 
 impl Row {
     pub fn json(&self) -> Value {
-        json!({ "op": self.op, "case": self.case, "dtype": "f32", "threads": parallel::threads(), "ms": self.times.median,
+        json!({ "op": self.op, "case": self.case, "dtype": self.precision.name(), "threads": parallel::threads(), "ms": self.times.median,
             "min_ms": self.times.min, "max_ms": self.times.max, "runs": self.times.runs })
     }
 
@@ -58,7 +60,9 @@ impl Row {
 const MOST_RUNS: usize = 1_000_000;
 
 /// Measures the ops named in `only` (all if empty), each case `runs` times after two runs that do not count.
-pub fn run(only: &[String], runs: usize, mut row: impl FnMut(Row)) -> Result<()> {
+pub fn run(only: &[String], runs: usize, precision: Precision, mut row: impl FnMut(Row)) -> Result<()> {
+    Device::Cpu.compute_in(precision)?;
+    let mut row = |timed: Row| row(Row { precision, ..timed });
     if !(1..=MOST_RUNS).contains(&runs) {
         return Err(Error::usage(format!("--rounds {runs} is not from 1 to {MOST_RUNS}")));
     }
@@ -201,5 +205,5 @@ fn measure<P>(
             times.push(ms);
         }
     }
-    Ok(Row { op, case: case(sizes), times: Times::of(times) })
+    Ok(Row { op, case: case(sizes), precision: Precision::F32, times: Times::of(times) })
 }

@@ -1,81 +1,67 @@
-//! Time of a whole MAE training step: mask, forward, backward, AdamW.
+//! Time of a whole training step of one of the five systems: masks, a teacher's pass, forward, backward, AdamW.
+//!
+//! On the CPU the parts are timed one by one: what a teacher takes, the forward pass without it, backward, update. On a GPU a step is recorded once and
+//! replayed, as in training, and the parts are one piece. FLOPs of a step are three forward passes of what is trained and one of the teacher, twice their
+//! multiply-accumulates (see [`flops`](crate::nn::flops)).
 
+use super::subject::{Point, Subject, SubjectArgs, System};
 use super::{Times, timed};
 use crate::device::gpu::Gpu;
-use crate::device::{Named, Precision, memory, parallel};
+use crate::device::{Named, memory, parallel};
 use crate::ensure;
 use crate::error::{Error, Result};
-use crate::masking;
-use crate::methods::mae::{Mae, MaeConfig};
-use crate::methods::{Batch, Method};
-use crate::nn::decoder::DecoderConfig;
-use crate::nn::presets;
+use crate::methods::Method;
+use crate::methods::dmjd::BaselineName;
+use crate::methods::{dmae, tinymim};
 use crate::nn::vit::VitConfig;
+use crate::optim::Optimizer;
 use crate::optim::adamw::AdamW;
-use crate::optim::{Optimizer, groups};
-use crate::rng::Rng;
 use crate::tape::Tape;
-use crate::targets::pixels;
-use crate::tensor::{Dtype, Tensor};
 use crate::train::step::{Step, StepOptions};
 use serde_json::{Value, json};
 
 /// What is trained and how often.
 #[derive(Clone, Debug, clap::Args)]
 pub struct StepArgs {
-    /// Size of the encoder: tiny, small, medium, base, large, huge, glyph_s or glyph_t
-    #[arg(long, default_value = "tiny")]
-    pub model: String,
-    /// Side of the square images in pixels
-    #[arg(long, default_value_t = 224)]
-    pub image_size: usize,
-    /// Side of a patch in pixels [default: 16, 14 for huge, 8 for glyphs]
-    #[arg(long)]
-    pub patch_size: Option<usize>,
-    /// Images a step
-    #[arg(long, default_value_t = 16)]
-    pub batch: usize,
-    /// Part of the patches that is hidden
-    #[arg(long, default_value_t = 0.75, allow_negative_numbers = true)]
-    pub mask_ratio: f64,
-    /// Width of the decoder
-    #[arg(long, default_value_t = 512)]
-    pub decoder_dim: usize,
-    /// Blocks of the decoder
-    #[arg(long, default_value_t = 8)]
-    pub decoder_depth: usize,
-    /// Heads of the decoder
-    #[arg(long, default_value_t = 16)]
-    pub decoder_heads: usize,
-    /// Normalise each target patch by its own mean and deviation
-    #[arg(long)]
-    pub norm_pix: bool,
+    #[command(flatten)]
+    pub subject: SubjectArgs,
+    #[command(flatten)]
+    pub point: Point,
+    /// All five systems one after the other, in the place of --method
+    #[arg(long, conflicts_with = "method")]
+    pub all: bool,
     /// Steps that are measured
     #[arg(long, default_value_t = 5)]
     pub steps: usize,
     /// Steps before them that are not; on a GPU at least the three after which a step is recorded
     #[arg(long, default_value_t = 2)]
     pub warmup: usize,
-    /// Seed of the weights, the images and the masks
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
-    /// Where to compute
-    #[arg(long, default_value = "cpu", value_name = "cpu|emulated|gpu")]
-    pub device: Named,
-    /// f32; on a GPU also bf16 (products of bf16 numbers, summed in f32) and tf32 (f32 whose products are rounded)
-    #[arg(long, default_value = "f32")]
-    pub precision: Precision,
+}
+
+/// Where the time of a step goes on the CPU.
+struct Parts {
+    /// None where there is no teacher.
+    teacher: Option<Times>,
+    forward: Times,
+    backward: Times,
+    update: Times,
 }
 
 pub struct Report {
-    args: StepArgs,
-    parameters: usize,
-    patch: usize,
+    subject: SubjectArgs,
+    /// With what the flags leave open filled in.
+    point: Point,
+    /// Student and teacher, and how many numbers each is made of.
+    student: (VitConfig, usize),
+    teacher: Option<(String, usize)>,
+    /// Of a step: of what is trained, and of the teacher.
+    flops: [f64; 2],
+    steps: usize,
     /// Steps that were taken before those that are measured: more than asked for where a step is recorded only then.
     warmup: usize,
     total: Times,
-    /// Forward, backward and update, where they can be told apart: a recorded step is one piece.
-    parts: Option<[Times; 3]>,
+    /// None where a step is recorded.
+    parts: Option<Parts>,
     losses: Vec<f64>,
     /// Bytes of the memory pool, and how much more it took during the measured steps: requests to the system on the CPU, bytes of a GPU.
     memory: usize,
@@ -84,211 +70,277 @@ pub struct Report {
 
 /// No more steps than this are counted.
 const MOST_STEPS: usize = 1_000_000;
+const LEARNING_RATE: f64 = 1.5e-4;
 
-/// What cannot be meant, as a sentence.
-fn check(args: &StepArgs, encoder: &VitConfig, decoder: &DecoderConfig) -> std::result::Result<(), String> {
-    let counted = |flag: &str, value: usize, least: usize| match (least..=MOST_STEPS).contains(&value) {
-        true => Ok(()),
-        false => Err(format!("{flag} {value} is not from {least} to {MOST_STEPS}")),
-    };
-    counted("--steps", args.steps, 1)?;
-    counted("--warmup", args.warmup, 0)?;
-    if args.batch == 0 {
-        return Err("--batch 0: at least one image is needed".into());
+/// Refuses what cannot be meant, and flags that would say nothing.
+fn check(args: &StepArgs) -> Result<()> {
+    for (flag, value, least) in [("--steps", args.steps, 1), ("--warmup", args.warmup, 0)] {
+        if !(least..=MOST_STEPS).contains(&value) {
+            return Err(Error::usage(format!("{flag} {value} is not from {least} to {MOST_STEPS}")));
+        }
     }
-    encoder.check().map_err(|error| error.chain())?;
-    let (width, heads) = (decoder.width, decoder.heads);
-    if width == 0 || heads == 0 || !width.is_multiple_of(4) || !width.is_multiple_of(heads) {
-        return Err(format!("--decoder-dim {width} has to be a multiple of 4 and of --decoder-heads {heads}"));
+    let s = &args.subject;
+    let decoder = (s.decoder_dim, s.decoder_depth, s.decoder_heads) != (512, 8, 16);
+    if decoder && !s.decodes() && !args.all {
+        let of = if s.method == System::Dmjd { "dmjd with --baseline maskfeat" } else { s.method.name() };
+        return Err(Error::usage(format!(
+            "--decoder-dim, --decoder-depth and --decoder-heads are for --method mae, dmae or dmjd; {of} has no decoder; leave them out"
+        )));
     }
-    let bytes = least_bytes(args.batch, encoder, decoder);
-    let there = u128::from(memory::of_the_machine());
-    if bytes > there {
-        let giga = |bytes: u128| bytes / 1_000_000_000;
-        return Err(format!(
-            "a step needs at least {} GB of memory but the machine has {}; make the batch, the images or the model smaller",
-            giga(bytes),
-            giga(there)
-        ));
+    if s.classes != 1000 && s.method != System::MaskedKd && !args.all {
+        return Err(Error::usage(format!("--classes {} is for --method maskedkd, not {}; leave it out", s.classes, s.method.name())));
     }
-    let (patches, ratio) = (encoder.patches(), args.mask_ratio);
-    let kept = masking::len_keep(patches, ratio).map_err(|error| error.chain())?;
-    if kept == 0 || kept == patches {
-        return Err(format!("--mask-ratio {ratio} keeps {kept} of {patches} patches; at least one has to be kept and one hidden"));
+    if s.batch == 0 {
+        return Err(Error::usage("--batch 0: at least one image is needed"));
     }
-    Ok(())
+    s.fits(&args.point)
 }
 
-/// Less than a step needs: four numbers a weight, and for each token of the decoder sixteen times its width in each block.
-fn least_bytes(batch: usize, encoder: &VitConfig, decoder: &DecoderConfig) -> u128 {
-    let product = |sizes: &[usize]| sizes.iter().fold(1u128, |product, &size| product.saturating_mul(size as u128));
-    let side = encoder.image[0];
-    let weights = [
-        product(&[12, encoder.width, encoder.width, encoder.depth]),
-        product(&[12, decoder.width, decoder.width, decoder.depth]),
-        product(&[encoder.patch, encoder.patch, 3, encoder.width.saturating_add(decoder.width)]),
-    ];
-    let activations =
-        [product(&[batch, 3, side, side]), product(&[16, batch, side / encoder.patch, side / encoder.patch, decoder.width, decoder.depth])];
-    let sum = |sizes: &[u128]| sizes.iter().fold(0u128, |sum, &size| sum.saturating_add(size));
-    sum(&weights).saturating_mul(16).saturating_add(sum(&activations).saturating_mul(4))
+/// One after the other, each handed out as soon as it is measured.
+pub fn run_each(args: &StepArgs, mut tell: impl FnMut(Report)) -> Result<()> {
+    if !args.all {
+        return run(args).map(tell);
+    }
+    let each = System::ALL.map(|method| StepArgs { subject: SubjectArgs { method, ..args.subject.clone() }, ..args.clone() });
+    each.iter().try_for_each(check)?;
+    each.iter().try_for_each(|args| run(args).map(&mut tell))
+}
+
+/// What the flags leave open, as the methods have it.
+fn filled(args: &StepArgs, student: &VitConfig, teacher: Option<&VitConfig>) -> Point {
+    let (point, method) = (&args.point, args.subject.method);
+    let block = |teacher: &VitConfig| match method {
+        System::Dmae => Some(dmae::three_quarters(teacher.depth) + 1),
+        System::TinyMim => Some(tinymim::usual_block(teacher.depth)),
+        _ => None,
+    };
+    let ratio = || match method {
+        System::MaskedKd => None,
+        System::TinyMim => Some(0.0),
+        _ => Some(0.75),
+    };
+    Point {
+        mask_ratio: point.mask_ratio.or_else(ratio),
+        keep: point.keep.or_else(|| (method == System::MaskedKd).then(|| student.patches() / 2)),
+        views: point.views.or_else(|| (method == System::Dmjd).then_some(2)),
+        teacher_block: point.teacher_block.or_else(|| teacher.and_then(block)),
+    }
 }
 
 pub fn run(args: &StepArgs) -> Result<Report> {
-    let preset = presets::mae(&args.model, args.image_size)?;
-    let encoder = VitConfig { patch: args.patch_size.unwrap_or(preset.patch), ..preset };
-    let patch = encoder.patch;
-    let decoder = DecoderConfig { width: args.decoder_dim, depth: args.decoder_depth, heads: args.decoder_heads };
-    check(args, &encoder, &decoder).map_err(Error::usage)?;
-    let rng = Rng::new(args.seed);
-    let config = MaeConfig { encoder, decoder, mask_ratio: args.mask_ratio, norm_pix: args.norm_pix.then_some(pixels::EPS) };
-    let device = args.device.open()?;
-    device.compute_in(args.precision)?;
-    let mut mae = Mae::new(config, Dtype::F32, &rng)?;
-    mae.params.move_to(&device, args.precision.dtype())?;
-    let shape = [args.batch, 3, args.image_size, args.image_size];
-    let batch = Batch::of_images(Tensor::from_slice(&shape, &rng.normal("images", shape.iter().product()))?);
-    let optimizer = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8)?;
-    let parameters = mae.params.count_trained();
-    let run = Run { args, patch, parameters, rng };
-    match device.gpu() {
-        None => run.in_parts(mae, optimizer, &batch),
-        Some(gpu) => run.recorded(gpu, mae, optimizer, batch),
-    }
+    check(args)?;
+    let (student, teacher) = (args.subject.student()?, args.subject.taught_by()?);
+    let mut subject = args.subject.open(&args.point)?;
+    let optimizer = subject.optimizer()?;
+    let [all, trained] = subject.method.macs();
+    let taught = subject.method.teacher_cost().map_or(0, |cost| cost.macs);
+    let of_a_step = |macs: u64| 2.0 * macs as f64 * args.subject.batch as f64;
+    let numbers = |params: &crate::param::Params| params.ids().map(|id| params.value(id).numel()).sum();
+    let named = subject.method.teacher().map(|teacher| (teacher.name.clone(), numbers(&teacher.params)));
+    let parameters = subject.method.params().count_trained();
+    let measured = match subject.device.gpu().cloned() {
+        None => in_parts(args, subject, optimizer),
+        Some(gpu) => recorded(args, &gpu, subject, optimizer),
+    }?;
+    Ok(Report {
+        subject: args.subject.clone(),
+        point: filled(args, &student, teacher.as_ref()),
+        student: (student, parameters),
+        teacher: named,
+        flops: [of_a_step(all + 2 * trained), of_a_step(taught)],
+        steps: args.steps,
+        warmup: measured.warmup,
+        total: measured.total,
+        parts: measured.parts,
+        losses: measured.losses,
+        memory: measured.memory[0],
+        more: measured.memory[1],
+    })
 }
 
-/// What the two ways of measuring share.
-struct Run<'a> {
-    args: &'a StepArgs,
-    patch: usize,
-    parameters: usize,
-    rng: Rng,
+struct Measured {
+    warmup: usize,
+    total: Times,
+    parts: Option<Parts>,
+    losses: Vec<f64>,
+    memory: [usize; 2],
 }
 
-const LEARNING_RATE: f64 = 1.5e-4;
-
-impl Run<'_> {
-    /// On the CPU: forward, backward and update each by itself.
-    fn in_parts(&self, mut mae: Mae, mut optimizer: AdamW, batch: &Batch) -> Result<Report> {
-        let (args, mut parts): (_, [Vec<f64>; 4]) = (self.args, Default::default());
-        let (mut losses, mut requests) = (Vec::new(), 0);
-        for step in 0..args.warmup + args.steps {
-            if step == args.warmup {
-                requests = memory::taken_from_system().1;
-            }
-            let tape = Tape::new();
-            let (forward, loss) = timed(|| mae.loss(&tape, batch, &self.rng.at(step as u64)));
-            let loss = loss?.total;
-            let value = loss.value().item();
-            ensure!(value.is_finite(), "step {step}: the loss is {value}");
-            let (backward, done) = timed(|| tape.backward(&loss, &mut [&mut mae.params]));
-            done?;
-            drop(loss);
-            let (update, done) = timed(|| -> Result<()> {
-                optimizer.step(&mut mae.params, LEARNING_RATE)?;
-                mae.params.clear_gradients();
-                Ok(())
-            });
-            done?;
-            losses.push(value);
-            if step >= args.warmup {
-                for (part, ms) in parts.iter_mut().zip([forward + backward + update, forward, backward, update]) {
-                    part.push(ms);
-                }
-            }
+/// On the CPU: teacher, forward, backward and update each by itself.
+fn in_parts(args: &StepArgs, subject: Subject, mut optimizer: AdamW) -> Result<Measured> {
+    let Subject { mut method, batch, rng, .. } = subject;
+    let mut parts: [Vec<f64>; 5] = Default::default();
+    let (mut losses, mut requests) = (Vec::new(), 0);
+    let teaching = |method: &dyn Method| method.teacher_cost().map_or(0.0, |cost| cost.seconds * 1e3);
+    for step in 0..args.warmup + args.steps {
+        if step == args.warmup {
+            requests = memory::taken_from_system().1;
         }
-        let [total, forward, backward, update] = parts.map(Times::of);
-        let (memory, after) = memory::taken_from_system();
-        let requests = after - requests;
-        Ok(self.report(args.warmup, total, Some([forward, backward, update]), losses, [memory, requests]))
-    }
-
-    /// On a GPU: the step as training takes it, recorded once and replayed, images written to the device each time.
-    fn recorded(&self, gpu: &Gpu, mae: Mae, optimizer: AdamW, batch: Batch) -> Result<Report> {
-        let mut step = Step::new(Box::new(mae), Box::new(optimizer), StepOptions::default());
-        let (mut times, mut losses, mut before) = (Vec::new(), Vec::new(), 0);
-        // Steps that are not recorded yet are not what is to be measured.
-        let mut warm = 0;
-        while warm < self.args.warmup || !step.is_recorded() {
-            losses.push(step.run(&batch, &self.rng.at(warm as u64), LEARNING_RATE)?.loss);
-            warm += 1;
+        let before = teaching(&*method);
+        let tape = Tape::new();
+        let (forward, loss) = timed(|| method.loss(&tape, &batch, &rng.at(step as u64)));
+        let loss = loss?.total;
+        let teacher = teaching(&*method) - before;
+        let value = loss.value().read()?[0];
+        ensure!(value.is_finite(), "step {step}: the loss is {value}");
+        let (backward, done) = timed(|| tape.backward(&loss, &mut [method.params()]));
+        done?;
+        drop(loss);
+        let (update, done) = timed(|| -> Result<()> {
+            optimizer.step(method.params(), LEARNING_RATE)?;
+            method.params().clear_gradients();
+            Ok(())
+        });
+        done?;
+        losses.push(value);
+        if step >= args.warmup {
+            let taken = [forward + backward + update, teacher, forward - teacher, backward, update];
+            parts.iter_mut().zip(taken).for_each(|(part, ms)| part.push(ms));
         }
-        for k in 0..self.args.steps {
-            before = if k == 0 { gpu.memory().1 } else { before };
-            let mut value = f64::NAN;
-            times.push(gpu.time(|| {
-                value = step.run(&batch, &self.rng.at((warm + k) as u64), LEARNING_RATE)?.loss;
-                Ok(())
-            })?);
-            ensure!(value.is_finite(), "step {}: the loss is {value}", warm + k);
-            losses.push(value);
-        }
-        let memory = gpu.memory().1;
-        Ok(self.report(warm, Times::of(times), None, losses, [memory, memory - before].map(|bytes| bytes as usize)))
     }
+    let [total, teacher, forward, backward, update] = parts.map(Times::of);
+    let teacher = method.teacher().map(|_| teacher);
+    let (memory, after) = memory::taken_from_system();
+    let parts = Some(Parts { teacher, forward, backward, update });
+    Ok(Measured { warmup: args.warmup, total, parts, losses, memory: [memory, after - requests] })
+}
 
-    fn report(&self, warmup: usize, total: Times, parts: Option<[Times; 3]>, losses: Vec<f64>, [memory, more]: [usize; 2]) -> Report {
-        Report { args: self.args.clone(), parameters: self.parameters, patch: self.patch, warmup, total, parts, losses, memory, more }
+/// On a GPU: the step as training takes it, recorded once and replayed, images written to the device each time.
+fn recorded(args: &StepArgs, gpu: &Gpu, subject: Subject, optimizer: AdamW) -> Result<Measured> {
+    let Subject { method, batch, rng, .. } = subject;
+    let mut step = Step::new(method, Box::new(optimizer), StepOptions::default());
+    let (mut times, mut losses, mut before) = (Vec::new(), Vec::new(), 0);
+    // Steps that are not recorded yet are not what is to be measured.
+    let mut warm = 0;
+    while warm < args.warmup || !step.is_recorded() {
+        losses.push(step.run(&batch, &rng.at(warm as u64), LEARNING_RATE)?.loss);
+        warm += 1;
     }
+    for k in 0..args.steps {
+        before = if k == 0 { gpu.memory().1 } else { before };
+        let mut value = f64::NAN;
+        times.push(gpu.time(|| {
+            value = step.run(&batch, &rng.at((warm + k) as u64), LEARNING_RATE)?.loss;
+            Ok(())
+        })?);
+        ensure!(value.is_finite(), "step {}: the loss is {value}", warm + k);
+        losses.push(value);
+    }
+    let memory = gpu.memory().1;
+    let memory = [memory, memory - before].map(|bytes| bytes as usize);
+    Ok(Measured { warmup: warm, total: Times::of(times), parts: None, losses, memory })
 }
 
 impl Report {
     fn images_per_second(&self) -> f64 {
-        self.args.batch as f64 * 1e3 / self.total.median
+        self.subject.batch as f64 * 1e3 / self.total.median
+    }
+
+    /// 10^9 operations of a step.
+    fn gflop(&self) -> f64 {
+        self.flops.iter().sum::<f64>() / 1e9
+    }
+
+    fn gflop_per_second(&self) -> f64 {
+        self.gflop() * 1e3 / self.total.median
     }
 
     pub fn json(&self) -> Value {
-        let a = &self.args;
+        let (a, p, (student, parameters)) = (&self.subject, &self.point, &self.student);
         let more = if self.parts.is_some() { "system_requests_in_steady_state" } else { "bytes_taken_in_steady_state" };
+        let decoder = |value: usize| a.decodes().then_some(value);
+        let parts = self.parts.as_ref().map(|parts| {
+            let mut all =
+                json!({ "forward": parts.forward.median, "backward": parts.backward.median, "update": parts.update.median });
+            if let Some(teacher) = &parts.teacher {
+                all["teacher"] = json!(teacher.median);
+            }
+            all
+        });
         json!({
-            "what": "step", "method": "mae", "model": a.model, "image_size": a.image_size, "patch_size": self.patch, "batch": a.batch,
-            "mask_ratio": a.mask_ratio, "decoder_dim": a.decoder_dim, "decoder_depth": a.decoder_depth, "decoder_heads": a.decoder_heads,
-            "norm_pix": a.norm_pix, "dtype": a.precision.name(), "device": a.device.to_string(), "threads": parallel::threads(), "steps": a.steps, "warmup": self.warmup,
-            "parameters": self.parameters, "ms_per_step": self.total.median, "min_ms": self.total.min, "max_ms": self.total.max,
-            "images_per_s": self.images_per_second(),
-            "parts": self.parts.map(|[forward, backward, update]| json!({ "forward": forward.median, "backward": backward.median, "update": update.median })),
+            "what": "step", "method": a.method.name(), "model": a.model(), "teacher": self.teacher.as_ref().map(|(name, _)| name),
+            "image_size": a.image_size, "patch_size": student.patch, "batch": a.batch,
+            "mask_ratio": p.mask_ratio, "keep": p.keep, "views": p.views, "teacher_block": p.teacher_block,
+            "decoder_dim": decoder(a.decoder_dim), "decoder_depth": decoder(a.decoder_depth), "decoder_heads": decoder(a.decoder_heads),
+            "norm_pix": a.norm_pix, "baseline": (a.method == System::Dmjd).then(|| baseline(a.baseline)),
+            "classes": (a.method == System::MaskedKd).then_some(a.classes),
+            "dtype": a.precision.name(), "device": a.device.to_string(), "threads": parallel::threads(), "steps": self.steps, "warmup": self.warmup,
+            "parameters": parameters, "teacher_parameters": self.teacher.as_ref().map(|(_, numbers)| numbers),
+            "ms_per_step": self.total.median, "min_ms": self.total.min, "max_ms": self.total.max,
+            "images_per_s": self.images_per_second(), "parts": parts,
+            "gflop_per_step": self.gflop(), "gflop_of_the_teacher": self.flops[1] / 1e9, "gflop_per_s": self.gflop_per_second(),
             "loss": self.losses.last(), "losses": self.losses, "pool_bytes": self.memory, more: self.more,
         })
     }
 
+    /// What the model sees of an image.
+    fn seen(&self) -> String {
+        let (point, patches) = (&self.point, self.student.0.patches());
+        match (point.mask_ratio, point.keep, point.views) {
+            (_, Some(keep), _) => format!("the teacher sees {keep} of {patches} patches"),
+            (Some(ratio), _, Some(views)) => format!("{views} views, {} % of each hidden", ratio * 100.0),
+            (Some(0.0), ..) => "nothing hidden".to_string(),
+            (ratio, ..) => format!("{} % hidden", ratio.unwrap_or(0.0) * 100.0),
+        }
+    }
+
     pub fn text(&self) -> String {
-        let a = &self.args;
+        let (a, (student, parameters)) = (&self.subject, &self.student);
+        let mut head = format!("{} training step, {} ({parameters} trained parameters)", a.method.name(), a.model());
+        if a.method == System::Dmjd {
+            head += &format!(", baseline {}", baseline(a.baseline));
+        }
+        if let Some((name, numbers)) = &self.teacher {
+            let block = self.point.teacher_block.map_or(String::new(), |block| format!(", its block {block}"));
+            head += &format!(", teacher {name} ({numbers} parameters{block})");
+        }
+        if a.decodes() {
+            head += &format!(", decoder {} x {}", a.decoder_dim, a.decoder_depth);
+        }
+        let row = |name: &str, times: &Times| format!("{name:<9} {:>9.1} ms   ({:.1} to {:.1})", times.median, times.min, times.max);
+        let mut rows = vec![format!("{}   {:.2} images/s", row("step", &self.total), self.images_per_second())];
+        match &self.parts {
+            Some(parts) => {
+                rows.extend(parts.teacher.as_ref().map(|teacher| row("  teacher", teacher)));
+                let others = [("  forward", &parts.forward), ("  backward", &parts.backward), ("  update", &parts.update)];
+                rows.extend(others.map(|(name, times)| row(name, times)));
+            }
+            None => rows.push("  recorded once and replayed: teacher, forward, backward and update are one piece".to_string()),
+        }
+        let [own, taught] = self.flops.map(|flops| flops / 1e9);
+        let teacher = if self.teacher.is_some() { format!(" and {taught:.1} of the teacher") } else { String::new() };
         let losses = self.losses.first().zip(self.losses.last()).map_or(String::new(), |(first, last)| format!("{first:.4} -> {last:.4}"));
         let device = if a.device == Named::Cpu { "CPU".to_string() } else { format!("device {}", a.device) };
-        let parts = match self.parts {
-            Some([forward, backward, update]) => format!(
-                "  forward  {:>9.1} ms\n  backward {:>9.1} ms\n  update   {:>9.1} ms\n",
-                forward.median, backward.median, update.median
-            ),
-            None => "  recorded once and replayed: forward, backward and update are one piece\n".to_string(),
-        };
         format!(
-            "MAE training step, {} encoder ({} trained parameters), decoder {} x {}, images {} x {}, patches of {}, {} % hidden\n\
-             batch {} on {} threads, {}, {}, random images; median of {} steps after {} warm-up steps\n\n\
-             step       {:>9.1} ms   ({:.1} to {:.1})   {:.2} images/s\n{parts}\n\
+            "{head}, images {} x {}, patches of {}, {}\n\
+             batch {} on {} threads, {}, {device}, random images; median of {} steps after {} warm-up steps\n\n\
+             {}\n\n\
+             work: {:.1} GFLOP a step, {own:.1} of what is trained (three forward passes){teacher}; {:.1} GFLOP/s\n\
              loss over all steps: {losses}\n\
              memory of the pool: {:.0} MB, {} in the measured steps: {}",
-            a.model,
-            self.parameters,
-            a.decoder_dim,
-            a.decoder_depth,
             a.image_size,
             a.image_size,
-            self.patch,
-            a.mask_ratio * 100.0,
+            student.patch,
+            self.seen(),
             a.batch,
             parallel::threads(),
             a.precision,
-            device,
-            a.steps,
+            self.steps,
             self.warmup,
-            self.total.median,
-            self.total.min,
-            self.total.max,
-            self.images_per_second(),
+            rows.join("\n"),
+            self.gflop(),
+            self.gflop_per_second(),
             self.memory as f64 / 1e6,
             if self.parts.is_some() { "requests to the system" } else { "bytes taken from the device" },
             self.more
         )
+    }
+}
+
+fn baseline(name: BaselineName) -> &'static str {
+    match name {
+        BaselineName::Mae => "mae",
+        BaselineName::Maskfeat => "maskfeat",
+        BaselineName::Convmae => "convmae",
     }
 }

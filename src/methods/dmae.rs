@@ -23,6 +23,7 @@ use crate::param::{Init, Params, ParamsBuilder};
 use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Dtype, Tensor};
+use crate::trace;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -129,7 +130,7 @@ impl Target {
 }
 
 /// Three quarters up: block 8 of 12, 17 of 24, 23 of 32.
-fn three_quarters(depth: usize) -> usize {
+pub fn three_quarters(depth: usize) -> usize {
     (3 * depth / 4).saturating_sub(1)
 }
 
@@ -408,6 +409,7 @@ impl Method for Dmae {
         let mask = self.mae.training_mask(&images, rng)?; // one for both
         let taught = self.teach(&batch.for_teacher().on(device)?, &mask)?;
         let learned = self.learn_from(&s, &images, &mask)?;
+        let _phase = trace::phase("loss");
         Loss::sum(self.terms(&s, &images, &mask, &taught, &learned)?)
     }
 

@@ -29,6 +29,7 @@ use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::targets::pixels;
 use crate::tensor::{Dtype, Tensor};
+use crate::trace;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -371,10 +372,15 @@ impl Dmjd {
         let device = self.params.device();
         let images = batch.images.on(device)?;
         let target = self.targets.of(batch, device)?; // [B, L, P]
+        let phase = trace::phase("mask");
         let mask = self.views.draw(images.shape()[0], device, rng)?; // M B rows: all first views, then all second ones
+        drop(phase);
         let answer = self.model.answer(s, &images, &mask, self.dense)?;
+        let phase = trace::phase("visible");
         let predicted_visible = self.visible.forward(s, &answer.visible)?; // [M B, K, P]
+        drop(phase);
 
+        let _phase = trace::phase("loss");
         let of_all = gather::repeated(&target, self.views.views())?; // [M B, L, P]
         let invisible = answer.predicted.feature_loss_at(&of_all, self.losses[0].distance(self.beta), &mask.hidden)?;
         let visible = self.visible_loss(&predicted_visible, &self.visible_target(&target, &mask, self.order)?)?;

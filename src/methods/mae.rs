@@ -16,6 +16,7 @@ use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::targets::pixels;
 use crate::tensor::{Dtype, Tensor};
+use crate::trace;
 use serde::{Deserialize, Serialize};
 
 /// The flags of the method, with the paper's values.
@@ -212,6 +213,7 @@ impl Method for Mae {
         let mask = self.training_mask(&images, rng)?;
         let latent = self.latent(&s, &images, &mask)?; // [B, extra + K, C]
         let pred = self.decoder.forward(&s, &latent, &mask.restore)?; // [B, L, P]
+        let _phase = trace::phase("loss");
         Ok(Loss::single("pixels", self.reconstruction(&pred, &images, &mask)?))
     }
 

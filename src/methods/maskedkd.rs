@@ -26,6 +26,7 @@ use crate::param::{Params, ParamsBuilder};
 use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Dtype, Tensor};
+use crate::trace;
 use clap::{ArgAction, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -335,6 +336,7 @@ impl MaskedKd {
 
     /// The patches that the teacher is shown, in raster order [B, K]; None for all.
     pub fn choose(&self, rows: Option<&Tensor>, images: &Tensor, rng: &Rng) -> Result<Option<Tensor>> {
+        let _phase = trace::phase("select");
         let Some((teacher, c)) = &self.taught else { return Ok(None) };
         let (rows, extra) = match c.selection {
             Selection::None | Selection::MaskStudent => return Ok(None),
@@ -359,7 +361,9 @@ impl Method for MaskedKd {
         let images = batch.images.on(device)?;
 
         let seen = self.see(&s, &images, rng)?; // answers, and the attention they came from
+        let phase = trace::phase("loss");
         let base = label_loss(&seen.output.logits, targets, self.binary)?;
+        drop(phase);
         let Some((teacher, distilling)) = &self.taught else { return Ok(Loss::single("base", base)) };
 
         let known = batch.teacher_output.as_ref().filter(|_| !distilling.masks_teacher());
@@ -371,6 +375,7 @@ impl Method for MaskedKd {
                 teacher.logits(&images, kept.as_ref())?
             }
         };
+        let _phase = trace::phase("loss");
         let follower = seen.output.distillation.as_ref().unwrap_or(&seen.output.logits);
         Loss::sum(distilling.terms(base, distilling.loss(follower, &answers)?))
     }

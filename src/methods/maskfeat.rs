@@ -19,6 +19,7 @@ use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::targets::pixels;
 use crate::tensor::{Dtype, Tensor};
+use crate::trace;
 use serde::{Deserialize, Serialize};
 
 /// The flags of the method, with the values that its images are known to be trained with.
@@ -142,6 +143,7 @@ impl Method for MaskFeat {
         let images = batch.images.on(self.params.device())?;
         let target = self.targets.of(batch, self.params.device())?; // [B, L, P]
         let (mask, predicted) = self.predict(&s, &images, rng)?;
+        let _phase = trace::phase("loss");
         Ok(Loss::single("features", predicted.feature_loss_at(&target, self.loss.distance(self.beta), &mask.hidden)?))
     }
 

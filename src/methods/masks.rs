@@ -11,6 +11,7 @@ use crate::param::Params;
 use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Device, Dtype, Tensor};
+use crate::trace;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -123,6 +124,7 @@ impl Masks {
 
     /// The masks of a batch. `student` is asked where it looks.
     pub fn draw(&self, images: &Tensor, student: (&Vit, &Params), rng: &Rng) -> Result<Mask> {
+        let _phase = trace::phase("mask");
         let (device, batch) = (student.1.device(), images.shape()[0]);
         let [rows, columns] = self.grid;
         match self.kind {

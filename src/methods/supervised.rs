@@ -13,6 +13,7 @@ use crate::param::{Params, ParamsBuilder};
 use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Device, Dtype, Tensor};
+use crate::trace;
 
 pub struct Supervised {
     pub params: Params,
@@ -59,6 +60,7 @@ impl Method for Supervised {
         let s = Scope::new(tape, &self.params).with_noise(rng);
         let images = batch.images.on(self.params.device())?;
         let output = self.model.forward(&s, &images, None, true)?;
+        let _phase = trace::phase("loss");
         let loss = label_loss(&output.logits, targets, self.binary)?;
         let name = if self.binary { "binary-cross-entropy" } else { "cross-entropy" };
         Ok(Loss { statistics: output.statistics, ..Loss::single(name, loss) })

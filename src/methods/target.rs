@@ -15,6 +15,7 @@ use crate::ops::gather;
 use crate::tape::Var;
 use crate::targets::{hog, pixels};
 use crate::tensor::{Device, Tensor};
+use crate::trace;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -128,6 +129,7 @@ impl Targets {
 
     /// The targets of a batch on this device, [B, L, P]. No gradient flows to them.
     pub fn of(&self, batch: &Batch, device: &Device) -> Result<Tensor> {
+        let _phase = trace::phase("target");
         let cell = self.patch / 2;
         match self.kind {
             Kind::Hog => {

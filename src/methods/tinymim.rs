@@ -28,6 +28,7 @@ use crate::rng::Rng;
 use crate::tape::{Tape, Var};
 use crate::targets::pixels;
 use crate::tensor::{Dtype, Tensor};
+use crate::trace;
 use crate::{bail, ensure};
 use clap::{ArgAction, ValueEnum};
 use serde::{Deserialize, Serialize};
@@ -182,7 +183,7 @@ pub enum Seen {
 }
 
 /// The block that a teacher so deep is asked for, from 1.
-fn usual_block(depth: usize) -> usize {
+pub fn usual_block(depth: usize) -> usize {
     match depth {
         12 => 12,
         24 => 18,
@@ -503,10 +504,13 @@ impl Tinymim {
         let x = self.before_last(s, &images, kept)?;
         let whole = if self.ends_at_qkv() { None } else { Some(self.student.parts(s, &x, self.c.student.depth - 1)?) };
         let qkv = whole.as_ref().map_or_else(|| self.relating(s, &x), |parts| Ok(parts.qkv.clone()))?;
+        let phase = trace::phase("loss");
         let mut terms = self.distillation(s, &qkv, whole.as_ref(), &taught)?;
+        drop(phase);
         if let (Some((decoder, norm_pix)), Some(mask), Some(parts)) = (&self.decoder, &mask, &whole) {
             let latent = self.student.norm(s, &parts.output)?;
             let pred = decoder.forward(s, &latent, &mask.restore)?;
+            let _phase = trace::phase("loss");
             terms.push(("pixels", 1.0, pred.pixel_loss(&images, self.c.student.patch, *norm_pix, &mask.hidden)?));
         }
         Loss::sum(terms)

@@ -1,5 +1,6 @@
 //! The flags that all training commands share. Their names are the official ones; each struct is at once flag, default, help text and record.
 
+use super::profile::ProfileArgs;
 use super::record::command_line;
 use super::run::{Options, Schedule};
 use crate::device::{Device, Named, Precision};
@@ -85,6 +86,9 @@ pub struct RunArgs {
     /// Threads that read and augment images; they never change what a batch holds [default: one a core]
     #[arg(long, value_name = "N")]
     pub num_workers: Option<usize>,
+    #[command(flatten)]
+    #[serde(skip)]
+    pub profile: ProfileArgs,
 }
 
 /// What was typed as text is stored as text.
@@ -136,7 +140,7 @@ impl RunArgs {
         if self.num_workers.is_some_and(|workers| workers > 1024) {
             return fail(format!("--num-workers {} is more than 1024", self.num_workers.unwrap_or(0)));
         }
-        Ok(())
+        self.profile.check()
     }
 
     pub fn open_device(&self) -> Result<Device> {

@@ -410,6 +410,9 @@ impl Job<'_> {
 
     /// What `--eval --resume PATH` says of a checkpoint, whoever wrote it.
     pub fn evaluate(self, config: ClassifierConfig, say: &mut dyn FnMut(&str)) -> Result<Ended> {
+        if self.run.profile.profile.is_some() {
+            return Err(Error::usage("--profile is about updates, and --eval makes none; leave one of them out"));
+        }
         let path = match self.run.resume.as_deref() {
             Some("auto") => Start::of(self.run, self.word)?.from.map(|(path, _)| path),
             path => path.map(PathBuf::from),
@@ -428,8 +431,13 @@ impl Job<'_> {
     }
 
     fn neighbours(self, config: ClassifierConfig, knn: knn::Knn, say: &mut dyn FnMut(&str)) -> Result<Ended> {
-        let given =
-            [("--resume", self.run.resume.is_some()), ("--eval", self.classifier.eval), ("--output-dir", self.run.output_dir.is_some())];
+        let run = self.run;
+        let given = [
+            ("--resume", run.resume.is_some()),
+            ("--eval", self.classifier.eval),
+            ("--output-dir", run.output_dir.is_some()),
+            ("--profile", run.profile.profile.is_some()),
+        ];
         if let Some((flag, _)) = given.into_iter().find(|(_, given)| *given) {
             return Err(Error::usage(format!("{flag} has no meaning with --knn, which trains and writes nothing; leave it out")));
         }

@@ -7,6 +7,7 @@
 //! | [`start`] | where a run writes, what it goes on from |
 //! | [`run`] | the one loop: where a run stands, what it does next, what it does when numbers are not finite |
 //! | [`step`] | forward, backward and update, recorded on a GPU and replayed |
+//! | [`profile`] | what was done when in a few updates, as a file and a table |
 //! | [`feed`] | from bytes to what a step takes |
 //! | [`checkpoint`], [`signals`] | what survives, and when it is saved |
 //! | [`evaluate`], [`knn`] | how good a model is |
@@ -35,6 +36,7 @@ pub mod official;
 pub mod picture;
 pub mod predicted;
 pub mod pretrain;
+pub mod profile;
 pub mod progress;
 pub mod record;
 pub mod report;

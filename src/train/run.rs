@@ -11,6 +11,7 @@
 use super::checkpoint::{self, Header, Shelf};
 use super::evaluate::{Evaluation, evaluate};
 use super::feed::Feed;
+use super::profile::Profile;
 use super::progress::{Plan, Progress, Seen};
 use super::record::{Record, Row};
 use super::report;
@@ -25,6 +26,7 @@ use crate::methods::teacher::Cost;
 use crate::optim::ema::Ema;
 use crate::optim::schedule::{self, TimmCosine};
 use crate::rng::Rng;
+use crate::trace;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, HashSet};
@@ -137,6 +139,8 @@ pub struct Run<'a> {
     pub spent: [Spent; 2],
     /// What the teacher had cost when the epoch began.
     pub cost: Option<Cost>,
+    /// Until it is written.
+    pub profile: Option<Profile>,
 }
 
 /// Time that updates took, the teacher's apart.
@@ -209,6 +213,7 @@ impl Run<'_> {
     /// Trains to the end, or until a signal asks to stop.
     pub fn run(mut self) -> Result<Ended> {
         let (batches, window) = (self.batches(), self.window());
+        self.step.set_eager(self.profile.is_some());
         let signals = Signals::listen()?;
         let started = Instant::now();
         let method = self.step.method();
@@ -234,7 +239,7 @@ impl Run<'_> {
             let loader = self.loader.clone();
             let mut coming = loader.epoch(self.place.epoch, self.place.micro as usize);
             while self.place.micro + window <= batches {
-                self.update(&mut coming, batches, window, &mut progress)?;
+                self.profiled(&mut coming, batches, window, &mut progress)?;
                 self.tell_skipped(&loader, "replaced by another", &mut progress)?;
                 if self.place.in_a_row > self.options.most_skips {
                     self.go_back(&mut progress)?;
@@ -252,8 +257,7 @@ impl Run<'_> {
                     progress.go_on();
                 }
                 if signal.is_some() {
-                    progress.finish();
-                    return self.end(last, signal, started);
+                    return self.end(progress, last, signal, started);
                 }
             }
             drop(coming);
@@ -267,20 +271,51 @@ impl Run<'_> {
                 if self.is_good() {
                     self.save()?;
                 }
-                progress.finish();
-                return self.end(last, signal, started);
+                return self.end(progress, last, signal, started);
             }
         }
-        progress.finish();
-        self.end(last, None, started)
+        self.end(progress, last, None, started)
     }
 
-    fn end(mut self, last: Option<Evaluation>, signal: Option<(u8, &'static str)>, started: Instant) -> Result<Ended> {
+    fn end(
+        mut self,
+        mut progress: Progress,
+        last: Option<Evaluation>,
+        signal: Option<(u8, &'static str)>,
+        started: Instant,
+    ) -> Result<Ended> {
+        if let Some(profile) = &self.profile {
+            progress.line(&profile.unwritten());
+        }
+        progress.finish();
         if let Some((_, name)) = signal {
             self.record.note(self.place.update, &format!("stopped by {name} after update {}", self.place.update))?;
         }
         report::write(self.record.folder())?;
         Ok(Ended { place: self.place, last, signal, seconds: started.elapsed().as_secs_f64() })
+    }
+
+    /// One window, which the profile may be about.
+    fn profiled(
+        &mut self,
+        coming: &mut dyn Iterator<Item = Result<crate::data::loader::Loaded>>,
+        batches: u64,
+        window: u64,
+        progress: &mut Progress,
+    ) -> Result<()> {
+        let Some(mut profile) = self.profile.take() else { return self.update(coming, batches, window, progress) };
+        profile.update(self.place.update + 1, || self.update(coming, batches, window, progress))?;
+        if !profile.is_over() {
+            self.profile = Some(profile);
+            return Ok(());
+        }
+        progress.pause();
+        self.step.set_eager(false);
+        // A run is worth more than its profile.
+        let text = profile.write().unwrap_or_else(|error| format!("the profile is lost: {}", error.chain()));
+        progress.line(&text);
+        progress.go_on();
+        Ok(())
     }
 
     /// One window.
@@ -299,11 +334,17 @@ impl Run<'_> {
         let mut apart = self.feed.device.gpu().is_none();
         let mut seconds = 0.0;
         for _ in 0..window {
+            let phase = trace::phase("data");
             let loaded = coming.next().ok_or_else(|| Error::new("the epoch ended before its last batch"))??;
+            drop(phase);
             let rng = rng.at(place.epoch * batches + place.micro);
+            let phase = trace::phase("feed");
             let mut batch = self.feed.training(loaded, &mut rng.stream("mixing", 0))?;
+            drop(phase);
             let started = Instant::now();
+            let phase = trace::phase("prepare");
             self.step.method().prepare(&mut batch, &rng)?;
+            drop(phase);
             apart |= batch.teacher_output.is_some();
             let loss = self.step.add(&batch, &rng)?;
             seconds += started.elapsed().as_secs_f64();
@@ -330,6 +371,7 @@ impl Run<'_> {
                 place.epoch_parts.entry(name.replace(' ', "_")).or_default().add(*part);
             }
             if let Some(ema) = &mut self.ema {
+                let _phase = trace::phase("average");
                 ema.update(self.step.method().params())?;
             }
         } else {
@@ -341,6 +383,7 @@ impl Run<'_> {
             progress.line(&text);
             self.record.note(place.update, &text)?;
         }
+        let _phase = trace::phase("log");
         progress.step(Seen { update: place.update, epoch, loss: outcome.taken.then_some(outcome.loss), lr, skipped: place.skipped });
         if place.update.is_multiple_of(self.options.row_updates) && place.row_loss.count > 0 {
             let mean = std::mem::take(&mut place.row_loss).value();
@@ -411,6 +454,7 @@ impl Run<'_> {
     }
 
     fn save_as(&mut self, path: &std::path::Path) -> Result<()> {
+        let _phase = trace::phase("checkpoint");
         let progress = serde_json::to_value(&self.place).context("the place of the run")?;
         let header = Header {
             settings: self.settings.clone(),
@@ -433,6 +477,7 @@ impl Run<'_> {
         let done = place.epoch;
         let every = |n: u64| n > 0 && done.is_multiple_of(n) || done == epochs;
         let mut evaluation = None;
+        let phase = trace::phase("evaluation");
         if let Some(loader) = self.validation.as_ref().filter(|_| every(self.options.eval_epochs)) {
             let found = evaluate(self.step.method(), loader, &self.feed)?;
             line.insert("test_loss".into(), json!(found.loss));
@@ -451,6 +496,7 @@ impl Run<'_> {
             self.place.spoiled = !found.loss.is_finite();
             evaluation = Some(found);
         }
+        drop(phase);
         let spent = std::mem::take(&mut self.spent[1]);
         if let Some(cost) = self.step.method().teacher_cost() {
             if spent.updates > 0 {
@@ -485,6 +531,7 @@ impl Run<'_> {
             self.tell_skipped(&loader, "left out of the evaluation", progress)?;
         }
         if let (Some(_), Some(after)) = (&evaluation, &mut self.after) {
+            let _phase = trace::phase("pictures");
             after(self.step.method(), &mut self.record, &self.place)?;
         }
         let best = evaluation.filter(|found| found.beats(self.place.best));

@@ -1,6 +1,6 @@
 //! How a run begins: where it writes, what it goes on from, and what a command has made ready for the loop.
 
-use super::args::{RunArgs, command};
+use super::args::{RunArgs, command as command_of};
 use super::cache::fingerprint;
 use super::checkpoint::{self, Shelf};
 use super::feed::Feed;
@@ -8,6 +8,7 @@ use super::record::{self, Record};
 use super::run::{After, Ended, Place, Run, Schedule, restore};
 use super::step::{Step, StepOptions};
 use crate::data::loader::Loader;
+use crate::device::parallel;
 use crate::error::{Context, Error, Result};
 use crate::formats::{self, TensorFile};
 use crate::methods::Method;
@@ -146,6 +147,7 @@ impl Start {
                 start.from = Some((PathBuf::from(path), file));
             }
         }
+        run.profile.try_path()?;
         Ok(start)
     }
 
@@ -171,8 +173,11 @@ impl Start {
         let mut step = Step::new(method, optimizer, StepOptions { clip: run.clip_grad, accumulate: run.accum_iter });
         let place = self.from.as_ref().map(|(_, file)| restore(file, &mut step, ema.as_mut())).transpose()?.unwrap_or_default();
         let record = self.record(command, &settings, &place, say)?;
+        let facts = [("command", json!(command_of(command, &settings))), ("threads", json!(parallel::threads()))];
+        let facts = facts.into_iter().map(|(name, value)| (name.to_string(), value)).collect();
         say(&format!("run folder: {}", self.folder.display()));
-        let run = Run {
+        let profile = &run.profile;
+        let mut run = Run {
             step,
             loader: Arc::new(loader),
             feed,
@@ -188,7 +193,9 @@ impl Start {
             told: Default::default(),
             spent: Default::default(),
             cost: None,
+            profile: None,
         };
+        run.profile = profile.profile(run.updates().saturating_sub(run.place.update), &run.feed.device, facts);
         let ended = run.run()?;
         if ended.signal.is_none() {
             say(&format!("weights: {}; report: {}", self.shelf().best_or_last().display(), self.folder.join("report.html").display()));
@@ -255,7 +262,7 @@ impl Start {
 
     /// Opens the record, new or continued, and says where the run begins.
     fn record(&self, words: &str, settings: &Map<String, Value>, place: &Place, say: &mut dyn FnMut(&str)) -> Result<Record> {
-        let command = command(words, settings);
+        let command = command_of(words, settings);
         let Some((path, _)) = &self.from else {
             self.leave(0, say)?;
             return Record::create(&self.folder, &command);

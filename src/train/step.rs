@@ -62,6 +62,8 @@ pub struct Step {
     /// On a GPU: where each batch is put.
     place: Option<Batch>,
     passes: usize,
+    /// Whether passes on a GPU are neither recorded nor replayed for now.
+    eager: bool,
     /// What the last walk gave a gradient.
     reached: Vec<ParamId>,
     recorded: Option<(Graph, Seen)>,
@@ -73,7 +75,7 @@ pub struct Step {
 impl Step {
     pub fn new(method: Box<dyn Method>, optimizer: Box<dyn Optimizer>, options: StepOptions) -> Self {
         let (place, passes, reached, recorded) = (None, 0, Vec::new(), None);
-        Self { method, optimizer, options, place, passes, reached, recorded, losses: Vec::new(), parts: Vec::new() }
+        Self { method, optimizer, options, place, passes, eager: false, reached, recorded, losses: Vec::new(), parts: Vec::new() }
     }
 
     /// Between steps. A recorded pass works on the memory that the parameters have: they must stay on their device, and no others may be trained.
@@ -99,6 +101,12 @@ impl Step {
         self.recorded.is_some()
     }
 
+    /// From now on a GPU's passes are taken as they come, as on the CPU, or no longer are: in recorded ones no part can be told from another. Those that come
+    /// after a recorded one take memory of their own.
+    pub fn set_eager(&mut self, on: bool) {
+        self.eager = on;
+    }
+
     /// Takes passes as they come again, and records a new one after them, for a method that has been changed.
     pub fn forget(&mut self) {
         (self.recorded, self.passes) = (None, 0);
@@ -121,10 +129,13 @@ impl Step {
         let seen = match self.method.params().device().gpu().cloned() {
             None => self.eager(batch, rng)?,
             Some(gpu) => {
+                let phase = trace::phase("place");
                 let placed = self.place(&gpu, batch)?;
+                drop(phase);
                 self.on_gpu(&gpu, &placed, rng)?
             }
         };
+        let _phase = trace::phase("read");
         let loss = seen.loss.read()?[0];
         if let Some(statistics) = seen.statistics.as_ref().filter(|_| loss.is_finite()) {
             self.method.learn(statistics, batch.images.shape()[0])?;
@@ -148,20 +159,23 @@ impl Step {
         ensure!(!losses.is_empty(), "an update needs a micro-batch before it");
         let _phase = trace::phase("update");
         let params = self.method.params();
+        let phase = trace::phase("clip");
         let norm = match self.options.clip {
             Some(most) => clip::clip(params, most)?,
             None => clip::gradient_norm(params)?,
         };
+        drop(phase);
         let loss = losses.iter().sum::<f64>() / losses.len() as f64;
         let taken = loss.is_finite() && norm.is_finite();
         if taken {
+            let _phase = trace::phase("optimizer");
             self.optimizer.step(params, lr)?;
         }
         Ok(Outcome { loss, parts: std::mem::take(&mut self.parts), norm, taken })
     }
 
     fn on_gpu(&mut self, gpu: &Gpu, batch: &Batch, rng: &Rng) -> Result<Seen> {
-        if self.recorded.is_none() && self.passes < WARM_UP {
+        if self.eager || (self.recorded.is_none() && self.passes < WARM_UP) {
             let seen = self.eager(batch, rng)?;
             self.passes += 1;
             return Ok(seen);

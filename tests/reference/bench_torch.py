@@ -1,37 +1,43 @@
 #!/usr/bin/env python3
-"""masque and PyTorch side by side on the CPU: single ops and a whole MAE training step.
+"""masque and PyTorch side by side: a training step of each of the five systems, and single ops.
 
-Both sides do the same work in f32 with the same number of threads. They take turns, masque, torch, masque,
-torch, once a round, so that a busy machine troubles both alike; each row shows the medians over the rounds,
-their ratio (torch time / masque time: above 1 masque is faster) and the range of the ratio over the rounds.
+Both sides do the same work: method, models, batch, precision, threads, AdamW. They take turns, masque, torch eager, torch
+compile, masque, ... once a round, so that a busy machine troubles all alike; a row shows the medians over the rounds, the ratio
+(torch's time / masque's: above 1 masque is faster) to the better of eager and compile, and the range of the ratio over the rounds.
 
-    bench_torch.py                                        every op, then MAE tiny at batch 16 and base at 8
-    bench_torch.py --what ops --only attention,softmax    some ops
-    bench_torch.py --what step --model small:8            one step; --model tiny,base --batch 4 also works
-    bench_torch.py --min-ratio 0.9                        exit 1 when a row is below
-    bench_torch.py --min-ratio matmul=0.9,step=1.1        the same by group
-    bench_torch.py --torch-only                           PyTorch's times alone, no masque needed
-    bench_torch.py --self-check                           is this MAE the golden micro-model?
+    bench_torch.py                                              all five methods, tiny at batch 4, f32, eager: about a minute on two cores
+    bench_torch.py --method mae --model tiny:16,base:8          steps of one method
+    bench_torch.py --method maskedkd --model tiny:16 --keep 98 --teacher small --precision bf16 --mode both
+    bench_torch.py --device gpu --precision bf16 --mode both --method mae --model base:256
+    bench_torch.py --what ops --only attention,softmax          some ops (f32, on the CPU); --what all for both
+    bench_torch.py --min-ratio 0.9                              exit 1 when a row is below; mae=1.1,step=1,matmul=0.9 by group
+    bench_torch.py --torch-only                                 PyTorch's times alone, no masque needed
+    bench_torch.py --self-check                                 are these models the papers'?
 
-The program is $MASQUE, else `masque` on PATH, else target/release/masque of this repository. It is run as
-`masque measure ops ... --json` and `masque measure step ... --json`, and its rows say which cases are compared:
-the torch side repeats each case as often as the row's `runs` says. `--attention` and `--adamw` choose what
-PyTorch is measured with: by default plain eager attention as in the MAE code, and the default AdamW; `best` takes
-the faster variant of each row. The variants of an op are all measured and shown, whichever is chosen. Products
-write into a buffer made beforehand, so that allocation is no part of them; the other ops run forward and backward
-through autograd and allocate as they do in training.
+The program is $MASQUE, else `masque` on PATH, else target/release/masque of this repository. It is run as `masque measure step
+... --json` and `masque measure ops ... --json`, and what its rows say of themselves is compared with what was asked for.
 
-The model is a plain statement of MAE (arXiv 2111.06377) with torch alone. Before a step is timed it must
-reproduce the golden micro-model's losses and gradient norms in float64.
+Steps. The models are plain statements of the papers with torch alone (torch_models.py). Before any is timed, loss and gradients must be those
+of recorded cases in float64 (torch_check.py). PyTorch's side has what makes it fast: scaled_dot_product_attention, fused AdamW, autocast where
+bf16 is asked for and a teacher whose weights are bf16 then, teachers without gradients that stop at the block that is asked, patches chosen
+before the blocks, on a GPU channels-last patches, images copied from pinned memory, and nothing in a step waits for the device. --mode compile is
+torch.compile of everything up to the loss; where there is no compiler a sentence says so and eager goes on. Times of a step are of forward,
+backward and update; on a GPU they are taken by events, and masque's step is recorded, as in training.
+
+Ops. masque's rows say which cases are compared: the torch side repeats each case as often as the row's `runs` says. All variants of an op are
+shown; --attention and --adamw choose which counts, by default plain attention and AdamW. Products write into a buffer made beforehand,
+so that allocation is no part of them; the other ops run forward and backward through autograd and allocate as they do in training.
 
 Exit code: 0; 1 when --min-ratio is not met; 2 when something is missing, misspelt or fails, with one sentence.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import math
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -39,14 +45,21 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 try:
     import torch
     import torch.nn.functional as F
     from torch import nn
 except ImportError:
-    print("bench_torch.py: PyTorch is not installed for this Python.", file=sys.stderr)
+    print(
+        "bench_torch.py: PyTorch is not installed for this Python; install it, or time masque alone with `masque measure step`.",
+        file=sys.stderr,
+    )
     sys.exit(2)
+
+import torch_check
+from torch_models import ATTENTION, METHODS, SIZES, USUAL, Draw, make
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,35 +68,7 @@ class Failure(Exception):
     """Something a user has to put right; printed as one sentence, exit code 2."""
 
 
-# ---- attention and optimiser variants ----
-
-
-def split_heads(qkv, heads):
-    """Packed [B, N, 3*H*D] to q, k, v of [B, H, N, D]."""
-    b, n, c3 = qkv.shape
-    return qkv.reshape(b, n, 3, heads, c3 // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def join_heads(y):
-    """[B, H, N, D] to [B, N, H*D]."""
-    b, h, n, d = y.shape
-    return y.transpose(1, 2).reshape(b, n, h * d)
-
-
-def attention_eager(qkv, heads):
-    q, k, v = split_heads(qkv, heads)
-    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # [B, H, N, N]
-    return join_heads(scores.softmax(dim=-1) @ v)
-
-
-def attention_sdpa(qkv, heads):
-    q, k, v = split_heads(qkv, heads)
-    return join_heads(F.scaled_dot_product_attention(q, k, v))
-
-
-ATTENTION = {"eager": attention_eager, "sdpa": attention_sdpa}
 ADAMW = {"default": {}, "fused": {"fused": True}}
-PARTS = ("forward", "backward", "update")
 
 
 def chosen(option, variants):
@@ -91,175 +76,7 @@ def chosen(option, variants):
     return list(variants) if option == "best" else [option]
 
 
-# ---- the model ----
-
-# name: width, depth, heads
-SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
-
-
-def sincos(dim, grid):
-    """Position table [1, 1 + grid*grid, dim]: zeros for the class token; column half, then row half; float32."""
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    at = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # [grid, dim/4]
-    wave = torch.cat([at.sin(), at.cos()], dim=1)  # [grid, dim/2]
-    column = wave[None, :, :].expand(grid, grid, -1)
-    row = wave[:, None, :].expand(grid, grid, -1)
-    table = torch.cat([column, row], dim=2).reshape(grid * grid, dim)
-    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table])[None].float()
-
-
-class Attention(nn.Module):
-    def __init__(self, dim, heads, attention):
-        super().__init__()
-        self.heads, self.attention = heads, attention
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        return self.proj(self.attention(self.qkv(x), self.heads))
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    def __init__(self, dim, heads, attention):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads, attention)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim)
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, patch, dim):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
-
-    def forward(self, images):
-        return self.proj(images).flatten(2).transpose(1, 2)  # [B, L, D]
-
-
-class Mae(nn.Module):
-    """Masked autoencoder; the state dict has MAE's names in MAE's order."""
-
-    def __init__(self, image, patch, encoder, decoder, attention, norm_pix=True):
-        super().__init__()
-        (dim, depth, heads), (dec_dim, dec_depth, dec_heads) = encoder, decoder
-        grid = image // patch
-        self.patch, self.norm_pix = patch, norm_pix
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(sincos(dim, grid), requires_grad=False)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dec_dim))
-        self.decoder_pos_embed = nn.Parameter(sincos(dec_dim, grid), requires_grad=False)
-        self.patch_embed = PatchEmbed(patch, dim)
-        self.blocks = nn.ModuleList([Block(dim, heads, attention) for _ in range(depth)])
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.decoder_embed = nn.Linear(dim, dec_dim)
-        self.decoder_blocks = nn.ModuleList([Block(dec_dim, dec_heads, attention) for _ in range(dec_depth)])
-        self.decoder_norm = nn.LayerNorm(dec_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(dec_dim, 3 * patch * patch)
-        self.initialise()
-
-    def initialise(self):
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-
-    def patchify(self, images):
-        b, _, side, _ = images.shape
-        p, grid = self.patch, side // self.patch
-        x = images.reshape(b, 3, grid, p, grid, p).permute(0, 2, 4, 3, 5, 1)  # [B, row, col, py, px, C]
-        return x.reshape(b, grid * grid, p * p * 3)
-
-    def encode(self, images, noise, mask_ratio):
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]
-        b, patches, dim = x.shape
-        keep = int(patches * (1 - mask_ratio))
-        shuffle = noise.argsort(dim=1)
-        restore = shuffle.argsort(dim=1)
-        x = x.gather(1, shuffle[:, :keep, None].expand(-1, -1, dim))  # [B, K, D]
-        mask = (restore >= keep).to(x.dtype)  # [B, L], 1 is removed
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(b, -1, -1)
-        x = torch.cat([cls, x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x), mask, restore
-
-    def decode(self, x, restore):
-        x = self.decoder_embed(x)
-        b, tokens, dim = x.shape
-        hidden = self.mask_token.expand(b, restore.shape[1] + 1 - tokens, -1)
-        y = torch.cat([x[:, 1:], hidden], dim=1).gather(1, restore[:, :, None].expand(-1, -1, dim))
-        x = torch.cat([x[:, :1], y], dim=1) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # [B, L, P]
-
-    def forward(self, images, noise, mask_ratio):
-        x, mask, restore = self.encode(images, noise, mask_ratio)
-        pred = self.decode(x, restore)
-        target = self.patchify(images)
-        if self.norm_pix:
-            mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
-            target = (target - mean) / (var + 1e-6).sqrt()
-        per_patch = ((pred - target) ** 2).mean(dim=-1)
-        return (per_patch * mask).sum() / mask.sum()
-
-
-# ---- the golden micro-model ----
-
-# norm_pix: loss, L2 norm of all gradients
-GOLDEN = {False: (0.5125649486173123, 0.18690577743774228), True: (1.0056227797735364, 0.25950250193894425)}
-
-
-def golden_model(norm_pix, attention):
-    """Every parameter value is a sine of its place; the position tables stay."""
-    model = Mae(32, 8, (16, 2, 4), (8, 1, 2), attention, norm_pix).double()
-    for j, (name, value) in enumerate(model.state_dict().items()):
-        if "pos_embed" not in name:
-            i = torch.arange(value.numel(), dtype=torch.float64)
-            norm_weight = "norm" in name and name.endswith("weight")
-            value.copy_((0.1 * (0.37 * i + 1.3 * j).sin() + norm_weight).reshape(value.shape))
-    return model
-
-
-def self_check():
-    """Compares loss and gradients with the golden micro-model; returns what it found, a line a variant."""
-    at = torch.arange(3 * 32 * 32, dtype=torch.float64)
-    images = torch.stack([(0.05 * at + n).sin().reshape(3, 32, 32) for n in range(2)])
-    place = torch.arange(1, 17, dtype=torch.float64)
-    noise = torch.stack([(0.6180339887 * place * k).frac() for k in (1, 2)])
-    lines = []
-    for norm_pix, (variant, attention) in itertools.product(GOLDEN, ATTENTION.items()):
-        model = golden_model(norm_pix, attention)
-        loss = model(images, noise, 0.75)
-        loss.backward()
-        norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
-        want = GOLDEN[norm_pix]
-        line = f"norm_pix={norm_pix} attention={variant}: loss {loss.item():.16g}, gradient norm {norm:.16g}"
-        if not all(math.isclose(got, x, rel_tol=1e-11) for got, x in zip((loss.item(), norm), want)):
-            raise Failure(f"the golden micro-model gives loss {want[0]} and gradient norm {want[1]}, not {line}.")
-        lines.append(line)
-    return lines
-
-
-# ---- timing in torch ----
+# ---- single ops in torch ----
 
 
 def median_ms(work, runs):
@@ -340,8 +157,11 @@ def torch_op(op, case, runs, options):
     except TypeError:
         raise Failure(f"masque's case {json.dumps(case)} of {op} does not have the sizes that op is measured with.")
     variants = {name: median_ms(work, runs) for name, work in works.items()}
-    counted = chosen({"attention": options.attention, "adamw": options.adamw}.get(op, "best"), variants)
+    counted = chosen({"attention": options.attention or "eager", "adamw": options.adamw or "default"}.get(op, "best"), variants)
     return {"ms": min(variants[name] for name in counted), "variants": variants}
+
+
+# ---- a training step in torch ----
 
 
 def parameter_groups(model):
@@ -353,42 +173,118 @@ def parameter_groups(model):
     ]
 
 
-def time_steps(model, optimiser, images, options):
-    """Times of the three parts of each step, [[forward, backward, update], ...] in milliseconds, and the last loss."""
-    patches = (options.image_size // options.patch_size) ** 2
-    rows = []
-    for step in range(options.warmup + options.steps):
-        clock = [time.perf_counter()]
-        loss = model(images, torch.rand(len(images), patches), options.mask_ratio)
-        clock.append(time.perf_counter())
+class TorchStep:
+    """A model, its optimiser and a batch, ready to take steps."""
+
+    def __init__(self, job, options, compiled, attention, adamw):
+        torch.manual_seed(0)
+        self.device, self.bf16 = torch.device("cuda" if options.device == "gpu" else "cpu"), options.precision == "bf16"
+        self.model = make(job.method, job, ATTENTION[attention]).to(self.device)
+        self.teaches = hasattr(self.model, "teacher")
+        if self.teaches and self.bf16:
+            self.model.teacher.bfloat16()
+        host = torch.randn(job.batch, 3, job.image_size, job.image_size)
+        self.host = None
+        if options.device == "gpu":
+            self.model.to(memory_format=torch.channels_last)
+            host = host.to(memory_format=torch.channels_last)
+            self.host = host.pin_memory()
+        self.images = host.to(self.device)
+        targets = torch.eye(job.classes)[torch.arange(job.batch) % job.classes].to(self.device) if job.method == "maskedkd" else None
+        self.draw = Draw(self.device, targets)
+        self.optimiser = torch.optim.AdamW(parameter_groups(self.model), lr=1.5e-4, betas=(0.9, 0.95), **ADAMW[adamw])
+        self.forward, self.compiled = self.model, compiled
+        if compiled:
+            mode = options.compile_mode or ("reduce-overhead" if options.device == "gpu" else "default")
+            self.forward = torch.compile(self.model, mode=mode)
+
+    def step(self, mark):
+        """`mark()` is called between its parts."""
+        mark()
+        if self.compiled and self.host is not None:
+            torch.compiler.cudagraph_mark_step_begin()
+        if self.host is not None:
+            self.images.copy_(self.host, non_blocking=True)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            loss = self.forward(self.images, self.draw)
+        mark()
         loss.backward()
-        clock.append(time.perf_counter())
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        clock.append(time.perf_counter())
-        if step >= options.warmup:
-            rows.append([(b - a) * 1e3 for a, b in zip(clock, clock[1:])])
-    return rows, loss.item()
+        mark()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        mark()
+        return loss
+
+    def compile(self):
+        """Until nothing is compiled any more; seconds."""
+        begin = time.perf_counter()
+        for _ in range(3):
+            loss = self.step(lambda: None)
+        loss.item()
+        return time.perf_counter() - begin
+
+    def turn(self, options):
+        """{"ms", "parts", "loss"} of a turn's steps, medians."""
+        take = self.on_gpu if self.host is not None else self.on_cpu
+        rows, loss = take(options.warmup, options.steps)
+        if not math.isfinite(loss):
+            raise Failure(f"PyTorch's loss is {loss} after {options.warmup + options.steps} steps.")
+        total = statistics.median(sum(row.values()) for row in rows)
+        return {"ms": total, "parts": median_dict(rows), "loss": loss}
+
+    def on_cpu(self, warmup, steps):
+        rows = []
+        for _ in range(warmup + steps):
+            clock = []
+            if self.teaches and not self.compiled:
+                self.model.clock = []
+            loss = self.step(lambda: clock.append(time.perf_counter()))
+            row = dict(zip(("forward", "backward", "update"), ((b - a) * 1e3 for a, b in zip(clock, clock[1:]))))
+            if self.model_clock():
+                row["teacher"] = sum(self.model.clock) * 1e3
+                row["forward"] -= row["teacher"]
+            rows.append(row)
+        return rows[warmup:], loss.item()
+
+    def model_clock(self):
+        return getattr(self.model, "clock", None)
+
+    def on_gpu(self, warmup, steps):
+        """Between two events of each step; the host waits once, behind all of them."""
+        events = [[] for _ in range(warmup + steps)]
+
+        def mark(own):
+            own.append(torch.cuda.Event(enable_timing=True))
+            own[-1].record()
+
+        for own in events:
+            loss = self.step(lambda: mark(own))
+        torch.cuda.synchronize()
+        rows = [{"step": own[0].elapsed_time(own[-1])} for own in events]
+        return rows[warmup:], loss.item()
 
 
-def torch_step_variant(name, batch, attention, adamw, options):
-    torch.manual_seed(0)
-    decoder = options.decoder_dim, options.decoder_depth, options.decoder_heads
-    model = Mae(options.image_size, options.patch_size, SIZES[name], decoder, ATTENTION[attention])
-    optimiser = torch.optim.AdamW(parameter_groups(model), lr=1e-4, betas=(0.9, 0.95), **ADAMW[adamw])
-    images = torch.randn(batch, 3, options.image_size, options.image_size)
-    rows, loss = time_steps(model, optimiser, images, options)
-    parts = dict(zip(PARTS, map(statistics.median, zip(*rows))))
-    return {"ms": statistics.median(map(sum, rows)), "parts": parts, "loss": loss}
-
-
-def torch_step(name, batch, options):
-    """The step with the chosen attention and AdamW; the fastest of the combinations for `best`."""
-    results = {}
-    for attention, adamw in itertools.product(chosen(options.attention, ATTENTION), chosen(options.adamw, ADAMW)):
-        results[f"{attention}, AdamW {adamw}"] = torch_step_variant(name, batch, attention, adamw, options)
-    best = min(results.values(), key=lambda result: result["ms"])
-    return {**best, "variants": {variant: result["ms"] for variant, result in results.items()}}
+def torch_steps(job, options):
+    """{name: step} of every variant that is asked for, compiled already, and the seconds that compiling took."""
+    variants = list(itertools.product(chosen(options.attention or "sdpa", ATTENTION), chosen(options.adamw or "fused", ADAMW)))
+    found, seconds = {}, {}
+    for mode, (attention, adamw) in itertools.product(options.modes, variants):
+        name = mode if len(variants) == 1 else f"{mode}, {attention}, AdamW {adamw}"
+        step = TorchStep(job, options, mode == "compile", attention, adamw)
+        if mode == "compile":
+            tell(f"{job.label}: torch.compile ...")
+            try:
+                seconds[name] = step.compile()
+            except Exception as error:  # what inductor raises has no common type
+                said = (str(error).strip().splitlines() or ["no message"])[0]
+                sentence = f"torch.compile does not work here ({type(error).__name__}: {said})"
+                if options.modes == ["compile"]:
+                    raise Failure(f"{sentence}; --mode eager needs no compiler.")
+                tell(f"{sentence}; eager goes on.")
+                options.modes = ["eager"]
+                break
+        found[name] = step
+    return found, seconds
 
 
 # ---- running masque ----
@@ -454,27 +350,71 @@ def masque_ops(program, op, options):
     return [{"case": row["case"], "runs": int(positive(row, "runs")), "ms": positive(row, "ms")} for row in rows]
 
 
-def masque_step(program, name, batch, options):
-    arguments = ["step", "--model", name, "--batch", batch, "--norm-pix"]
-    for key in STEP_SIZES + ("threads", "steps", "warmup"):
-        arguments += ["--" + key.replace("_", "-"), getattr(options, key)]
+def masque_step(program, job, options):
+    arguments = ["step", "--method", job.method, "--device", options.device, "--precision", options.precision]
+    arguments += ["--threads", options.threads, "--steps", options.steps, "--warmup", options.warmup]
+    for key, value in job.asked.items():
+        arguments += ["--" + key.replace("_", "-")] + ([] if value is True else [value])
     row = run_masque(program, arguments, options.timeout)[-1]
     require(row, "what", "step")
-    require(row, "model", name)
-    require(row, "batch", batch)
-    for key in ("threads",) + STEP_SIZES:
-        if key in row:
-            require(row, key, getattr(options, key))
-    if not isinstance(row.get("parts"), dict):
-        raise Failure(f"masque's row has no parts: {json.dumps(row)}")
-    parts = {part: positive(row["parts"], part) for part in PARTS}
-    return {"ms": positive(row, "ms_per_step"), "parts": parts, "loss": row.get("loss")}
+    require(row, "method", job.method)
+    require(row, "dtype", options.precision)
+    require(row, "threads", options.threads)
+    for key, value in {**job.asked, **job.implied}.items():
+        require(row, key, value)
+    parts = row["parts"] and {part: positive(row["parts"], part) for part in row["parts"]}
+    more = {key: row.get(key) for key in ("gflop_per_step", "gflop_per_s", "pool_bytes", "parameters", "loss")}
+    return {"ms": positive(row, "ms_per_step"), "parts": parts, **more}
 
 
-# ---- side by side ----
+# ---- what is compared ----
 
 OPS = ("matmul_forward", "matmul_input", "matmul_weight", "layernorm", "gelu", "softmax", "attention", "adamw")
-STEP_SIZES = ("image_size", "patch_size", "mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads")
+
+
+def make_job(method, name, batch, options):
+    """What both sides are asked for: a flag of masque for each of `asked`, and what its row has to say besides."""
+    patches = (options.image_size // options.patch_size) ** 2
+    model, (_, teacher) = name or USUAL[method][0], USUAL[method]
+    teacher = teacher and (options.teacher or teacher)
+    depth = SIZES[teacher][1] if teacher else 0
+    usual_block = {"dmae": 3 * depth // 4, "tinymim": {12: 12, 24: 18}.get(depth)}.get(method)
+    job = SimpleNamespace(method=method, model=model, batch=batch, teacher=teacher, classes=1000, norm_pix=options.norm_pix)
+    job.image_size, job.patch_size = options.image_size, options.patch_size
+    job.mask_ratio = options.mask_ratio if options.mask_ratio is not None else (0.0 if method == "tinymim" else 0.75)
+    job.keep = options.keep or patches // 2
+    job.teacher_block = usual_block and (options.teacher_block or usual_block)
+    job.decoder = options.decoder_dim or 512, options.decoder_depth or 8, options.decoder_heads or 16
+    job.asked = {"model": model, "batch": batch, "image_size": job.image_size, "patch_size": job.patch_size}
+    if teacher:
+        job.asked["teacher"] = teacher
+    if method == "maskedkd":
+        job.asked["keep"] = job.keep
+    if method in READS["mask_ratio"]:
+        job.asked["mask_ratio"] = job.mask_ratio
+    if job.teacher_block:
+        job.asked["teacher_block"] = job.teacher_block
+    job.implied = {"views": 2} if method == "dmjd" else {}
+    if method in DECODED:
+        job.asked.update(zip(("decoder_dim", "decoder_depth", "decoder_heads"), job.decoder))
+        if options.norm_pix:
+            job.asked["norm_pix"] = True
+    job.label = f"{method} {model}{'<-' + teacher if teacher else ''} batch {batch}"
+    job.case = {"method": method, **job.asked, **job.implied, "precision": options.precision, "device": options.device}
+    check_job(job, patches)
+    return job
+
+
+def check_job(job, patches):
+    kept = int(patches * (1 - job.mask_ratio))
+    if job.method in READS["mask_ratio"] and not (0 < kept < patches or job.mask_ratio == 0 and job.method == "tinymim"):
+        raise Failure(f"--mask-ratio {job.mask_ratio} keeps {kept} of {patches} patches; at least one has to be kept and one hidden.")
+    if job.method == "dmjd" and 2 * kept > patches:
+        raise Failure(f"--mask-ratio {job.mask_ratio}: two views that share nothing each hide at least half; take 0.5 or more for dmjd.")
+    if job.method == "maskedkd" and job.keep > patches:
+        raise Failure(f"--keep {job.keep}: the image has {patches} patches, of which 1 to {patches} can be seen.")
+    if job.teacher_block and job.teacher_block > SIZES[job.teacher][1]:
+        raise Failure(f"--teacher-block {job.teacher_block}: {job.teacher} has blocks 1 to {SIZES[job.teacher][1]}.")
 
 
 def cases(keys, sizes):
@@ -504,9 +444,48 @@ def op_round(program, op, options):
     return [(op, row["case"], row, torch_op(op, row["case"], row["runs"], options)) for row in rows]
 
 
-def step_round(program, name, batch, options):
-    ours = masque_step(program, name, batch, options) if program else {}
-    return [("step", {"model": name, "batch": batch}, ours, torch_step(name, batch, options))]
+def step_rows(program, jobs, options):
+    """A row for each job: masque, eager and compile take turns."""
+    rows = []
+    for job in jobs:
+        tell(f"{job.label}: PyTorch's models")
+        steps, compile_s = torch_steps(job, options)
+        ours, theirs = [], {name: [] for name in steps}
+        for number in range(1, options.rounds + 1):
+            said = []
+            if program:
+                ours.append(masque_step(program, job, options))
+                said.append(f"masque {ours[-1]['ms']:.1f} ms")
+            for name, step in steps.items():
+                theirs[name].append(step.turn(options))
+                said.append(f"{name} {theirs[name][-1]['ms']:.1f} ms")
+            tell(f"{job.label}: round {number}/{options.rounds}: {', '.join(said)}")
+        rows.append(step_row(job, ours, theirs, compile_s))
+        del steps
+        gc.collect()
+        if options.device == "gpu":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def step_row(job, ours, theirs, compile_s):
+    medians = {name: statistics.median(turn["ms"] for turn in turns) for name, turns in theirs.items()}
+    best = min(medians, key=medians.get)
+    row = {"name": "step", "group": "step", "method": job.method, "case": job.case, "label": job.label}
+    row.update(torch_ms=medians[best], torch_best=best, torch_variants=medians, torch_compile_s=compile_s)
+    row["torch_rounds"] = {name: [turn["ms"] for turn in turns] for name, turns in theirs.items()}
+    row["torch_parts"] = {name: median_dict([turn["parts"] for turn in turns]) for name, turns in theirs.items()}
+    if ours:
+        row["masque_ms"] = statistics.median(turn["ms"] for turn in ours)
+        row["masque_rounds"] = [turn["ms"] for turn in ours]
+        if ours[0]["parts"]:
+            row["masque_parts"] = median_dict([turn["parts"] for turn in ours])
+        row.update({f"masque_{key}": ours[-1][key] for key in ("gflop_per_step", "gflop_per_s", "pool_bytes", "parameters", "loss")})
+        row["ratios"] = {name: median / row["masque_ms"] for name, median in medians.items()}
+        row["ratio"] = row["ratios"][best]
+        row["ratios_by_round"] = {name: [b["ms"] / a["ms"] for a, b in zip(ours, turns)] for name, turns in theirs.items()}
+        row["round_ratios"] = row["ratios_by_round"][best]
+    return row
 
 
 def group_of(name):
@@ -517,52 +496,62 @@ def median_dict(dicts):
     return {key: statistics.median(d[key] for d in dicts) for key in dicts[0]}
 
 
-def summarise(name, case, ours, theirs):
+def op_row(name, case, ours, theirs):
     """One row of the table from the results of all rounds."""
     row = {"name": name, "group": group_of(name), "case": case}
     row["torch_ms"] = statistics.median(r["ms"] for r in theirs)
     row["torch_variants"] = median_dict([r["variants"] for r in theirs])
-    if "parts" in theirs[0]:
-        row["torch_parts"] = median_dict([r["parts"] for r in theirs])
     if "ms" in ours[0]:
         row["masque_ms"] = statistics.median(r["ms"] for r in ours)
         row["ratio"] = row["torch_ms"] / row["masque_ms"]
         row["round_ratios"] = [b["ms"] / a["ms"] for a, b in zip(ours, theirs)]
-        if "parts" in ours[0]:
-            row["masque_parts"] = median_dict([r["parts"] for r in ours])
     return row
 
 
-def collect(rounds_of, rounds):
-    """Runs every entry once a round and summarises each row over the rounds."""
+def op_rows(program, options):
+    """Runs every op once a round and summarises each row over the rounds."""
     results = {}
-    for number in range(1, rounds + 1):
-        for label, run in rounds_of:
-            print(f"round {number}/{rounds}: {label}", file=sys.stderr, flush=True)
-            for name, case, ours, theirs in run():
-                key = name, json.dumps(case)
-                results.setdefault(key, (name, case, [], []))
-                results[key][2].append(ours)
-                results[key][3].append(theirs)
-    uneven = [key for key, row in results.items() if len(row[2]) != rounds]
+    for number, op in itertools.product(range(1, options.rounds + 1), options.only):
+        tell(f"round {number}/{options.rounds}: {op}")
+        for name, case, ours, theirs in op_round(program, op, options):
+            key = name, json.dumps(case)
+            results.setdefault(key, (name, case, [], []))
+            results[key][2].append(ours)
+            results[key][3].append(theirs)
+    uneven = [key for key, row in results.items() if len(row[2]) != options.rounds]
     if uneven:
         raise Failure(f"masque did not measure {uneven[0][0]} {uneven[0][1]} exactly once in every round.")
-    return [summarise(*row) for row in results.values()]
+    return [op_row(*row) for row in results.values()]
+
+
+def self_check(methods):
+    """A line for each comparison of a model with recorded numbers."""
+    folders = [folder for folder in (ROOT / "tests/fixtures/parity", ROOT / "fixtures/parity") if folder.is_dir()]
+    if not folders:
+        raise Failure(f"{ROOT}/tests/fixtures/parity is not there: it holds the numbers that the models are compared with before they are timed.")
+    try:
+        return list(torch_check.check(methods, folders[0]))
+    except torch_check.Wrong as wrong:
+        raise Failure(str(wrong))
 
 
 def measure(options):
     program = None if options.torch_only else find_masque()
-    entries = []
-    if options.what != "step":
-        entries += [(op, partial(op_round, program, op, options)) for op in options.only]
+    rows = []
     if options.what != "ops":
-        self_check()
-        for name, batch in options.model:
-            entries.append((f"step {name} batch {batch}", partial(step_round, program, name, batch, options)))
-    return collect(entries, options.rounds)
+        jobs = [make_job(method, name, batch, options) for method in options.method for name, batch in options.model]
+        tell(f"{len(self_check(options.method))} comparisons of the models with recorded losses and gradients: all agree")
+        rows += step_rows(program, jobs, options)
+    if options.what != "step":
+        rows += op_rows(program, options)
+    return rows
 
 
-# ---- the table ----
+def tell(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+# ---- the tables ----
 
 
 def case_text(case):
@@ -573,7 +562,30 @@ def listed(values):
     return ", ".join(f"{key} {value:.2f}" for key, value in values.items())
 
 
-def print_row(row):
+def ratio_text(ratio, rounds):
+    return f"{ratio:.2f} ({min(rounds):.2f}..{max(rounds):.2f})"
+
+
+def print_steps(rows, options):
+    where = f"GPU {torch.cuda.get_device_name(0)}" if options.device == "gpu" else f"CPU, {options.threads} threads"
+    print(f"A training step, {where}, {options.precision}, {options.rounds} rounds of {options.steps} steps, torch {torch.__version__}")
+    print("ratio = torch's time / masque's: above 1 masque is faster; range over the rounds")
+    for row in rows:
+        print(f"\n{row['label']}  ({case_text({key: value for key, value in row['case'].items() if key in SHOWN})})")
+        if "masque_ms" in row:
+            work = f"   {row['masque_gflop_per_step']:.1f} GFLOP a step, {row['masque_gflop_per_s']:.1f} GFLOP/s"
+            print(f"  {'masque':<28} {row['masque_ms']:>10.2f} ms{work}")
+        for name, ms in row["torch_variants"].items():
+            against = f"   ratio {ratio_text(row['ratios'][name], row['ratios_by_round'][name])}" if "ratios" in row else ""
+            best = "  <- the better" if len(row["torch_variants"]) > 1 and name == row["torch_best"] else ""
+            print(f"  {'torch ' + name:<28} {ms:>10.2f} ms{against}{best}")
+        parts = {"masque": row.get("masque_parts"), **{f"torch {name}": parts for name, parts in row["torch_parts"].items()}}
+        for name, part in parts.items():
+            if part and len(part) > 1:
+                print(f"    {name} ms: {listed(part)}")
+
+
+def print_op(row):
     text = f"{row['name']:<15} {case_text(row['case']):<28}"
     if "ratio" in row:
         low, high = min(row["round_ratios"]), max(row["round_ratios"])
@@ -582,9 +594,16 @@ def print_row(row):
         print(f"{text} {'-':>10} {row['torch_ms']:>10.3f} {'-':>7}  -")
     if len(row["torch_variants"]) > 1:
         print(f"    torch ms: {listed(row['torch_variants'])}")
-    for side in ("masque", "torch"):
-        if f"{side}_parts" in row:
-            print(f"    {side} ms: {listed(row[side + '_parts'])}")
+
+
+def print_ops(rows, options):
+    print(
+        f"f32, {options.threads} threads, {options.rounds} rounds, torch {torch.__version__}, "
+        f"attention {options.attention or 'eager'}, AdamW {options.adamw or 'default'}; ratio = torch / masque"
+    )
+    print(f"{'name':<15} {'case':<28} {'masque ms':>10} {'torch ms':>10} {'ratio':>7}  spread")
+    for row in rows:
+        print_op(row)
 
 
 def group_means(rows):
@@ -595,43 +614,87 @@ def group_means(rows):
     return {group: statistics.geometric_mean(ratios) for group, ratios in groups.items()}
 
 
-def print_table(rows, options):
-    print(
-        f"f32, {options.threads} threads, {options.rounds} rounds, torch {torch.__version__}, "
-        f"attention {options.attention}, AdamW {options.adamw}; ratio = torch / masque"
-    )
-    print(f"{'name':<15} {'case':<28} {'masque ms':>10} {'torch ms':>10} {'ratio':>7}  spread")
-    for row in rows:
-        print_row(row)
+def print_tables(rows, options):
+    steps, ops = ([row for row in rows if (row["group"] == "step") == is_step] for is_step in (True, False))
+    if steps:
+        print_steps(steps, options)
+    if ops:
+        print_ops(ops, options)
     compared = [row for row in rows if "ratio" in row]
     if compared:
-        print("geometric mean: " + listed(group_means(compared)))
+        print("\ngeometric mean: " + listed(group_means(compared)))
         worst = min(compared, key=lambda row: row["ratio"])
-        print(f"worst: {worst['name']} {case_text(worst['case'])} {worst['ratio']:.2f}")
+        print(f"worst: {worst.get('label') or worst['name'] + ' ' + case_text(worst['case'])} {worst['ratio']:.2f}")
 
 
 def too_slow(rows, floors):
     """Sentences for the rows below their floor; floors is {group: least ratio}, the group "" standing for all."""
     out = []
     for row in rows:
-        floor = floors.get(row["group"], floors.get("", 0))
+        floor = floors.get(row.get("method"), floors.get(row["group"], floors.get("", 0)))
         if row["ratio"] < floor:
             out.append(f"below {floor:g}: {row['name']} {case_text(row['case'])} {row['ratio']:.3f}")
     return out
 
 
+def first_line(command):
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def machine(options):
+    """What the numbers were measured on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(),
+        "gpu": torch.cuda.get_device_name(0) if options.device == "gpu" else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "masque": None if options.torch_only else first_line([find_masque(), "--version"]),
+        "commit": first_line(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
 def write_json(path, rows, options):
-    head = {key: getattr(options, key) for key in ("threads", "rounds", "attention", "adamw")}
-    record = {**head, "torch": torch.__version__, "dtype": "f32", "rows": rows}
+    keys = ("threads", "rounds", "steps", "warmup", "precision", "device", "attention", "adamw", "compile_mode")
+    record = {"what": "bench_torch", "arguments": sys.argv[1:], "machine": machine(options), "torch": torch.__version__}
+    record.update({key: getattr(options, key) for key in keys}, rows=rows)
     if not options.torch_only:
         record["geometric_means"] = group_means(rows)
+    path = Path(path)
+    beside = path.with_name(path.name + ".part")
     try:
-        Path(path).write_text(json.dumps(record, indent=1) + "\n")
+        beside.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(beside, path)
     except OSError as error:
         raise Failure(f"{path} cannot be written: {error.strerror}.")
 
 
 # ---- arguments ----
+
+DECODED = ("mae", "dmae", "dmjd")
+# Which methods read an option; the others have no use for it.
+READS = {
+    "teacher": ("dmae", "maskedkd", "tinymim"),
+    "keep": ("maskedkd",),
+    "mask_ratio": ("mae", "dmae", "dmjd", "tinymim"),
+    "teacher_block": ("dmae", "tinymim"),
+    **{key: DECODED for key in ("decoder_dim", "decoder_depth", "decoder_heads", "norm_pix")},
+}
+# What of a case is shown beside its name.
+SHOWN = ("mask_ratio", "keep", "views", "teacher_block", "decoder_dim", "decoder_depth", "norm_pix")
+# Methods, models and what else only steps have.
+OF_STEPS = ("method", "model", "batch", "mode", "compile_mode", "steps", "warmup", *READS)
 
 
 class Parser(argparse.ArgumentParser):
@@ -646,17 +709,20 @@ def count(text):
 
 
 def fraction(text):
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"`{text}` is not between 0 and 1")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"`{text}` is not from 0 to below 1")
     return value
 
 
-def names(text):
-    picked = text.split(",")
+def listed_from(what, known, text):
+    picked = list(known) if text == "all" else text.split(",")
     for name in picked:
-        if name not in OPS:
-            raise argparse.ArgumentTypeError(f"there is no op `{name}`; the ops are {', '.join(OPS)}")
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"there is no {what} `{name}`; there are {', '.join(known)} and all")
     return picked
 
 
@@ -688,58 +754,99 @@ def floors(text):
 def parse():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--what", choices=("ops", "step", "all"), default="all")
-    add("--threads", type=count, default=2)
-    add("--rounds", type=count, default=5, help="turns that each side takes (5)")
-    add("--runs", type=count, default=10, help="given to `masque measure ops --rounds` each turn (10)")
-    add("--only", type=names, default=list(OPS), metavar="NAME,...", help="ops to measure: " + ", ".join(OPS))
-    add("--model", type=jobs, action="extend", metavar="NAME[:BATCH],...", help="tiny:16,base:8; may be repeated")
-    add("--batch", type=count, default=8, help="batch of the models named without one (8)")
-    add("--steps", type=count, default=5, help="timed steps each turn (5)")
-    add("--warmup", type=count, default=1, help="untimed steps before them (1)")
-    add("--image-size", type=count, default=224)
-    add("--patch-size", type=count, default=16)
-    add("--mask-ratio", type=fraction, default=0.75)
-    add("--decoder-dim", type=count, default=512)
-    add("--decoder-depth", type=count, default=8)
-    add("--decoder-heads", type=count, default=16)
-    add("--attention", choices=(*ATTENTION, "best"), default="eager", help="PyTorch's attention (eager)")
-    add("--adamw", choices=(*ADAMW, "best"), default="default", help="PyTorch's AdamW (default)")
-    add("--min-ratio", type=floors, metavar="R", help="exit 1 when a row is below; also GROUP=R,...")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add("--what", choices=("step", "ops", "all"), default="step")
+    add("--threads", type=count, default=cores, help=f"of both sides (one a core: {cores})")
+    add("--rounds", type=count, default=2, help="turns that each side takes (2)")
+    add("--device", choices=("cpu", "gpu"), default="cpu")
+    add("--precision", choices=("f32", "bf16"), default="f32", help="bf16: masque's, and PyTorch's autocast (f32)")
+    add("--json", metavar="FILE", help="write everything here as well")
+    add("--min-ratio", type=floors, metavar="R", help="exit 1 when a row is below; also GROUP=R,... with a method, step, or an op")
     add("--timeout", type=count, default=600, help="seconds allowed to one run of masque (600)")
-    add("--json", metavar="FILE", help="write the rows here as well")
     add("--torch-only", action="store_true", help="time PyTorch alone")
-    add("--self-check", action="store_true", help="check the model against the golden micro-model and stop")
+    add("--self-check", action="store_true", help="compare the models of --method with recorded numbers and stop")
+    add("--attention", choices=(*ATTENTION, "best"), help="PyTorch's attention (steps: sdpa; ops: eager)")
+    add("--adamw", choices=(*ADAMW, "best"), help="PyTorch's AdamW (steps: fused; ops: default)")
+    step = parser.add_argument_group("steps").add_argument
+    step("--method", type=partial(listed_from, "method", METHODS), metavar="NAME,...", help=", ".join(METHODS) + " or all (all)")
+    step("--model", type=jobs, action="extend", metavar="NAME[:BATCH],...", help="tiny:16,base:8; may be repeated (tiny)")
+    step("--batch", type=count, help="of models named without one (4)")
+    step("--mode", choices=("eager", "compile", "both"), help="of PyTorch (eager); compiling takes a minute or more a model")
+    step("--compile-mode", choices=("default", "reduce-overhead", "max-autotune"), help="of torch.compile (reduce-overhead on a GPU, else default)")
+    step("--steps", type=count, help="timed steps each turn (3)")
+    step("--warmup", type=count, help="untimed steps before them (1)")
+    step("--image-size", type=count, default=224)
+    step("--patch-size", type=count, default=16)
+    step("--mask-ratio", type=fraction, help="part of the patches that is hidden (0.75; tinymim: 0)")
+    step("--decoder-dim", type=count, help="of mae, dmae and dmjd (512)")
+    step("--decoder-depth", type=count, help="(8)")
+    step("--decoder-heads", type=count, help="(16)")
+    step("--norm-pix", action="store_true", help="targets are normalised patch by patch")
+    step("--teacher", choices=SIZES, help="(small; tinymim: base)")
+    step("--keep", type=count, help="patches that maskedkd's teacher sees (half)")
+    step("--teacher-block", type=count, help="of dmae and tinymim, from 1 (three quarters up; the last of 12, 18 of 24)")
+    op = parser.add_argument_group("ops").add_argument
+    op("--only", type=partial(listed_from, "op", OPS), metavar="NAME,...", help=", ".join(OPS) + " (all)")
+    op("--runs", type=count, help="given to `masque measure ops --rounds` each turn (10)")
     options = parser.parse_args()
-    options.model = [(name, batch or options.batch) for name, batch in options.model or jobs("tiny:16,base:8")]
     check(options)
+    options.modes = {"both": ["eager", "compile"]}.get(options.mode, [options.mode or "eager"])
+    options.model = [(name, batch or options.batch or 4) for name, batch in options.model or [(None, None)]]
+    options.steps, options.warmup, options.runs = options.steps or 3, options.warmup or 1, options.runs or 10
+    options.method, options.only = options.method or list(METHODS), options.only or list(OPS)
     return options
+
+
+def flag(key):
+    return "--" + key.replace("_", "-")
 
 
 def check(options):
     """What one option alone cannot say."""
     if options.image_size % options.patch_size:
         raise Failure(f"image size {options.image_size} is not a multiple of patch size {options.patch_size}.")
-    if options.decoder_dim % options.decoder_heads or options.decoder_dim % 4:
-        dim, heads = options.decoder_dim, options.decoder_heads
+    dim, heads = options.decoder_dim or 512, options.decoder_heads or 16
+    if dim % heads or dim % 4:
         raise Failure(f"decoder dim {dim} must be a multiple of 4 and of its {heads} heads.")
+    methods = options.method or METHODS
+    for key, readers in READS.items():
+        if getattr(options, key) and not set(readers) & set(methods):
+            raise Failure(f"{flag(key)} is for --method {', '.join(readers)}, not {', '.join(methods)}; leave it out.")
+    if options.what == "ops" and not options.self_check:
+        for key in OF_STEPS:
+            if getattr(options, key):
+                raise Failure(f"{flag(key)} is for steps; leave it out or take --what step.")
+    if options.what == "step":
+        for key in ("only", "runs"):
+            if getattr(options, key):
+                raise Failure(f"{flag(key)} is for ops; add --what ops, or --what all for steps too.")
+    elif options.device == "gpu" or options.precision == "bf16":
+        raise Failure("ops are compared in f32 on the CPU; take --what step, or bench_kernels.py for kernels of a GPU.")
+    if options.device == "gpu" and not options.self_check and not torch.cuda.is_available():
+        raise Failure("--device gpu: PyTorch sees no GPU (torch.cuda.is_available() is False); leave --device out to compare on the CPU.")
+    if options.compile_mode and options.mode not in ("compile", "both"):
+        raise Failure("--compile-mode is for --mode compile or both; add one of them.")
     if options.min_ratio and options.torch_only:
         raise Failure("--min-ratio needs masque; leave out --torch-only.")
-    measured = {group_of(op) for op in options.only} if options.what != "step" else set()
-    measured |= {"step"} if options.what != "ops" else set()
+    measured = {group_of(op) for op in options.only or OPS} if options.what != "step" else set()
+    measured |= {"step", *methods} if options.what != "ops" else set()
     for group in options.min_ratio or ():
         if group and group not in measured:
             raise Failure(f"--min-ratio names {group}, but what is measured is {', '.join(sorted(measured))}.")
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise Failure(f"--json {options.json}: its folder is not there; make it before.")
 
 
 def main():
     options = parse()
     torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
     if options.self_check:
-        print("\n".join(self_check()))
+        print("\n".join(self_check(options.method)))
         return 0
     rows = measure(options)
-    print_table(rows, options)
+    print_tables(rows, options)
     if options.json:
         write_json(options.json, rows, options)
     slow = too_slow(rows, options.min_ratio) if options.min_ratio else []

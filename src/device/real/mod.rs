@@ -10,6 +10,7 @@ mod blas;
 mod compile;
 mod facts;
 
+pub(super) use cudarc::driver::CudaEvent as Mark;
 pub use facts::{Facts, KernelFacts};
 
 use super::gpu::{Backend, Recorded, Work};
@@ -21,7 +22,7 @@ use crate::error::{Context, Error, Result};
 use blas::{Blas, Key};
 use cudarc::driver::result::{self as driver, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Of};
-use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, PinnedHostSlice};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, PinnedHostSlice};
 use cudarc::nvrtc::Ptx;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -237,17 +238,29 @@ impl Real {
         self.plain_product(product)
     }
 
-    fn timing_event(&self) -> Result<CudaEvent> {
-        self.context.new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).doing("making an event")
+    /// Two events that may be timed.
+    pub(super) fn marks(&self) -> Result<[Mark; 2]> {
+        let mark = || self.context.new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).doing("making an event");
+        Ok([mark()?, mark()?])
+    }
+
+    /// The event stands behind the work that was handed over so far.
+    pub(super) fn set(&self, mark: &Mark) -> Result<()> {
+        mark.record(&self.stream).doing("timing")
+    }
+
+    /// Milliseconds between two events; waits for both.
+    pub(super) fn between(&self, start: &Mark, end: &Mark) -> Result<f64> {
+        Ok(start.elapsed_ms(end).doing("timing")? as f64)
     }
 
     /// Milliseconds that the device takes for the work that `f` hands over, the host's part not counted unless the device waits for it.
     pub fn elapsed_ms(&self, f: impl FnOnce() -> Result<()>) -> Result<f64> {
-        let (start, end) = (self.timing_event()?, self.timing_event()?);
-        start.record(&self.stream).doing("timing")?;
+        let [start, end] = self.marks()?;
+        self.set(&start)?;
         f()?;
-        end.record(&self.stream).doing("timing")?;
-        Ok(start.elapsed_ms(&end).doing("timing")? as f64)
+        self.set(&end)?;
+        self.between(&start, &end)
     }
 
     /// Writes more than the second-level cache holds, so that what is timed next finds nothing there.
@@ -409,7 +422,7 @@ struct Staging {
 struct Piece {
     memory: PinnedHostSlice<u8>,
     /// Recorded behind the last copy when the piece was left.
-    done: CudaEvent,
+    done: Mark,
 }
 
 const PIECES: usize = 8;

@@ -9,11 +9,15 @@
 //!
 //! Against PyTorch's MKL: `tests/reference/bench_torch.py --what ops`.
 
+#[cfg(target_arch = "x86_64")]
+mod bf16;
+
 use super::memory::Buffer;
 use super::parallel::Panel;
 use super::simd::{Level, Real, level};
 use rayon::prelude::*;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A matrix inside a slice: element (i, j) lies at i * row + j * column.
 #[derive(Clone, Copy)]
@@ -86,7 +90,28 @@ fn product<T: Product>(c: &mut Panel<T>, k: usize, a: View<T>, b: View<T>, finis
     let share = share && m * n * k >= WORTH_SHARING;
     let (start, stride) = c.raw();
     let job = Job { m, n, k, start, stride, finish: Raw::of(finish) };
-    drive(&job, a, b, share, T::kernel());
+    if !T::rounded(&job, a, b, share) {
+        drive(&job, a, b, share, T::kernel());
+    }
+}
+
+/// Whether factors of f32 products are rounded to bf16.
+static ROUNDED: AtomicBool = AtomicBool::new(false);
+
+/// Makes all f32 products of this program take their factors rounded to bf16, or as they are. Answers whether that can be done: the processor has to
+/// multiply bf16.
+pub fn round_factors(round: bool) -> bool {
+    let can = !round || has_bf16();
+    ROUNDED.store(round && can, Ordering::Relaxed);
+    can
+}
+
+/// Whether this processor multiplies bf16 numbers.
+pub fn has_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return level() == Level::Avx512 && std::arch::is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 /// A product to be computed: sizes, c, and what follows.
@@ -123,6 +148,12 @@ unsafe impl<T: Sync> Sync for Job<T> {}
 pub trait Product: Real {
     #[doc(hidden)]
     fn kernel() -> &'static Kernel<Self>;
+
+    /// Computes it with rounded factors, if that is how these numbers are multiplied; answers whether it did.
+    #[doc(hidden)]
+    fn rounded(_: &Job<Self>, _: View<Self>, _: View<Self>, _: bool) -> bool {
+        false
+    }
 }
 
 impl Product for f32 {
@@ -134,6 +165,15 @@ impl Product for f32 {
             Level::Avx2 => &avx2_f32::KERNEL,
             _ => &plain_f32::KERNEL,
         }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn rounded(job: &Job<f32>, a: View<f32>, b: View<f32>, share: bool) -> bool {
+        let rounded = ROUNDED.load(Ordering::Relaxed);
+        if rounded {
+            bf16::drive(job, a, b, share);
+        }
+        rounded
     }
 }
 
@@ -334,7 +374,7 @@ macro_rules! kernel {
 
             /// Bias and GELU on a tile that has just been completed.
             $(#[$feature])?
-            unsafe fn finish_tile(job: &Job<Number>, row: usize, rows: usize, column: usize, columns: usize) {
+            pub(super) unsafe fn finish_tile(job: &Job<Number>, row: usize, rows: usize, column: usize, columns: usize) {
                 let f = &job.finish;
                 if f.bias.is_null() && f.gelu.is_null() {
                     return;
@@ -588,6 +628,36 @@ fn pack_left<T: Real>(
 /// Transposes a square of 16 x 16 numbers; the arguments are addresses and distances of lines.
 type Turn<T> = unsafe fn(*const T, usize, *mut T, usize);
 
+/// A square of 16 x 16 numbers of 32 bits in registers, transposed: pairs of rows, then fours, then the four quarters of a register change places.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transposed(mut r: [std::arch::x86_64::__m512; 16]) -> [std::arch::x86_64::__m512; 16] {
+    use std::arch::x86_64::*;
+    let mut t = r;
+    for i in 0..8 {
+        t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    for i in 0..4 {
+        for j in 0..2 {
+            let (a, b) = (_mm512_castps_pd(t[4 * i + j]), _mm512_castps_pd(t[4 * i + 2 + j]));
+            r[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            r[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    }
+    for j in 0..4 {
+        let (a, b, c, d) = (r[j], r[4 + j], r[8 + j], r[12 + j]);
+        let (ab, cd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
+        t[j] = _mm512_shuffle_f32x4::<0x88>(ab, cd);
+        t[8 + j] = _mm512_shuffle_f32x4::<0xdd>(ab, cd);
+        let (ab, cd) = (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d));
+        t[4 + j] = _mm512_shuffle_f32x4::<0x88>(ab, cd);
+        t[12 + j] = _mm512_shuffle_f32x4::<0xdd>(ab, cd);
+    }
+    t
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 unsafe fn turn_f32(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
@@ -598,29 +668,7 @@ unsafe fn turn_f32(from: *const f32, from_stride: usize, to: *mut f32, to_stride
         for (i, r) in r.iter_mut().enumerate() {
             *r = _mm512_loadu_ps(from.add(i * from_stride));
         }
-        // Pairs of rows, then fours, then the four quarters of a register change places.
-        let mut t = r;
-        for i in 0..8 {
-            t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-            t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-        }
-        for i in 0..4 {
-            for j in 0..2 {
-                let (a, b) = (_mm512_castps_pd(t[4 * i + j]), _mm512_castps_pd(t[4 * i + 2 + j]));
-                r[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-                r[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-            }
-        }
-        for j in 0..4 {
-            let (a, b, c, d) = (r[j], r[4 + j], r[8 + j], r[12 + j]);
-            let (ab, cd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
-            t[j] = _mm512_shuffle_f32x4::<0x88>(ab, cd);
-            t[8 + j] = _mm512_shuffle_f32x4::<0xdd>(ab, cd);
-            let (ab, cd) = (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d));
-            t[4 + j] = _mm512_shuffle_f32x4::<0x88>(ab, cd);
-            t[12 + j] = _mm512_shuffle_f32x4::<0xdd>(ab, cd);
-        }
-        for (i, &t) in t.iter().enumerate() {
+        for (i, &t) in transposed(r).iter().enumerate() {
             _mm512_storeu_ps(to.add(i * to_stride), t);
         }
     }

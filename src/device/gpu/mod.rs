@@ -7,6 +7,8 @@
 //! handed out meanwhile belongs to the graph. Numbers that differ from replay to replay are drawn by name ([`Gpu::drawn`]) or lie in memory that is
 //! written between replays ([`Gpu::upload`]); an upload inside a recording is refused.
 
+mod timing;
+
 use super::launch::{Args, KERNELS, Kernel, Launch, Versions, find};
 use super::memory::{ALIGN, IN_USE_ON_GPUS, class_bytes, class_of};
 use super::product::Product;
@@ -17,7 +19,7 @@ use crate::rng::Rng;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use timing::Timing;
 
 /// One thing for the device to do.
 #[derive(Clone)]
@@ -78,6 +80,7 @@ struct Inner {
     emulated: Option<Arc<super::emulated::Emulated>>,
     real: Option<Arc<real::Real>>,
     state: Mutex<State>,
+    timing: Timing,
     /// A cell for each of [`KERNELS`].
     faults: u64,
 }
@@ -262,6 +265,7 @@ impl Gpu {
             emulated: Some(emulated.clone()),
             real: None,
             state: Mutex::new(State::new(true)),
+            timing: Timing::default(),
             faults,
         };
         let gpu = Self::with_faults(inner)?;
@@ -279,6 +283,7 @@ impl Gpu {
             emulated: None,
             real: Some(real.clone()),
             state: Mutex::new(State::new(false)),
+            timing: Timing::default(),
             faults,
         };
         Self::with_faults(inner)
@@ -415,7 +420,7 @@ impl Gpu {
         if block.bytes == 0 {
             return Ok(());
         }
-        self.0.backend.submit(Work::Set { to: block.address, byte, bytes: block.bytes })
+        self.submit(Work::Set { to: block.address, byte, bytes: block.bytes })
     }
 
     pub fn copy(&self, to: &mut Block, from: &Block, bytes: usize) -> Result<()> {
@@ -423,7 +428,7 @@ impl Gpu {
         if bytes == 0 {
             return Ok(());
         }
-        self.0.backend.submit(Work::Copy { to: to.address, from: from.address, bytes })
+        self.submit(Work::Copy { to: to.address, from: from.address, bytes })
     }
 
     /// Writes bytes from the host into a block, in the order of the device's other work. Refused while recording.
@@ -433,7 +438,8 @@ impl Gpu {
         if bytes.is_empty() {
             return Ok(());
         }
-        self.0.backend.upload(block.address + offset as u64, bytes)
+        let what = self.is_timed().then(|| timing::upload(bytes.len()));
+        self.timed(what, || self.0.backend.upload(block.address + offset as u64, bytes))
     }
 
     /// Waits for all work and reads a block.
@@ -451,24 +457,6 @@ impl Gpu {
         ensure!(!self.is_recording(), "{}: recorded work is not waited for", self.name());
         self.0.backend.wait()?;
         self.check_faults()
-    }
-
-    /// Milliseconds that the work takes which `f` hands over: by the device's own clock, or the host's for an emulated one.
-    pub fn time(&self, f: impl FnOnce() -> Result<()>) -> Result<f64> {
-        ensure!(!self.is_recording(), "{}: recorded work takes no time", self.name());
-        if let Some(real) = self.as_real() {
-            return real.elapsed_ms(f).context("timing");
-        }
-        self.wait()?;
-        let start = Instant::now();
-        f()?;
-        self.wait()?;
-        Ok(start.elapsed().as_secs_f64() * 1e3)
-    }
-
-    /// Leaves nothing of use in a real device's cache, so that the next timing starts from its memory.
-    pub fn scrub(&self) -> Result<()> {
-        self.as_real().map_or(Ok(()), real::Real::scrub)
     }
 
     fn check_faults(&self) -> Result<()> {
@@ -552,9 +540,7 @@ impl Gpu {
         args.check().with_context(|| format!("{}: kernel {name}", self.name()))?;
         let letters = args.letters();
         let words = args.words(self.0.faults + 4 * at as u64);
-        self.0
-            .backend
-            .submit(Work::Kernel { kernel: &KERNELS[at], launch, words, letters })
+        self.submit(Work::Kernel { kernel: &KERNELS[at], launch, words, letters })
             .with_context(|| format!("{}: kernel {name}", self.name()))
     }
 
@@ -562,7 +548,7 @@ impl Gpu {
         if product.m == 0 || product.n == 0 || product.batch == 0 {
             return Ok(());
         }
-        self.0.backend.submit(Work::Product(product)).with_context(|| {
+        self.submit(Work::Product(product)).with_context(|| {
             let Product { m, n, k, batch, .. } = product;
             format!("{}: product of {batch} x [{m}, {k}] and [{k}, {n}]", self.name())
         })
