@@ -149,7 +149,7 @@ fn what_cannot_be_meant_at_all_is_a_sentence() {
         ("--batch 0", 2, "--batch 0 is not from 1"),
         ("--batch 1000000 --image-size 65536", 2, "GB of memory"),
         ("--image-size 33", 2, "33"),
-        ("--image-size 8", 2, "of 1 patches"),
+        ("--image-size 8", 2, "nothing can be hidden of an image of one patch"),
         ("--model nothing", 2, "is unknown"),
         ("--device emulated --precision tf32", 2, "tf32"),
         ("--device gpu:77", 1, "gpu:77"),

@@ -250,8 +250,7 @@ impl Report {
         let more = if self.parts.is_some() { "system_requests_in_steady_state" } else { "bytes_taken_in_steady_state" };
         let decoder = |value: usize| a.decodes().then_some(value);
         let parts = self.parts.as_ref().map(|parts| {
-            let mut all =
-                json!({ "forward": parts.forward.median, "backward": parts.backward.median, "update": parts.update.median });
+            let mut all = json!({ "forward": parts.forward.median, "backward": parts.backward.median, "update": parts.update.median });
             if let Some(teacher) = &parts.teacher {
                 all["teacher"] = json!(teacher.median);
             }
