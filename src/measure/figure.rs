@@ -55,10 +55,10 @@ impl Scale {
     }
 }
 
-fn caption(title: &str, unit: &str, names: &[String]) -> String {
+fn caption(title: &str, unit: &str, names: &[(&String, &str)]) -> String {
     let mut out = format!("<figcaption>{}", escaped(&if unit.is_empty() { title.to_string() } else { format!("{title}, {unit}") }));
     if names.len() > 1 {
-        for (name, class) in names.iter().zip(CLASSES.iter().cycle()) {
+        for (name, class) in names {
             let _ = write!(out, "<span class=\"key {class}\">{}</span>", escaped(name));
         }
     }
@@ -82,17 +82,17 @@ impl Stacked {
         if most <= 0.0 {
             return None;
         }
-        // Parts that no row has are not explained.
-        let used: Vec<bool> = (0..self.parts.len()).map(|i| self.rows.iter().any(|row| row.1.get(i).is_some_and(|x| *x > 0.0))).collect();
+        // Parts that no row has are not explained; the others keep their colours.
+        let used = |i: usize| self.rows.iter().any(|row| row.1.get(i).is_some_and(|x| *x > 0.0));
+        let classes: Vec<&str> = CLASSES.iter().copied().cycle().take(self.parts.len()).collect();
+        let names = self.parts.iter().zip(&classes).enumerate().filter(|(i, _)| used(*i)).map(|(_, (name, class))| (name, *class));
         let scale = Scale::of(self.rows.iter().map(|row| &row.0), most);
-        let names: Vec<String> = self.parts.iter().zip(&used).filter(|(_, used)| **used).map(|(name, _)| name.clone()).collect();
-        let mut out = caption(&self.title, &self.unit, &names);
+        let mut out = caption(&self.title, &self.unit, &names.collect::<Vec<_>>());
         out += &open(&self.title, self.rows.len() as f64 * ROW + 4.0);
         for (at, (row, parts)) in self.rows.iter().enumerate() {
             let (top, mut so_far) = (at as f64 * ROW + 4.0, 0.0);
             name(&mut out, row, scale.left, top + 16.0);
-            let shown = parts.iter().zip(&used).zip(&self.parts).filter(|((_, used), _)| **used);
-            for (((&part, _), of), class) in shown.zip(CLASSES.iter().cycle()) {
+            for ((&part, of), class) in parts.iter().zip(&self.parts).zip(&classes) {
                 let (x, width) = (scale.x(so_far), scale.x(so_far + part) - scale.x(so_far));
                 if !(part.is_finite() && part > 0.0) {
                     continue;
@@ -132,7 +132,8 @@ impl Grouped {
         }
         let (scale, each) = (Scale::of(self.rows.iter().map(|row| &row.0), most), self.names.len() as f64 * BAR + 8.0);
         let height = self.rows.len() as f64 * each + 4.0;
-        let mut out = caption(&self.title, &self.unit, &self.names) + &open(&self.title, height);
+        let names: Vec<(&String, &str)> = self.names.iter().zip(CLASSES.iter().copied().cycle()).collect();
+        let mut out = caption(&self.title, &self.unit, &names) + &open(&self.title, height);
         if let Some(mark) = self.mark {
             let x = scale.x(mark);
             let _ = writeln!(out, "<line class=\"axis\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"0\" y2=\"{height}\"/>");

@@ -158,6 +158,45 @@ mod tests {
     }
 
     #[test]
+    fn whole_steps_cost_what_the_table_of_floors_says() {
+        // GFLOPs of an image: of what is trained forward and backward, thrice the forward pass; of a teacher once. The table projects patches that nobody sees.
+        #[track_caller]
+        fn step(trained: u64, unprojected: u64, teacher: u64, giga: &str) {
+            let all = 3 * (trained + unprojected) + teacher;
+            assert_eq!(format!("{:.1}", 2e-9 * all as f64), giga, "{trained} {teacher}");
+        }
+        let (decoder, shallow) = (presets::mae_decoder(), DecoderConfig { depth: 1, ..presets::mae_decoder() });
+        let mae = |vit: &VitConfig, decoder: &DecoderConfig, kept: usize| vit_macs(vit, kept) + decoder_macs(decoder, vit, kept);
+        let [tiny, base, large] = ["tiny", "base", "large"].map(|size| presets::mae(size, 224).unwrap());
+        for (vit, decoder, kept, giga) in [
+            (&base, &decoder, 49, "58.7"),
+            (&base, &decoder, 196, "138.0"),
+            (&base, &shallow, 49, "31.0"),
+            (&large, &decoder, 49, "124.5"),
+            (&large, &shallow, 49, "96.8"),
+            (&tiny, &decoder, 49, "34.0"),
+        ] {
+            step(mae(vit, decoder, kept), hidden_projections(vit, kept), 0, giga);
+        }
+        // DMAE: 18 of 24 blocks of the teacher, one layer from width to width.
+        let taught = VitConfig { depth: 18, ..large.clone() };
+        let own = mae(&base, &decoder, 49) + 50 * 768 * 1024;
+        step(own, hidden_projections(&base, 49), vit_macs(&taught, 49) + hidden_projections(&taught, 49), "82.0");
+        // MaskedKD, counted as it is published.
+        let [tiny, small, base] = ["tiny", "small", "base"].map(|size| presets::vit(size, 224, 0.0).unwrap());
+        for (student, teacher, kept, giga) in [
+            (&tiny, &small, 196, "16.7"),
+            (&tiny, &small, 98, "12.0"),
+            (&tiny, &small, 49, "9.8"),
+            (&small, &base, 196, "62.7"),
+            (&small, &base, 98, "45.0"),
+            (&small, &base, 49, "36.4"),
+        ] {
+            step(classifier_macs(student, 1000), 0, masked_classifier_macs(teacher, kept, 1000), giga);
+        }
+    }
+
+    #[test]
     fn convit_costs_the_sum_of_its_terms() {
         // ConvMAE's base: tokens of 4 pixels 256 wide, of 8 pixels 384 wide, of 16 pixels 768 wide; two blocks in each convolution stage.
         let (vit, all) = (presets::named("convvit_base_patch16").unwrap().classifier(224, 0.0).unwrap(), 14 * 14);

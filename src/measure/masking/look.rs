@@ -260,28 +260,6 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_step_costs_what_the_tables_say() {
-        // GFLOP of an image, forward and backward, of the table of floors; the MAE ones also count norms and the like below their last digit.
-        for (flags, at, giga) in [
-            ("--model base", point(Some(0.75), None, None, None), 58.7),
-            ("--model base", point(Some(0.0), None, None, None), 138.0),
-            ("--model large", point(Some(0.75), None, None, None), 124.5),
-            ("--model base --decoder-depth 1", point(Some(0.75), None, None, None), 31.0),
-            ("--model tiny --decoder-dim 192 --decoder-depth 4 --decoder-heads 3", point(Some(0.75), None, None, None), 4.5),
-            ("--method dmae --model base --teacher large", point(Some(0.75), None, None, None), 82.0),
-            ("--method maskedkd --model tiny --teacher small", point(None, Some(196), None, None), 16.7),
-            ("--method maskedkd --model tiny --teacher small", point(None, Some(98), None, None), 12.0),
-            ("--method maskedkd --model small --teacher base", point(None, Some(49), None, None), 36.4),
-            ("--method tinymim --model tiny --teacher base", point(None, None, None, None), 40.6),
-        ] {
-            let mut method = open(&format!("--batch 1 {flags}"));
-            look(&mut *method, &at).unwrap();
-            let found = 2e-9 * macs(&*method).step() as f64;
-            println!("{flags} {at:?} {found} {giga}");
-        }
-    }
-
-    #[test]
     fn what_cannot_be_kept_is_said_and_changes_nothing() {
         let mut all: Vec<_> = System::ALL
             .into_iter()

@@ -13,12 +13,11 @@ pub mod report;
 pub mod sweep;
 
 use super::page::{Page, machine};
-use super::subject::{SubjectArgs, System};
-use crate::device::{Named, memory};
+use super::subject::{Point, SubjectArgs, System};
+use crate::device::Named;
 use crate::error::{Context, Error, Result};
 use crate::formats;
 use crate::methods::dmjd::BaselineName;
-use crate::nn::presets;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command, FromArgMatches, ValueEnum};
 use serde_json::{Value, json};
@@ -192,35 +191,17 @@ impl MaskingArgs {
     }
 }
 
-/// Refuses what the machine's own memory cannot hold; a GPU says so itself.
-fn room(subject: &SubjectArgs) -> Result<()> {
-    if matches!(subject.device, Named::Gpu(_)) {
-        return Ok(());
+/// Refuses an image of which nothing can be hidden, and what the machine's own memory cannot hold with all but one patch seen; a GPU says so itself.
+fn check(subject: &SubjectArgs) -> Result<()> {
+    let patches = subject.student()?.patches();
+    if patches < 2 {
+        return Err(Error::usage(format!("--image-size {}: nothing can be hidden of an image of one patch", subject.image_size)));
     }
-    let vit = presets::named(subject.model())?.encoder(subject.image_size)?;
-    let product = |sizes: &[usize]| sizes.iter().fold(1u128, |product, &size| product.saturating_mul(size as u128));
-    let patch = subject.patch_size.unwrap_or(vit.patch).max(1);
-    let (side, tokens) = (subject.image_size, product(&[subject.image_size / patch, subject.image_size / patch]));
-    let decoder = match subject.method {
-        System::MaskedKd | System::TinyMim => [0, 0],
-        _ => [subject.decoder_dim, subject.decoder_depth],
-    };
-    // Four numbers a weight; of each token sixteen times the width of every block; the images.
-    let networks = [[vit.width, vit.depth], decoder].map(|[width, depth]| {
-        let activations = tokens.saturating_mul(product(&[16, subject.batch, width, depth]));
-        product(&[48, width, width, depth]).saturating_add(activations)
-    });
-    let numbers = networks[0].saturating_add(networks[1]).saturating_add(product(&[3, subject.batch, side, side]));
-    let (least, there) = (numbers.saturating_mul(4), u128::from(memory::of_the_machine()));
-    if least > there {
-        return Err(Error::usage(format!(
-            "{}: a step with nothing hidden needs at least {} GB of memory but the machine has {}; make --batch, --image-size or --model smaller",
-            subject.method.name(),
-            least / 1_000_000_000,
-            there / 1_000_000_000
-        )));
+    let hiding = (subject.method != System::MaskedKd).then_some(1.0 / patches as f64);
+    match subject.device {
+        Named::Gpu(_) => Ok(()),
+        _ => subject.fits(&Point { mask_ratio: hiding, views: Some(1), ..Point::default() }),
     }
-    Ok(())
 }
 
 /// Measures, prints a table a system, and writes files where that was asked for. A system that cannot be measured is said and the others are not kept from it.
@@ -236,7 +217,7 @@ pub fn run(args: &MaskingArgs, print: &mut dyn FnMut(&str)) -> Result<()> {
     for &system in &systems {
         let subject = args.subject(system, small);
         let rounds = Rounds { counted: args.rounds, before: args.warmup };
-        match room(&subject).and_then(|()| sweep::sweep(&subject, &args.lists, rounds)) {
+        match check(&subject).and_then(|()| sweep::sweep(&subject, &args.lists, rounds)) {
             Ok(swept) => {
                 print(&if args.json { swept.json().to_string() } else { swept.text() });
                 all.push(swept);

@@ -140,7 +140,7 @@ impl Swept {
             for (saving, there) in [(&row.encoder, encoder), (&row.teacher, teacher)] {
                 let of = |saving: &Saving| [two(saving.speed_up.median), two(saving.predicted), two(saving.efficiency()[0])];
                 if there {
-                    cells.extend(saving.as_ref().map_or_else(|| ["1", "1", "-"].map(String::from), of));
+                    cells.extend(saving.as_ref().map_or_else(|| ["1.00", "1.00", "-"].map(String::from), of));
                 }
             }
             cells
@@ -219,12 +219,11 @@ impl Swept {
         page.heading(&self.title());
         page.text(&format!("{}.", self.how()));
         let rows = || self.rows.iter().map(|row| (self.label(row), row));
-        let parts = self.parts();
         let stacked = Stacked {
             title: "Where the time goes".into(),
             unit: "ms a step".into(),
-            parts: parts.iter().map(|&part| PARTS[part].to_string()).collect(),
-            rows: rows().map(|(label, row)| (label, parts.iter().map(|&part| row.parts[part].median).collect())).collect(),
+            parts: PARTS.map(String::from).to_vec(),
+            rows: rows().map(|(label, row)| (label, row.parts.iter().map(|part| part.median).collect())).collect(),
         };
         let spread = |times: &Times| Some([times.median, times.min, times.max]);
         let speed_up = Grouped {

@@ -240,7 +240,9 @@ pub fn sweep(subject: &SubjectArgs, lists: &Lists, rounds: Rounds) -> Result<Swe
     let (patches, parameters) = (method.encoder().config.patches(), method.params().count_trained());
     let (mut points, mut notes) = (Vec::new(), Vec::new());
     for point in lists.points(subject.method, patches, asked(&*method)) {
-        match look(&mut *method, &point) {
+        let several = point.views.is_some_and(|views| views > 1) && !matches!(subject.device, Named::Gpu(_));
+        let fits = if several { subject.fits(&point) } else { Ok(()) };
+        match look(&mut *method, &point).and_then(|kept| fits.map(|()| kept)) {
             Ok(kept) => points.push((point, kept, macs(&*method))),
             Err(error) if error.kind() == Kind::Usage => notes.push(error.chain()),
             Err(error) => return Err(error),
