@@ -20,7 +20,7 @@ The program is $MASQUE, else `masque` on PATH, else target/release/masque of thi
 Steps. The models are plain statements of the papers with torch alone (torch_models.py). Before any is timed, loss and gradients must be those
 of recorded cases in float64 (torch_check.py). PyTorch's side has what makes it fast: scaled_dot_product_attention, fused AdamW, autocast where
 bf16 is asked for and a teacher whose weights are bf16 then, teachers without gradients that stop at the block that is asked, patches chosen
-before the blocks, on a GPU channels-last patches, images copied from pinned memory, and nothing in a step waits for the device. --mode compile is
+before the blocks, channels-last patches where they are faster, images copied from pinned memory to a GPU, and nothing in a step waits for it. --mode compile is
 torch.compile of everything up to the loss; where there is no compiler a sentence says so and eager goes on. Times of a step are of forward,
 backward and update; on a GPU they are taken by events, and masque's step is recorded, as in training.
 
@@ -185,9 +185,11 @@ class TorchStep:
             self.model.teacher.bfloat16()
         host = torch.randn(job.batch, 3, job.image_size, job.image_size)
         self.host = None
-        if options.device == "gpu":
+        # Where cutting an image into patches is faster so: not in bf16 on the CPU.
+        if options.device == "gpu" or not self.bf16:
             self.model.to(memory_format=torch.channels_last)
             host = host.to(memory_format=torch.channels_last)
+        if options.device == "gpu":
             self.host = host.pin_memory()
         self.images = host.to(self.device)
         targets = torch.eye(job.classes)[torch.arange(job.batch) % job.classes].to(self.device) if job.method == "maskedkd" else None
@@ -363,7 +365,7 @@ def masque_step(program, job, options):
     for key, value in {**job.asked, **job.implied}.items():
         require(row, key, value)
     parts = row["parts"] and {part: positive(row["parts"], part) for part in row["parts"]}
-    more = {key: row.get(key) for key in ("gflop_per_step", "gflop_per_s", "pool_bytes", "parameters", "loss")}
+    more = {key: row.get(key) for key in ("gflop_per_step", "gflop_per_s", "pool_bytes", "parameters", "teacher_parameters", "loss")}
     return {"ms": positive(row, "ms_per_step"), "parts": parts, **more}
 
 
@@ -455,6 +457,7 @@ def step_rows(program, jobs, options):
             said = []
             if program:
                 ours.append(masque_step(program, job, options))
+                same_sizes(ours[-1], next(iter(steps.values())).model)
                 said.append(f"masque {ours[-1]['ms']:.1f} ms")
             for name, step in steps.items():
                 theirs[name].append(step.turn(options))
@@ -466,6 +469,16 @@ def step_rows(program, jobs, options):
         if options.device == "gpu":
             torch.cuda.empty_cache()
     return rows
+
+
+def same_sizes(ours, model):
+    """Both sides must train, and be taught by, networks of the same size."""
+    numbers = {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    if hasattr(model, "teacher"):
+        numbers["teacher_parameters"] = sum(p.numel() for p in model.teacher.parameters())
+    for key, wanted in numbers.items():
+        if ours[key] != wanted:
+            raise Failure(f"masque's step has {ours[key]} {key.replace('_', ' ')} and PyTorch's {wanted}: they are not the same model.")
 
 
 def step_row(job, ours, theirs, compile_s):
@@ -535,7 +548,23 @@ def self_check(methods):
         raise Failure(str(wrong))
 
 
+def load():
+    """Processes that want a core, of late; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def warn_of_others(options):
+    """PyTorch's threads spin while they wait for each other, and lose several times as much as masque's to a busy machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if options.device == "cpu" and (load() or 0) > cores / 2:
+        tell(
+            f"warning: a load of {load():.1f} on {cores} cores: others work here too, which slows PyTorch most, and the ratios say little; "
+            "wait, or set OMP_WAIT_POLICY=passive"
+        )
+
+
 def measure(options):
+    warn_of_others(options)
     program = None if options.torch_only else find_masque()
     rows = []
     if options.what != "ops":
@@ -569,7 +598,8 @@ def ratio_text(ratio, rounds):
 def print_steps(rows, options):
     where = f"GPU {torch.cuda.get_device_name(0)}" if options.device == "gpu" else f"CPU, {options.threads} threads"
     print(f"A training step, {where}, {options.precision}, {options.rounds} rounds of {options.steps} steps, torch {torch.__version__}")
-    print("ratio = torch's time / masque's: above 1 masque is faster; range over the rounds")
+    if not options.torch_only:
+        print("ratio = torch's time / masque's: above 1 masque is faster; range over the rounds")
     for row in rows:
         print(f"\n{row['label']}  ({case_text({key: value for key, value in row['case'].items() if key in SHOWN})})")
         if "masque_ms" in row:
@@ -661,6 +691,7 @@ def machine(options):
         "torch": torch.__version__,
         "masque": None if options.torch_only else first_line([find_masque(), "--version"]),
         "commit": first_line(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]),
+        "load_before": options.load,
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -790,6 +821,7 @@ def parse():
     op("--runs", type=count, help="given to `masque measure ops --rounds` each turn (10)")
     options = parser.parse_args()
     check(options)
+    options.load = load()
     options.modes = {"both": ["eager", "compile"]}.get(options.mode, [options.mode or "eager"])
     options.model = [(name, batch or options.batch or 4) for name, batch in options.model or [(None, None)]]
     options.steps, options.warmup, options.runs = options.steps or 3, options.warmup or 1, options.runs or 10

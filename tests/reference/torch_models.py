@@ -357,14 +357,14 @@ class Tinymim(Taught, Vit):
 
         def teach(x):
             qkv = teacher.blocks[self.until].qkv(teacher.run(teacher.embed(x, ids), self.until))
-            theirs = [r.softmax(dim=-1) for r in relations(qkv, heads, images.dtype)]
-            return theirs, sum(torch.special.entr(r).sum() for r in theirs)
+            logs = [r.log_softmax(dim=-1).flatten() for r in relations(qkv, heads, images.dtype)]
+            theirs = [log.exp() for log in logs]
+            return theirs, sum(torch.dot(r, log) for r, log in zip(theirs, logs))
 
-        theirs, entropy = self.ask(draw.for_teacher(images), teach)
+        theirs, constant = self.ask(draw.for_teacher(images), teach)
         own = relations(last.qkv(self.run(self.embed(images, ids), len(self.blocks) - 1)), heads, images.dtype)
         rows = own[0].shape[0] * own[0].shape[1] * own[0].shape[2]
-        cross = sum((t * r.log_softmax(dim=-1)).sum() for t, r in zip(theirs, own))
-        return -(entropy + cross) / rows
+        return (constant - sum(torch.dot(t, r.log_softmax(dim=-1).flatten()) for t, r in zip(theirs, own))) / rows
 
 
 # ---- what is asked for ----
