@@ -6,7 +6,8 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-const TINY: &str = "pretrain mae --train-images 24 --val-images 8 --batch-size 4 --epochs 2 --warmup-epochs 0 --num-workers 0 --eval-freq 1 --threads 2";
+const TINY: &str =
+    "pretrain mae --train-images 24 --val-images 8 --batch-size 4 --epochs 2 --warmup-epochs 0 --num-workers 0 --eval-freq 1 --threads 2";
 
 /// A folder that goes with the test.
 struct Folder(PathBuf);
@@ -118,7 +119,9 @@ fn a_step_on_the_cpu_is_told_by_its_phases_and_ops() {
 
     let steps: Vec<&Span> = named(&spans, PHASES, "step").collect();
     assert_eq!(steps.iter().map(|step| step.args["what"].as_str().unwrap()).collect::<Vec<_>>(), ["update 4", "update 5", "update 6"]);
-    for name in ["data", "feed", "forward", "mask", "encoder", "decoder", "loss", "backward", "read", "update", "clip", "optimizer", "average"] {
+    for name in
+        ["data", "feed", "forward", "mask", "encoder", "decoder", "loss", "backward", "read", "update", "clip", "optimizer", "average"]
+    {
         assert!(named(&spans, PHASES, name).count() >= 3, "{name}");
     }
     let whole = time(steps.iter().copied());
@@ -132,7 +135,11 @@ fn a_step_on_the_cpu_is_told_by_its_phases_and_ops() {
 
     let linear = named(&spans, FORWARD, "linear").next().unwrap();
     let sizes = linear.args["sizes"].as_str().unwrap();
-    assert!(sizes.starts_with("f32 [4, ") && sizes.contains(" -> f32 [4, ") && linear.args["flops"].as_f64() > Some(0.0), "{}", linear.args);
+    assert!(
+        sizes.starts_with("f32 [4, ") && sizes.contains(" -> f32 [4, ") && linear.args["flops"].as_f64() > Some(0.0),
+        "{}",
+        linear.args
+    );
     assert!(spans.iter().filter(|span| span.track == BACKWARD).all(|span| span.args["sizes"].as_str().unwrap().contains(" -> ")));
     // It is no setting of the run.
     assert!(!std::fs::read_to_string(folder.0.join("run/command.txt")).unwrap().contains("profile"));
@@ -158,7 +165,11 @@ fn a_run_that_is_stopped_leaves_no_piece_of_a_profile_and_another_may_take_one()
     assert!(output.status.success() && text(&output).contains("profile: 6 updates"), "{}", text(&output));
     std::fs::remove_file(folder.0.join("p.json")).unwrap();
 
-    let mut child = profiled(TINY, &folder).args(["--epochs", "400", "--resume", "auto", "--profile-updates", "100"]).stdout(Stdio::null()).spawn().unwrap();
+    let mut child = profiled(TINY, &folder)
+        .args(["--epochs", "400", "--resume", "auto", "--profile-updates", "100"])
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
     let begun = || std::fs::read_to_string(folder.0.join("run/log.jsonl")).is_ok_and(|log| log.lines().count() >= 2);
     let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
     while !begun() {

@@ -218,7 +218,9 @@ unsafe fn pack_panel(to: &mut [u32], b: View<f32>, columns: Range<usize>, steps:
         for pair in 0..steps.len().div_ceil(2) {
             if b.column == 1 {
                 // SAFETY: the panel has room for the line, and the factor has the numbers that are asked for.
-                unsafe { side_by_side(to.as_mut_ptr().add(pair * WIDTH + half * LANES), b, left, count, steps.start + 2 * pair, steps.end) };
+                unsafe {
+                    side_by_side(to.as_mut_ptr().add(pair * WIDTH + half * LANES), b, left, count, steps.start + 2 * pair, steps.end)
+                };
             } else if pair % LANES == 0 {
                 let lines = LANES.min(steps.len().div_ceil(2) - pair);
                 let target = &mut to[pair * WIDTH + half * LANES..];
@@ -340,9 +342,18 @@ mod tests {
         }
         let draw = |name: &str, n: usize| Rng::new(3).normal(name, n);
         let rounded = |x: &f32| bf16::from_f32(*x).to_f64();
-        for (m, n, k) in
-            [(1, 1, 1), (5, 3, 2), (8, 48, 7), (9, 49, 33), (14, 32, 32), (17, 100, 400), (70, 65, 800), (3, 200, 1), (2, 2, 0), (450, 96, 1601)]
-        {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (5, 3, 2),
+            (8, 48, 7),
+            (9, 49, 33),
+            (14, 32, 32),
+            (17, 100, 400),
+            (70, 65, 800),
+            (3, 200, 1),
+            (2, 2, 0),
+            (450, 96, 1601),
+        ] {
             let (a, b, before, bias) = (draw("a", m * k), draw("b", k * n), draw("c", m * n), draw("bias", n));
             for (turn_a, turn_b) in [(false, false), (false, true), (true, false), (true, true)] {
                 let left = if turn_a { View::rows(&a, m).transposed() } else { View::rows(&a, k) };

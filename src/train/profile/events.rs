@@ -66,7 +66,9 @@ pub fn write(out: &mut impl Write, events: &[Event], device: &str, facts: Map<St
         named("thread_name", 1, 2, "ops, forward"),
         named("thread_name", 1, 3, "ops, backward"),
     ];
-    lines.extend([1, 2, 3].map(|tid| json!({ "ph": "M", "pid": 1, "tid": tid, "name": "thread_sort_index", "args": { "sort_index": tid } })));
+    lines.extend(
+        [1, 2, 3].map(|tid| json!({ "ph": "M", "pid": 1, "tid": tid, "name": "thread_sort_index", "args": { "sort_index": tid } })),
+    );
     if events.iter().any(|event| event.kind == Kind::Kernel) {
         lines.extend([named("process_name", 2, 0, device), named("thread_name", 2, 1, "kernels")]);
     }

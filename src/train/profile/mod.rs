@@ -124,7 +124,9 @@ impl Profile {
     pub fn unwritten(&self) -> String {
         match self.updates {
             0 => format!("no update is left to make a profile of: {} was not written", self.path.display()),
-            updates => format!("the run stopped before the {updates} updates of its profile were over: {} was not written", self.path.display()),
+            updates => {
+                format!("the run stopped before the {updates} updates of its profile were over: {} was not written", self.path.display())
+            }
         }
     }
 
@@ -174,7 +176,8 @@ impl Profile {
         ];
         let mut all: Map<String, Value> = facts.into_iter().map(|(name, value)| (name.to_string(), value)).collect();
         all.append(&mut self.facts);
-        formats::write_atomically(&self.path, |out| events::write(out, &events, &device, all)).with_context(|| "the profile".to_string())?;
+        formats::write_atomically(&self.path, |out| events::write(out, &events, &device, all))
+            .with_context(|| "the profile".to_string())?;
         Ok(summary::text(&events, &self.path, self.gpu.is_some(), notes))
     }
 }
