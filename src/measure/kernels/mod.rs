@@ -7,12 +7,15 @@
 //! | [`tokens`], [`once`], [`updates`] | the ops by kept tokens, the others, and what follows the gradients |
 //! | [`time`] | the comparison with the CPU, and the clock |
 //! | [`row`] | the ceilings, and a line of the table |
+//! | [`report`], [`roofline`] | the files: rows, the page, its drawings |
 //!
 //! The floor of a row is the larger of bytes / copy rate and operations / product rate, both measured in the same run. Operations are counted where
 //! products and attentions make them; exponentials and the like are not, so a row may be limited by something that is no column here.
 
 pub mod bench;
 pub mod once;
+pub mod report;
+pub mod roofline;
 pub mod row;
 pub mod time;
 pub mod tokens;
@@ -24,6 +27,7 @@ use crate::tensor::{Device, Dtype};
 use bench::Bench;
 use row::{Ceilings, Row};
 use serde_json::{Map, Value, json};
+use std::path::PathBuf;
 use time::{Outcome, Pass, Rounds};
 use tokens::Sizes;
 use updates::{Model, Rule};
@@ -49,9 +53,12 @@ pub struct KernelsArgs {
     /// f32 or bf16 [default: bf16 on a GPU, else f32]
     #[arg(long, value_parser = dtype)]
     pub precision: Option<Dtype>,
-    /// Rounds that count [default: 20 after 3 that do not; 3 on the emulated device]
+    /// Rounds that count [default: 20 after 3 that do not on a GPU, 10 after 2 on the CPU, 3 on the emulated device]
     #[arg(long)]
     pub rounds: Option<usize>,
+    /// Where kernels.csv, kernels.json and kernels.html are written [default: nowhere]
+    #[arg(long, value_name = "DIR")]
+    pub output_dir: Option<PathBuf>,
     /// One JSON object a line instead of text
     #[arg(long)]
     pub json: bool,
@@ -87,7 +94,7 @@ impl Plan {
         let usage = |ok: bool, message: String| if ok { Ok(()) } else { Err(Error::usage(message)) };
         let (images, precision, rounds, before) = match args.device {
             Named::Gpu(_) => (256, Dtype::Bf16, 20, 3),
-            Named::Cpu => (8, Dtype::F32, 20, 3),
+            Named::Cpu => (8, Dtype::F32, 10, 2),
             Named::Emulated => (1, Dtype::F32, 3, 0),
         };
         let (images, precision) = (args.batch.unwrap_or(images), args.precision.unwrap_or(precision));
@@ -114,6 +121,26 @@ impl Plan {
         let mut all: Vec<Bench> = by_tokens.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
         all.extend(once::of_a_model(&Sizes::of(model, 100, images, self.precision)?)?);
         Ok(all)
+    }
+
+    /// How the numbers are to be read.
+    fn remarks(&self) -> Vec<String> {
+        let checked = match self.named {
+            Named::Cpu => {
+                "CPU rows: the CPU's code is the definition, so nothing is compared; its caches are not wiped, so a row may be above 100 %"
+                    .to_string()
+            }
+            _ => format!(
+                "each result is first compared with the CPU's in f64: it may be off by {:e} of its largest value",
+                time::tolerance(self.precision)
+            ),
+        };
+        let emulated = "EMULATED: the CPU runs the kernels one thread after the other; these times say nothing about a GPU";
+        let ceiling = "of ceiling: the least time that the row's bytes or operations allow, over its time; *: the version that runs unless asked otherwise";
+        [Some(checked), (self.named == Named::Emulated).then(|| emulated.to_string()), Some(ceiling.to_string())]
+            .into_iter()
+            .flatten()
+            .collect()
     }
 
     /// Refuses what the machine's own memory cannot hold; a GPU says so itself.
@@ -153,11 +180,14 @@ pub fn run(args: &KernelsArgs, print: &mut dyn FnMut(&str)) -> Result<()> {
         return Err(Error::usage(format!("--only {name}: there is no such op; there are {}", names.join(", "))));
     }
     let wanted = |op: &str| args.only.is_empty() || args.only.iter().any(|name| name == op);
-    let models: Vec<Option<&str>> = plan.models.iter().copied().map(Some).chain([None]).collect();
+    let models: Vec<Option<&'static str>> = plan.models.iter().copied().map(Some).chain([None]).collect();
     for model in &models {
         plan.benches(*model, &args.tokens, plan.images)?.iter().filter(|bench| wanted(bench.op)).try_for_each(|bench| plan.room(bench))?;
     }
     let device = plan.named.open()?;
+    if let Some(folder) = &args.output_dir {
+        report::make(folder)?;
+    }
     let name = match device.gpu().map(|gpu| gpu.as_real()) {
         None => format!("the CPU with {} threads", parallel::threads()),
         Some(None) => "the emulated device".to_string(),
@@ -165,7 +195,7 @@ pub fn run(args: &KernelsArgs, print: &mut dyn FnMut(&str)) -> Result<()> {
     };
     let ceilings = Ceilings::measure(&device, plan.named, plan.precision, plan.rounds)?;
     drop(device);
-    let mut table = Table { plan: &plan, ceilings, json: args.json, print, section: String::new() };
+    let mut table = Table { plan: &plan, ceilings, json: args.json, print, rows: Vec::new(), notes: Vec::new() };
     table.head(&name);
     for model in models {
         // Memory goes back to the system only with the device.
@@ -183,6 +213,12 @@ pub fn run(args: &KernelsArgs, print: &mut dyn FnMut(&str)) -> Result<()> {
             table.refused(&real.without_cublas());
         }
     }
+    let Some(folder) = &args.output_dir else { return Ok(()) };
+    let report = report::Report { plan: &plan, device: &name, ceilings, rows: &table.rows, notes: &table.notes };
+    let written = report.write(folder)?;
+    if !args.json {
+        table.say(&format!("\nwritten: {written}"));
+    }
     Ok(())
 }
 
@@ -191,8 +227,9 @@ struct Table<'a> {
     ceilings: Ceilings,
     json: bool,
     print: &'a mut dyn FnMut(&str),
-    /// The model whose rows are being printed.
-    section: String,
+    rows: Vec<Row>,
+    /// What is to be said of all of it.
+    notes: Vec<String>,
 }
 
 impl Table<'_> {
@@ -210,46 +247,32 @@ impl Table<'_> {
             });
             return self.say(&head.to_string());
         }
-        let checked = match named {
-            Named::Cpu => {
-                "CPU rows: the CPU's code is the definition, so nothing is compared; its caches are not wiped, so a row may be above 100 %"
-                    .to_string()
-            }
-            _ => format!(
-                "each result is first compared with the CPU's in f64: it may be off by {:e} of its largest value",
-                time::tolerance(precision)
-            ),
-        };
         self.say(&format!("{named}: {name}, {precision}, {images} images; median of {} rounds after {}", rounds.counted, rounds.before));
         self.say(&format!(
             "ceilings, measured now: copy {:.1} GB/s, product of {side} x {side} x {side} {:.3} TFLOP/s",
             copy / 1e9,
             product / 1e12
         ));
-        self.say(&checked);
-        if named == Named::Emulated {
-            self.say("EMULATED: the CPU runs the kernels one thread after the other; these times say nothing about a GPU");
-        }
-        self.say("of ceiling: the least time that the row's bytes or operations allow, over its time; *: the version that runs unless asked otherwise");
+        self.plan.remarks().iter().for_each(|remark| self.say(remark));
         self.say(&format!("\n{}", row::heading()));
     }
 
-    fn row(&mut self, row: &Row) {
-        if !self.json && row.model != self.section {
-            self.section = row.model.to_string();
+    fn row(&mut self, row: Row) {
+        if !self.json && self.rows.last().is_none_or(|last| last.model != row.model) {
             self.say(&format!("\n{}", row.model));
         }
         let line = if self.json { row.json(&self.ceilings).to_string() } else { row.text(&self.ceilings) };
         self.say(&line);
+        self.rows.push(row);
     }
 
     /// All versions and passes of an op. `single` is the same on one image.
-    fn bench(&mut self, model: Option<&str>, bench: &Bench, single: &Bench, device: &Device) -> Result<()> {
+    fn bench(&mut self, model: Option<&'static str>, bench: &Bench, single: &Bench, device: &Device) -> Result<()> {
         let Plan { precision, rounds, named, .. } = *self.plan;
         let row = |pass: Pass, times, version: Option<&'static str>, chosen, first| Row {
             model: model.unwrap_or(PARTS),
             op: bench.op,
-            case: &bench.case,
+            case: bench.case.clone(),
             pass,
             precision,
             device: named,
@@ -262,7 +285,7 @@ impl Table<'_> {
         let inputs = bench.tensors(device, precision, precision)?;
         let Some(gpu) = device.gpu() else {
             for (pass, times) in time::on_cpu(bench, &inputs, rounds)? {
-                self.row(&row(pass, times, None, false, None));
+                self.row(row(pass, times, None, false, None));
             }
             return Ok(());
         };
@@ -270,7 +293,7 @@ impl Table<'_> {
         let Some((versions, these)) = &bench.versions else {
             time::check(single, None, device, precision, &exact)?;
             for (pass, times) in time::on_gpu(gpu, bench, None, &inputs, rounds, &exact, precision)? {
-                self.row(&row(pass, times, None, false, None));
+                self.row(row(pass, times, None, false, None));
             }
             return Ok(());
         };
@@ -284,13 +307,13 @@ impl Table<'_> {
                     first.push((pass, times.median));
                 }
                 let first = first.iter().find(|(other, _)| *other == pass).map(|(_, first)| *first);
-                self.row(&row(pass, times, Some(version), version == runs, first));
+                self.row(row(pass, times, Some(version), version == runs, first));
             }
         }
         gpu.choose(versions, versions.chosen)
     }
 
-    fn updates(&mut self, name: &str, rules: &[Rule], device: &Device) -> Result<()> {
+    fn updates(&mut self, name: &'static str, rules: &[Rule], device: &Device) -> Result<()> {
         let Plan { precision, rounds, named, .. } = *self.plan;
         let mut model = Model::vit(name, device, precision)?;
         let count = model.params.count_trained();
@@ -302,10 +325,10 @@ impl Table<'_> {
             let times = time::update(rule, &mut model, rounds).with_context(|| format!("measuring {}", rule.name()))?;
             let work = bench::Work::default().and_bytes(rule.bytes(precision) * count);
             let (pass, op) = (Pass::Update, rule.name());
-            self.row(&Row {
+            self.row(Row {
                 model: name,
                 op,
-                case: &case,
+                case: case.clone(),
                 pass,
                 precision,
                 device: named,
@@ -321,8 +344,13 @@ impl Table<'_> {
 
     /// Products that ran on the slow kernel.
     fn refused(&mut self, products: &[String]) {
-        if !products.is_empty() && !self.json {
-            self.say(&format!("cuBLASLt did not take these products, and a slow kernel did: {}", products.join("; ")));
+        if products.is_empty() {
+            return;
         }
+        let text = format!("cuBLASLt did not take these products, and a slow kernel did: {}", products.join("; "));
+        if !self.json {
+            self.say(&text);
+        }
+        self.notes.push(text);
     }
 }

@@ -66,14 +66,14 @@ fn multiplying(device: &Device, side: usize, precision: Dtype, rounds: Rounds) -
 }
 
 /// One op, version and pass.
-pub struct Row<'a> {
-    pub model: &'a str,
-    pub op: &'a str,
-    pub case: &'a Map<String, Value>,
+pub struct Row {
+    pub model: &'static str,
+    pub op: &'static str,
+    pub case: Map<String, Value>,
     pub pass: Pass,
     pub precision: Dtype,
     pub device: Named,
-    pub version: Option<&'a str>,
+    pub version: Option<&'static str>,
     /// Whether it is the version that runs unless another is asked for.
     pub chosen: bool,
     pub times: Times,
@@ -89,17 +89,17 @@ pub fn heading() -> String {
     )
 }
 
-impl Row<'_> {
-    fn seconds(&self) -> f64 {
+impl Row {
+    pub fn seconds(&self) -> f64 {
         self.times.median / 1e3
     }
 
-    fn bytes(&self) -> f64 {
+    pub fn bytes(&self) -> f64 {
         self.work.bytes(self.precision) as f64
     }
 
     /// What limits an ideal kernel, and how near to it this one comes.
-    fn ceiling(&self, ceilings: &Ceilings) -> (&'static str, f64) {
+    pub fn ceiling(&self, ceilings: &Ceilings) -> (&'static str, f64) {
         let (bytes, flops) = (self.bytes() / ceilings.copy, self.work.flops as f64 / ceilings.product);
         let (limit, floor) = if flops > bytes { ("flops", flops) } else { ("bytes", bytes) };
         (limit, 100.0 * floor / self.seconds())
@@ -117,22 +117,44 @@ impl Row<'_> {
         })
     }
 
-    pub fn text(&self, ceilings: &Ceilings) -> String {
-        let (limit, percent) = self.ceiling(ceilings);
+    /// Operations a second where those are the limit, else bytes.
+    pub fn rate(&self, ceilings: &Ceilings) -> String {
         let flops = self.work.flops as f64 / self.seconds();
-        let rate = match limit {
+        match self.ceiling(ceilings).0 {
             "flops" if flops < 1e12 => format!("{:.0} GFLOP/s", flops / 1e9),
             "flops" => format!("{:.1} TFLOP/s", flops / 1e12),
             _ => format!("{:.0} GB/s", self.bytes() / self.seconds() / 1e9),
-        };
+        }
+    }
+
+    /// The sizes in words.
+    pub fn shape(&self) -> String {
         let size = |(name, value): (&String, &Value)| match value {
             Value::String(what) => what.clone(),
             size => format!("{name} {size}"),
         };
-        let shape = self.case.iter().map(size).collect::<Vec<_>>().join(" ");
-        let version = self.version.map_or(String::new(), |version| format!("{version}{}", if self.chosen { "*" } else { "" }));
+        self.case.iter().map(size).collect::<Vec<_>>().join(" ")
+    }
+
+    /// With a star if it is the one that runs.
+    pub fn version(&self) -> String {
+        self.version.map_or(String::new(), |version| format!("{version}{}", if self.chosen { "*" } else { "" }))
+    }
+
+    /// How many times as fast as version 1.
+    pub fn vs_first(&self) -> String {
+        self.first.map_or(String::new(), |first| format!("{:.2}", first / self.times.median))
+    }
+
+    /// Whether it is what a step does: the only version, or the one that is chosen.
+    pub fn is_run(&self) -> bool {
+        self.version.is_none() || self.chosen
+    }
+
+    pub fn text(&self, ceilings: &Ceilings) -> String {
+        let (limit, percent) = self.ceiling(ceilings);
+        let (shape, version, rate, first) = (self.shape(), self.version(), self.rate(ceilings), self.vs_first());
         let spread = format!("({:.1} to {:.1})", 1e3 * self.times.min, 1e3 * self.times.max);
-        let first = self.first.map_or(String::new(), |first| format!("{:.2}", first / self.times.median));
         let ceiling = format!("{percent:.0} % {limit}");
         format!(
             "{:<25} {shape:<44} {:<13} {:<5} {version:<7} {:>10.1} {spread:>24} {rate:>18} {ceiling:>12} {first:>7}",
