@@ -1,4 +1,5 @@
-//! Less memory than a step needs, so that what cannot fit is a sentence and no end by the system.
+//! Whether a step can be taken: what is looked at belongs to the networks, and it needs no more memory than there is.
+//! The bytes are less than it needs, so that what cannot fit is a sentence and no end by the system:
 //!
 //!   weights      16 bytes each of what is trained (value, gradient, two moments), 4 each of a teacher's
 //!   activations  images, and for each token of a block what its backward wants: 8 widths and 2 of the MLP's; a teacher's are not kept
@@ -56,22 +57,51 @@ impl SubjectArgs {
         }
     }
 
+    /// Patches that the student sees of a view, where the point can be meant of these networks.
+    fn seen(&self, vit: &VitConfig, teacher: Option<&VitConfig>, point: &Point) -> Result<usize> {
+        let usage = |text: String| Err(Error::usage(text));
+        let patches = vit.patches();
+        if let (Some(teacher), Ok(Some(name))) = (teacher, self.teacher()) {
+            if teacher.grid() != vit.grid() {
+                return usage(format!(
+                    "--teacher {name} cuts an image into {:?} patches, --model {} into {:?}; both have to share the grid",
+                    teacher.grid(),
+                    self.model(),
+                    vit.grid()
+                ));
+            }
+            if let Some(block) = point.teacher_block.filter(|block| !(1..=teacher.depth).contains(block)) {
+                return usage(format!("--teacher-block {block}: {name} has blocks 1 to {}", teacher.depth));
+            }
+        }
+        if let Some(keep) = point.keep.filter(|keep| !(1..=patches).contains(keep)) {
+            return usage(format!("--keep {keep}: the image has {patches} patches, of which 1 to {patches} can be seen"));
+        }
+        if let Some(views) = point.views.filter(|&views| views < 2) {
+            return usage(format!("--views {views}: views are disjoint from each other, so there are at least 2; --method mae has one"));
+        }
+        let hidden = match self.method {
+            System::MaskedKd => return Ok(patches),
+            System::TinyMim => point.mask_ratio.unwrap_or(0.0),
+            _ => point.mask_ratio.unwrap_or(0.75),
+        };
+        if self.method == System::TinyMim && hidden == 0.0 {
+            return Ok(patches);
+        }
+        match masking::len_keep(patches, hidden) {
+            Err(_) => usage(format!("--mask-ratio {hidden} is not a part from 0 to 1")),
+            Ok(seen) if seen == 0 || seen == patches => {
+                usage(format!("--mask-ratio {hidden} keeps {seen} of {patches} patches; at least one has to be kept and one hidden"))
+            }
+            seen => seen,
+        }
+    }
+
     /// Bytes that a step takes at least.
     pub fn least_bytes(&self, point: &Point) -> Result<u128> {
         let (vit, teacher) = (self.student()?, self.taught_by()?);
         let patches = vit.patches();
-        let hidden = match self.method {
-            System::MaskedKd => 0.0,
-            System::TinyMim => point.mask_ratio.unwrap_or(0.0),
-            _ => point.mask_ratio.unwrap_or(0.75),
-        };
-        let seen = masking::len_keep(patches, hidden).map_err(|error| Error::usage(format!("--mask-ratio: {}", error.chain())))?;
-        let all = self.method == System::MaskedKd || (self.method == System::TinyMim && hidden == 0.0);
-        if !all && (seen == 0 || seen == patches) {
-            return Err(Error::usage(format!(
-                "--mask-ratio {hidden} keeps {seen} of {patches} patches; at least one has to be kept and one hidden"
-            )));
-        }
+        let seen = self.seen(&vit, teacher.as_ref(), point)?;
         let views = if self.method == System::Dmjd { point.views.unwrap_or(2) } else { 1 };
         let rows = product(&[self.batch, views]);
         let seen = if self.method == System::Dmjd && !self.decodes() { patches } else { seen };
@@ -94,7 +124,7 @@ impl SubjectArgs {
         Ok([images, teaching, numbers].into_iter().fold(bytes, u128::saturating_add))
     }
 
-    /// Refuses what the machine has no memory for.
+    /// Refuses a point that the networks do not have, and what the machine has no memory for.
     pub fn fits(&self, point: &Point) -> Result<()> {
         let (bytes, there) = (self.least_bytes(point)?, u128::from(memory::of_the_machine()));
         if bytes <= there {

@@ -90,9 +90,7 @@ fn check(args: &StepArgs) -> Result<()> {
     if s.classes != 1000 && s.method != System::MaskedKd && !args.all {
         return Err(Error::usage(format!("--classes {} is for --method maskedkd, not {}; leave it out", s.classes, s.method.name())));
     }
-    if s.batch == 0 {
-        return Err(Error::usage("--batch 0: at least one image is needed"));
-    }
+    s.check(&args.point)?;
     s.fits(&args.point)
 }
 

@@ -167,7 +167,7 @@ impl SubjectArgs {
     }
 
     /// Refuses what a point says of another system.
-    fn check(&self, point: &Point) -> Result<()> {
+    pub fn check(&self, point: &Point) -> Result<()> {
         let (of, method) = (|systems: &[System]| systems.contains(&self.method), self.method.name());
         let unread = [
             ("--mask-ratio", "mae, dmae, dmjd or tinymim", point.mask_ratio.is_some() && of(&[System::MaskedKd])),
