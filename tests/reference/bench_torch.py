@@ -19,7 +19,7 @@ The program is $MASQUE, else `masque` on PATH, else target/release/masque of thi
 
 Steps. The models are plain statements of the papers with torch alone (torch_models.py). Before any is timed, loss and gradients must be those
 of recorded cases in float64 (torch_check.py). PyTorch's side has what makes it fast: scaled_dot_product_attention, fused AdamW, autocast where
-bf16 is asked for and a teacher whose weights are bf16 then, teachers without gradients that stop at the block that is asked, patches chosen
+bf16 is asked for and a teacher that is bf16 throughout then (--teacher-cast), teachers without gradients that stop at the block that is asked, patches chosen
 before the blocks, channels-last patches where they are faster, images copied from pinned memory to a GPU, and nothing in a step waits for it. --mode compile is
 torch.compile of everything up to the loss; where there is no compiler a sentence says so and eager goes on. Times of a step are of forward,
 backward and update; on a GPU they are taken by events, and masque's step is recorded, as in training.
@@ -49,8 +49,6 @@ from types import SimpleNamespace
 
 try:
     import torch
-    import torch.nn.functional as F
-    from torch import nn
 except ImportError:
     print(
         "bench_torch.py: PyTorch is not installed for this Python; install it, or time masque alone with `masque measure step`.",
@@ -60,6 +58,7 @@ except ImportError:
 
 import torch_check
 from torch_models import ATTENTION, METHODS, SIZES, USUAL, Draw, make
+from torch_ops import ADAMW, OPS, fallback_cases, median_ms, op_works
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,97 +67,9 @@ class Failure(Exception):
     """Something a user has to put right; printed as one sentence, exit code 2."""
 
 
-ADAMW = {"default": {}, "fused": {"fused": True}}
-
-
 def chosen(option, variants):
     """The variants that an option stands for: one, or all of them for `best`."""
     return list(variants) if option == "best" else [option]
-
-
-# ---- single ops in torch ----
-
-
-def median_ms(work, runs):
-    """Median time of work() in milliseconds, after at least two and at least 50 ms of warm-up runs."""
-    begin, warm = time.perf_counter(), 0
-    while warm < 2 or time.perf_counter() - begin < 0.05:
-        work()
-        warm += 1
-    times = []
-    for _ in range(runs):
-        begin = time.perf_counter()
-        work()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times)
-
-
-def there_and_back(function, inputs, like):
-    """Work that runs function(*inputs) and its backward from a fixed output gradient."""
-    for x in inputs:
-        x.requires_grad_()
-    dy = torch.randn(like)
-
-    def work():
-        for x in inputs:
-            x.grad = None
-        function(*inputs).backward(dy)
-
-    return work
-
-
-def matmul_work(op, m, n, k):
-    """The product alone: it writes into memory that is already there."""
-    x, w, dy = torch.randn(m, k), torch.randn(n, k), torch.randn(m, n)
-    left, right = {"matmul_forward": (x, w.t()), "matmul_input": (dy, w), "matmul_weight": (dy.t(), x)}[op]
-    out = torch.empty(left.shape[0], right.shape[1])
-    return lambda: torch.mm(left, right, out=out)
-
-
-def layernorm_work(rows, c):
-    inputs = torch.randn(rows, c), torch.ones(c), torch.zeros(c)
-    return there_and_back(lambda x, w, b: F.layer_norm(x, (c,), w, b, eps=1e-6), inputs, (rows, c))
-
-
-def gelu_work(rows, c):
-    return there_and_back(F.gelu, [torch.randn(rows, c)], (rows, c))
-
-
-def softmax_work(rows, c):
-    return there_and_back(lambda x: torch.softmax(x, dim=-1), [torch.randn(rows, c)], (rows, c))
-
-
-def attention_work(variant, b, n, heads, d):
-    qkv = torch.randn(b, n, 3 * heads * d)
-    return there_and_back(lambda x: ATTENTION[variant](x, heads), [qkv], (b, n, heads * d))
-
-
-def adamw_work(variant, numel):
-    param = nn.Parameter(torch.randn(numel))
-    param.grad = torch.randn(numel)
-    return torch.optim.AdamW([param], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, **ADAMW[variant]).step
-
-
-def op_works(op, case):
-    """The PyTorch variants of one row: name of the variant -> work."""
-    if op.startswith("matmul_"):
-        return {"mm": matmul_work(op, **case)}
-    if op == "attention":
-        return {variant: attention_work(variant, **case) for variant in ATTENTION}
-    if op == "adamw":
-        return {variant: adamw_work(variant, **case) for variant in ADAMW}
-    return {"eager": {"layernorm": layernorm_work, "gelu": gelu_work, "softmax": softmax_work}[op](**case)}
-
-
-def torch_op(op, case, runs, options):
-    """Measures every variant; `ms` is the one the options ask for."""
-    try:
-        works = op_works(op, case)
-    except TypeError:
-        raise Failure(f"masque's case {json.dumps(case)} of {op} does not have the sizes that op is measured with.")
-    variants = {name: median_ms(work, runs) for name, work in works.items()}
-    counted = chosen({"attention": options.attention or "eager", "adamw": options.adamw or "default"}.get(op, "best"), variants)
-    return {"ms": min(variants[name] for name in counted), "variants": variants}
 
 
 # ---- a training step in torch ----
@@ -178,18 +89,18 @@ class TorchStep:
 
     def __init__(self, job, options, compiled, attention, adamw):
         torch.manual_seed(0)
-        self.device, self.bf16 = torch.device("cuda" if options.device == "gpu" else "cpu"), options.precision == "bf16"
+        self.device, self.bf16 = torch.device(options.device.replace("gpu", "cuda")), options.precision == "bf16"
         self.model = make(job.method, job, ATTENTION[attention]).to(self.device)
         self.teaches = hasattr(self.model, "teacher")
-        if self.teaches and self.bf16:
+        if self.teaches and self.bf16 and options.teacher_cast != "autocast":
             self.model.teacher.bfloat16()
         host = torch.randn(job.batch, 3, job.image_size, job.image_size)
         self.host = None
         # Where cutting an image into patches is faster so: not in bf16 on the CPU.
-        if options.device == "gpu" or not self.bf16:
+        if options.device != "cpu" or not self.bf16:
             self.model.to(memory_format=torch.channels_last)
             host = host.to(memory_format=torch.channels_last)
-        if options.device == "gpu":
+        if options.device != "cpu":
             self.host = host.pin_memory()
         self.images = host.to(self.device)
         targets = torch.eye(job.classes)[torch.arange(job.batch) % job.classes].to(self.device) if job.method == "maskedkd" else None
@@ -197,7 +108,7 @@ class TorchStep:
         self.optimiser = torch.optim.AdamW(parameter_groups(self.model), lr=1.5e-4, betas=(0.9, 0.95), **ADAMW[adamw])
         self.forward, self.compiled = self.model, compiled
         if compiled:
-            mode = options.compile_mode or ("reduce-overhead" if options.device == "gpu" else "default")
+            mode = options.compile_mode or ("reduce-overhead" if options.device != "cpu" else "default")
             self.forward = torch.compile(self.model, mode=mode)
 
     def step(self, mark):
@@ -371,9 +282,6 @@ def masque_step(program, job, options):
 
 # ---- what is compared ----
 
-OPS = ("matmul_forward", "matmul_input", "matmul_weight", "layernorm", "gelu", "softmax", "attention", "adamw")
-
-
 def make_job(method, name, batch, options):
     """What both sides are asked for: a flag of masque for each of `asked`, and what its row has to say besides."""
     patches = (options.image_size // options.patch_size) ** 2
@@ -419,22 +327,15 @@ def check_job(job, patches):
         raise Failure(f"--teacher-block {job.teacher_block}: {job.teacher} has blocks 1 to {SIZES[job.teacher][1]}.")
 
 
-def cases(keys, sizes):
-    return [dict(zip(keys.split(), size)) for size in sizes]
-
-
-def fallback_cases(op):
-    """What --torch-only measures; otherwise masque's rows decide."""
-    layers = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (1536, 512), (512, 2048), (576, 192)]
-    if op.startswith("matmul_"):
-        return cases("m n k", [(m, n, k) for m in (400, 1576, 3152) for n, k in layers])
-    return {
-        "layernorm": cases("rows c", [(1576, 512), (400, 768), (3152, 512)]),
-        "gelu": cases("rows c", [(1576, 2048), (400, 3072)]),
-        "softmax": cases("rows c", [(25216, 197)]),
-        "attention": cases("b n heads d", [(8, 50, 12, 64), (8, 197, 16, 32), (16, 50, 3, 64)]),
-        "adamw": cases("numel", [(5_700_000,), (31_200_000,)]),
-    }[op]
+def torch_op(op, case, runs, options):
+    """Measures every variant; `ms` is the one the options ask for."""
+    try:
+        works = op_works(op, case)
+    except TypeError:
+        raise Failure(f"masque's case {json.dumps(case)} of {op} does not have the sizes that op is measured with.")
+    variants = {name: median_ms(work, runs) for name, work in works.items()}
+    counted = chosen({"attention": options.attention or "eager", "adamw": options.adamw or "default"}.get(op, "best"), variants)
+    return {"ms": min(variants[name] for name in counted), "variants": variants}
 
 
 def op_round(program, op, options):
@@ -466,7 +367,7 @@ def step_rows(program, jobs, options):
         rows.append(step_row(job, ours, theirs, compile_s))
         del steps
         gc.collect()
-        if options.device == "gpu":
+        if options.device != "cpu":
             torch.cuda.empty_cache()
     return rows
 
@@ -596,7 +497,7 @@ def ratio_text(ratio, rounds):
 
 
 def print_steps(rows, options):
-    where = f"GPU {torch.cuda.get_device_name(0)}" if options.device == "gpu" else f"CPU, {options.threads} threads"
+    where = f"GPU {torch.cuda.get_device_name()}" if options.device != "cpu" else f"CPU, {options.threads} threads"
     print(f"A training step, {where}, {options.precision}, {options.rounds} rounds of {options.steps} steps, torch {torch.__version__}")
     if not options.torch_only:
         print("ratio = torch's time / masque's: above 1 masque is faster; range over the rounds")
@@ -686,7 +587,7 @@ def machine(options):
         "processor": processor,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.platform(),
-        "gpu": torch.cuda.get_device_name(0) if options.device == "gpu" else None,
+        "gpu": torch.cuda.get_device_name() if options.device != "cpu" else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "masque": None if options.torch_only else first_line([find_masque(), "--version"]),
@@ -697,7 +598,7 @@ def machine(options):
 
 
 def write_json(path, rows, options):
-    keys = ("threads", "rounds", "steps", "warmup", "precision", "device", "attention", "adamw", "compile_mode")
+    keys = ("threads", "rounds", "steps", "warmup", "precision", "device", "attention", "adamw", "compile_mode", "teacher_cast")
     record = {"what": "bench_torch", "arguments": sys.argv[1:], "machine": machine(options), "torch": torch.__version__}
     record.update({key: getattr(options, key) for key in keys}, rows=rows)
     if not options.torch_only:
@@ -725,7 +626,7 @@ READS = {
 # What of a case is shown beside its name.
 SHOWN = ("mask_ratio", "keep", "views", "teacher_block", "decoder_dim", "decoder_depth", "norm_pix")
 # Methods, models and what else only steps have.
-OF_STEPS = ("method", "model", "batch", "mode", "compile_mode", "steps", "warmup", *READS)
+OF_STEPS = ("method", "model", "batch", "mode", "compile_mode", "teacher_cast", "steps", "warmup", *READS)
 
 
 class Parser(argparse.ArgumentParser):
@@ -747,6 +648,13 @@ def fraction(text):
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"`{text}` is not from 0 to below 1")
     return value
+
+
+def device(text):
+    kind, colon, number = text.replace("cuda", "gpu").partition(":")
+    if kind not in ("cpu", "gpu") or (colon and (kind == "cpu" or not number.isdecimal())):
+        raise argparse.ArgumentTypeError(f"there is no device `{text}`; use cpu, gpu or gpu:1")
+    return kind + colon + number
 
 
 def listed_from(what, known, text):
@@ -789,7 +697,7 @@ def parse():
     add("--what", choices=("step", "ops", "all"), default="step")
     add("--threads", type=count, default=cores, help=f"of both sides (one a core: {cores})")
     add("--rounds", type=count, default=2, help="turns that each side takes (2)")
-    add("--device", choices=("cpu", "gpu"), default="cpu")
+    add("--device", type=device, default="cpu", metavar="cpu|gpu|gpu:N")
     add("--precision", choices=("f32", "bf16"), default="f32", help="bf16: masque's, and PyTorch's autocast (f32)")
     add("--json", metavar="FILE", help="write everything here as well")
     add("--min-ratio", type=floors, metavar="R", help="exit 1 when a row is below; also GROUP=R,... with a method, step, or an op")
@@ -804,6 +712,7 @@ def parse():
     step("--batch", type=count, help="of models named without one (4)")
     step("--mode", choices=("eager", "compile", "both"), help="of PyTorch (eager); compiling takes a minute or more a model")
     step("--compile-mode", choices=("default", "reduce-overhead", "max-autotune"), help="of torch.compile (reduce-overhead on a GPU, else default)")
+    step("--teacher-cast", choices=("weights", "autocast"), help="PyTorch's teacher in bf16: all of it (weights), or as the student (weights)")
     step("--steps", type=count, help="timed steps each turn (3)")
     step("--warmup", type=count, help="untimed steps before them (1)")
     step("--image-size", type=count, default=224)
@@ -852,12 +761,16 @@ def check(options):
         for key in ("only", "runs"):
             if getattr(options, key):
                 raise Failure(f"{flag(key)} is for ops; add --what ops, or --what all for steps too.")
-    elif options.device == "gpu" or options.precision == "bf16":
+    elif options.device != "cpu" or options.precision == "bf16":
         raise Failure("ops are compared in f32 on the CPU; take --what step, or bench_kernels.py for kernels of a GPU.")
-    if options.device == "gpu" and not options.self_check and not torch.cuda.is_available():
-        raise Failure("--device gpu: PyTorch sees no GPU (torch.cuda.is_available() is False); leave --device out to compare on the CPU.")
+    if options.device != "cpu" and not options.self_check and not torch.cuda.is_available():
+        raise Failure(f"--device {options.device}: PyTorch sees no GPU (torch.cuda.is_available() is False); leave --device out to compare on the CPU.")
+    if options.device != "cpu" and not options.self_check and int(options.device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise Failure(f"--device {options.device}: PyTorch sees {torch.cuda.device_count()} GPUs, counted from gpu:0.")
     if options.compile_mode and options.mode not in ("compile", "both"):
         raise Failure("--compile-mode is for --mode compile or both; add one of them.")
+    if options.teacher_cast and options.precision != "bf16":
+        raise Failure("--teacher-cast is for --precision bf16; leave it out.")
     if options.min_ratio and options.torch_only:
         raise Failure("--min-ratio needs masque; leave out --torch-only.")
     measured = {group_of(op) for op in options.only or OPS} if options.what != "step" else set()
@@ -872,11 +785,13 @@ def check(options):
 def main():
     options = parse()
     torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True
     if options.self_check:
         print("\n".join(self_check(options.method)))
         return 0
+    if options.device != "cpu":
+        torch.cuda.set_device(int(options.device.partition(":")[2] or 0))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
     rows = measure(options)
     print_tables(rows, options)
     if options.json:

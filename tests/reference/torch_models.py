@@ -8,7 +8,7 @@
 
 Each is a module whose `forward(images, draw)` is the loss of a batch; `draw` hands out random numbers by name, so that a check can give
 recorded ones. Names of parameters are those of the official checkpoints. A teacher is a submodule without gradients; it runs under no_grad,
-in the type of its own weights, and its time is taken where `clock` is a list. Nothing in a loss asks the device for a number.
+and its time is taken where `clock` is a list. Nothing in a loss asks the device for a number.
 """
 
 import time
@@ -180,10 +180,11 @@ class Taught:
     clock = None
 
     def ask(self, images, work):
-        """What `work` makes of the images in the teacher's own type: no gradient, no casts of its weights."""
+        """What `work` makes of the images, without a gradient; in bf16 throughout where the teacher's weights are."""
         begin = None if self.clock is None else time.perf_counter()
         dtype = self.teacher.patch_embed.proj.weight.dtype
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        cast = torch.is_autocast_enabled(images.device.type) and dtype != torch.bfloat16
+        with torch.no_grad(), torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=cast):
             answer = work(images.to(dtype))
         if begin is not None:
             self.clock.append(time.perf_counter() - begin)
