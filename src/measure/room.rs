@@ -5,7 +5,7 @@
 //!   activations  images, and for each token of a block what its backward wants: 8 widths and 2 of the MLP's; a teacher's are not kept
 
 use super::subject::{Point, SubjectArgs, System};
-use crate::device::memory;
+use crate::device::{Dtype, Named, memory};
 use crate::error::{Error, Result};
 use crate::masking;
 use crate::methods::dmjd::BaselineName;
@@ -57,11 +57,12 @@ impl SubjectArgs {
         }
     }
 
-    /// Patches that the student sees of a view, where the point can be meant of these networks.
-    fn seen(&self, vit: &VitConfig, teacher: Option<&VitConfig>, point: &Point) -> Result<usize> {
+    /// Refuses a point that cannot be meant of these networks.
+    pub fn check_point(&self, point: &Point) -> Result<()> {
         let usage = |text: String| Err(Error::usage(text));
+        let (vit, teacher) = (self.student()?, self.taught_by()?);
         let patches = vit.patches();
-        if let (Some(teacher), Ok(Some(name))) = (teacher, self.teacher()) {
+        if let (Some(teacher), Ok(Some(name))) = (&teacher, self.teacher()) {
             if teacher.grid() != vit.grid() {
                 return usage(format!(
                     "--teacher {name} cuts an image into {:?} patches, --model {} into {:?}; both have to share the grid",
@@ -80,20 +81,25 @@ impl SubjectArgs {
         if let Some(views) = point.views.filter(|&views| views < 2) {
             return usage(format!("--views {views}: views are disjoint from each other, so there are at least 2; --method mae has one"));
         }
-        let hidden = match self.method {
-            System::MaskedKd => return Ok(patches),
-            System::TinyMim => point.mask_ratio.unwrap_or(0.0),
-            _ => point.mask_ratio.unwrap_or(0.75),
-        };
-        if self.method == System::TinyMim && hidden == 0.0 {
-            return Ok(patches);
+        let hidden = self.hidden(point);
+        if hidden == 0.0 && matches!(self.method, System::MaskedKd | System::TinyMim) {
+            return Ok(());
         }
         match masking::len_keep(patches, hidden) {
             Err(_) => usage(format!("--mask-ratio {hidden} is not a part from 0 to 1")),
             Ok(seen) if seen == 0 || seen == patches => {
                 usage(format!("--mask-ratio {hidden} keeps {seen} of {patches} patches; at least one has to be kept and one hidden"))
             }
-            seen => seen,
+            Ok(_) => Ok(()),
+        }
+    }
+
+    /// Part of the patches that the student does not see.
+    fn hidden(&self, point: &Point) -> f64 {
+        match self.method {
+            System::MaskedKd => 0.0,
+            System::TinyMim => point.mask_ratio.unwrap_or(0.0),
+            _ => point.mask_ratio.unwrap_or(0.75),
         }
     }
 
@@ -101,7 +107,7 @@ impl SubjectArgs {
     pub fn least_bytes(&self, point: &Point) -> Result<u128> {
         let (vit, teacher) = (self.student()?, self.taught_by()?);
         let patches = vit.patches();
-        let seen = self.seen(&vit, teacher.as_ref(), point)?;
+        let seen = masking::len_keep(patches, self.hidden(point))?;
         let views = if self.method == System::Dmjd { point.views.unwrap_or(2) } else { 1 };
         let rows = product(&[self.batch, views]);
         let seen = if self.method == System::Dmjd && !self.decodes() { patches } else { seen };
@@ -120,11 +126,13 @@ impl SubjectArgs {
         }
         let images = product(&[self.batch, vit.channels, self.image_size, self.image_size]).saturating_mul(4);
         let teaching = teacher.as_ref().map_or(0, weights).saturating_mul(4);
-        let numbers = numbers.saturating_mul(self.precision.dtype().size() as u128);
+        // On the CPU what lies between products is f32 in any precision.
+        let dtype = if self.device == Named::Cpu { Dtype::F32 } else { self.precision.dtype() };
+        let numbers = numbers.saturating_mul(dtype.size() as u128);
         Ok([images, teaching, numbers].into_iter().fold(bytes, u128::saturating_add))
     }
 
-    /// Refuses a point that the networks do not have, and what the machine has no memory for.
+    /// Refuses what the machine has no memory for.
     pub fn fits(&self, point: &Point) -> Result<()> {
         let (bytes, there) = (self.least_bytes(point)?, u128::from(memory::of_the_machine()));
         if bytes <= there {

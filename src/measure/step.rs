@@ -91,6 +91,7 @@ fn check(args: &StepArgs) -> Result<()> {
         return Err(Error::usage(format!("--classes {} is for --method maskedkd, not {}; leave it out", s.classes, s.method.name())));
     }
     s.check(&args.point)?;
+    s.check_point(&args.point)?;
     s.fits(&args.point)
 }
 
