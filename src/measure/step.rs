@@ -5,20 +5,24 @@
 //! multiply-accumulates (see [`flops`](crate::nn::flops)).
 
 use super::subject::{Point, Subject, SubjectArgs, System};
-use super::{Times, timed};
+use super::{Times, page, timed};
 use crate::device::gpu::Gpu;
 use crate::device::{Named, memory, parallel};
 use crate::ensure;
 use crate::error::{Error, Result};
-use crate::methods::Method;
 use crate::methods::dmjd::BaselineName;
+use crate::methods::{Batch, Method};
 use crate::methods::{dmae, tinymim};
 use crate::nn::vit::VitConfig;
 use crate::optim::Optimizer;
 use crate::optim::adamw::AdamW;
+use crate::rng::Rng;
 use crate::tape::Tape;
+use crate::tensor::Device;
+use crate::train::profile::ProfileArgs;
 use crate::train::step::{Step, StepOptions};
 use serde_json::{Value, json};
+use std::path::PathBuf;
 
 /// What is trained and how often.
 #[derive(Clone, Debug, clap::Args)]
@@ -28,7 +32,7 @@ pub struct StepArgs {
     #[command(flatten)]
     pub point: Point,
     /// All five systems one after the other, in the place of --method
-    #[arg(long, conflicts_with = "method")]
+    #[arg(long, conflicts_with_all = ["method", "profile"])]
     pub all: bool,
     /// Steps that are measured
     #[arg(long, default_value_t = 5)]
@@ -36,6 +40,9 @@ pub struct StepArgs {
     /// Steps before them that are not; on a GPU at least the three after which a step is recorded
     #[arg(long, default_value_t = 2)]
     pub warmup: usize,
+    /// Of further steps, behind those that are measured.
+    #[command(flatten)]
+    pub profile: ProfileArgs,
 }
 
 /// Where the time of a step goes on the CPU.
@@ -66,6 +73,9 @@ pub struct Report {
     /// Bytes of the memory pool, and how much more it took during the measured steps: requests to the system on the CPU, bytes of a GPU.
     memory: usize,
     more: usize,
+    /// What is to be said of the profile.
+    profile: Option<String>,
+    profile_path: Option<PathBuf>,
 }
 
 /// No more steps than this are counted.
@@ -92,7 +102,9 @@ fn check(args: &StepArgs) -> Result<()> {
     }
     s.check(&args.point)?;
     s.check_point(&args.point)?;
-    s.fits(&args.point)
+    s.fits(&args.point)?;
+    args.profile.check()?;
+    args.profile.try_path()
 }
 
 /// One after the other, each handed out as soon as it is measured.
@@ -154,6 +166,8 @@ pub fn run(args: &StepArgs) -> Result<Report> {
         losses: measured.losses,
         memory: measured.memory[0],
         more: measured.memory[1],
+        profile: measured.profile,
+        profile_path: args.profile.profile.clone(),
     })
 }
 
@@ -163,11 +177,27 @@ struct Measured {
     parts: Option<Parts>,
     losses: Vec<f64>,
     memory: [usize; 2],
+    profile: Option<String>,
+}
+
+/// A few more steps, taken as they come, whose record is written down.
+fn profiled(args: &StepArgs, mut step: Step, batch: &Batch, rng: &Rng, device: &Device) -> Result<Option<String>> {
+    let facts = [("command", json!(page::command())), ("threads", json!(parallel::threads()))];
+    let facts = facts.into_iter().map(|(name, value)| (name.to_string(), value)).collect();
+    let Some(mut profile) = args.profile.behind(1, args.profile.profile_updates, device, facts) else { return Ok(None) };
+    step.forget();
+    step.set_eager(true);
+    let mut number = (args.warmup + args.steps) as u64;
+    while !profile.is_over() {
+        number += 1;
+        profile.update(number, || step.run(batch, &rng.at(number), LEARNING_RATE))?;
+    }
+    profile.write().map(Some)
 }
 
 /// On the CPU: teacher, forward, backward and update each by itself.
 fn in_parts(args: &StepArgs, subject: Subject, mut optimizer: AdamW) -> Result<Measured> {
-    let Subject { mut method, batch, rng, .. } = subject;
+    let Subject { mut method, batch, rng, device } = subject;
     let mut parts: [Vec<f64>; 5] = Default::default();
     let (mut losses, mut requests) = (Vec::new(), 0);
     let teaching = |method: &dyn Method| method.teacher_cost().map_or(0.0, |cost| cost.seconds * 1e3);
@@ -201,12 +231,13 @@ fn in_parts(args: &StepArgs, subject: Subject, mut optimizer: AdamW) -> Result<M
     let teacher = method.teacher().map(|_| teacher);
     let (memory, after) = memory::taken_from_system();
     let parts = Some(Parts { teacher, forward, backward, update });
-    Ok(Measured { warmup: args.warmup, total, parts, losses, memory: [memory, after - requests] })
+    let profile = profiled(args, Step::new(method, Box::new(optimizer), StepOptions::default()), &batch, &rng, &device)?;
+    Ok(Measured { warmup: args.warmup, total, parts, losses, memory: [memory, after - requests], profile })
 }
 
 /// On a GPU: the step as training takes it, recorded once and replayed, images written to the device each time.
 fn recorded(args: &StepArgs, gpu: &Gpu, subject: Subject, optimizer: AdamW) -> Result<Measured> {
-    let Subject { method, batch, rng, .. } = subject;
+    let Subject { method, batch, rng, device } = subject;
     let mut step = Step::new(method, Box::new(optimizer), StepOptions::default());
     let (mut times, mut losses, mut before) = (Vec::new(), Vec::new(), 0);
     // Steps that are not recorded yet are not what is to be measured.
@@ -227,7 +258,8 @@ fn recorded(args: &StepArgs, gpu: &Gpu, subject: Subject, optimizer: AdamW) -> R
     }
     let memory = gpu.memory().1;
     let memory = [memory, memory - before].map(|bytes| bytes as usize);
-    Ok(Measured { warmup: warm, total: Times::of(times), parts: None, losses, memory })
+    let profile = profiled(args, step, &batch, &rng, &device)?;
+    Ok(Measured { warmup: warm, total: Times::of(times), parts: None, losses, memory, profile })
 }
 
 impl Report {
@@ -267,7 +299,7 @@ impl Report {
             "ms_per_step": self.total.median, "min_ms": self.total.min, "max_ms": self.total.max,
             "images_per_s": self.images_per_second(), "parts": parts,
             "gflop_per_step": self.gflop(), "gflop_of_the_teacher": self.flops[1] / 1e9, "gflop_per_s": self.gflop_per_second(),
-            "loss": self.losses.last(), "losses": self.losses, "pool_bytes": self.memory, more: self.more,
+            "loss": self.losses.last(), "losses": self.losses, "pool_bytes": self.memory, more: self.more, "profile": self.profile_path,
         })
     }
 
@@ -315,7 +347,7 @@ impl Report {
              {}\n\n\
              work: {:.1} GFLOP a step, {own:.1} of what is trained (three forward passes){teacher}; {:.1} GFLOP/s\n\
              loss over all steps: {losses}\n\
-             memory of the pool: {:.0} MB, {} in the measured steps: {}",
+             memory of the pool: {:.0} MB, {} in the measured steps: {}{}",
             a.image_size,
             a.image_size,
             student.patch,
@@ -330,7 +362,8 @@ impl Report {
             self.gflop_per_second(),
             self.memory as f64 / 1e6,
             if self.parts.is_some() { "requests to the system" } else { "bytes taken from the device" },
-            self.more
+            self.more,
+            self.profile.as_ref().map_or(String::new(), |profile| format!("\n\n{profile}"))
         )
     }
 }

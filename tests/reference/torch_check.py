@@ -15,7 +15,7 @@ from torch_models import ATTENTION, Dmae, Dmjd, Mae, MaskedKd, Tinymim, Vit, dis
 TYPES = {"F32": torch.float32, "I64": torch.int64, "U8": torch.uint8}
 # Of the largest number of a tensor: what storing it as float32 changes, and where rounded numbers are computed on with.
 ROUNDED = 2e-7
-FROM_ROUNDED = 3e-6
+FROM_ROUNDED = 1e-6
 
 
 class Wrong(Exception):

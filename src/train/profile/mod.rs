@@ -58,9 +58,13 @@ impl ProfileArgs {
 
     /// The profile of a run that will make so many updates.
     pub fn profile(&self, updates: u64, device: &Device, facts: Map<String, Value>) -> Option<Profile> {
-        let path = self.profile.clone()?;
         let wanted = self.profile_updates.min(updates);
-        Some(Profile::new(path, BEFORE.min(updates - wanted), wanted, device, facts))
+        self.behind(BEFORE.min(updates - wanted), wanted, device, facts)
+    }
+
+    /// The profile of so many updates behind others.
+    pub fn behind(&self, before: u64, updates: u64, device: &Device, facts: Map<String, Value>) -> Option<Profile> {
+        self.profile.clone().map(|path| Profile::new(path, before, updates, device, facts))
     }
 }
 
