@@ -173,31 +173,29 @@ unsafe fn tile<const HIGH: usize, const WIDE: usize>(
         }
         for _ in 0..pairs {
             let mut right: [__m512bh; WIDE] = [std::mem::zeroed(); WIDE];
-            for v in 0..WIDE {
-                right[v] = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(b.add(v * LANES).cast()));
+            for (v, right) in right.iter_mut().enumerate() {
+                *right = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(b.add(v * LANES).cast()));
             }
             for v in 0..WIDE {
                 _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(AHEAD * WIDTH + v * LANES).cast());
             }
-            for i in 0..HIGH {
+            for (i, sums) in sums.iter_mut().enumerate() {
                 let left = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*a.add(i) as i32));
-                for v in 0..WIDE {
-                    sums[i][v] = _mm512_dpbf16_ps(sums[i][v], left, right[v]);
+                for (sum, &right) in sums.iter_mut().zip(&right) {
+                    *sum = _mm512_dpbf16_ps(*sum, left, right);
                 }
             }
             a = a.add(ROWS);
             b = b.add(WIDTH);
         }
-        for i in 0..HIGH {
-            for v in 0..WIDE {
+        for (i, sums) in sums.iter().enumerate() {
+            for (v, &sum) in sums.iter().enumerate() {
                 let (c, here) = (c.add(i * stride + v * LANES), columns.saturating_sub(v * LANES));
                 if here >= LANES {
-                    let sum = if add { _mm512_add_ps(_mm512_loadu_ps(c), sums[i][v]) } else { sums[i][v] };
-                    _mm512_storeu_ps(c, sum);
+                    _mm512_storeu_ps(c, if add { _mm512_add_ps(_mm512_loadu_ps(c), sum) } else { sum });
                 } else {
                     let mask = first(here);
-                    let sum = if add { _mm512_add_ps(_mm512_maskz_loadu_ps(mask, c), sums[i][v]) } else { sums[i][v] };
-                    _mm512_mask_storeu_ps(c, mask, sum);
+                    _mm512_mask_storeu_ps(c, mask, if add { _mm512_add_ps(_mm512_maskz_loadu_ps(mask, c), sum) } else { sum });
                 }
             }
         }

@@ -77,7 +77,7 @@ pub fn write(out: &mut impl Write, events: &[Event], device: &str, facts: Map<St
     sorted.sort_by(|a, b| a.start.total_cmp(&b.start).then(b.end.total_cmp(&a.end)).then(a.depth.cmp(&b.depth)));
     lines.extend(sorted.into_iter().map(object));
     let doing = || "writing its events";
-    write!(out, "{{\"displayTimeUnit\":\"ms\",\"otherData\":{},\"traceEvents\":[\n", Value::Object(facts)).with_context(doing)?;
+    writeln!(out, "{{\"displayTimeUnit\":\"ms\",\"otherData\":{},\"traceEvents\":[", Value::Object(facts)).with_context(doing)?;
     for (at, line) in lines.iter().enumerate() {
         write!(out, "{}{line}", if at > 0 { ",\n" } else { "" }).with_context(doing)?;
     }
