@@ -5,7 +5,7 @@
 
 use super::info;
 use crate::device::{Named, Precision, parallel};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::formats;
 use crate::train::record::command_line;
 use crate::train::report::escaped;
@@ -133,6 +133,21 @@ impl Page {
     pub fn write(&self, path: &Path) -> Result<()> {
         let page = self.html();
         formats::write_atomically(path, |out| out.write_all(page.as_bytes()).context("writing the page"))
+    }
+}
+
+/// Makes a folder for pages, and refuses one into which nothing can be written, before anything is measured.
+pub fn try_folder(folder: &Path) -> Result<()> {
+    let refused = |what: &str, error: std::io::Error| {
+        Err(Error::usage(format!("--output-dir {}: {what}: {error}; name another folder", folder.display())))
+    };
+    if let Err(error) = std::fs::create_dir_all(folder) {
+        return refused("the folder cannot be made", error);
+    }
+    let probe = folder.join(format!(".masque-{}.tmp", std::process::id()));
+    match std::fs::File::create(&probe).and_then(|_| std::fs::remove_file(&probe)) {
+        Ok(()) => Ok(()),
+        Err(error) => refused("nothing can be written there", error),
     }
 }
 

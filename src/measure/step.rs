@@ -2,7 +2,7 @@
 //!
 //! On the CPU the parts are timed one by one: what a teacher takes, the forward pass without it, backward, update. On a GPU a step is recorded once and
 //! replayed, as in training, and the parts are one piece. FLOPs of a step are three forward passes of what is trained and one of the teacher, twice their
-//! multiply-accumulates (see [`flops`](crate::nn::flops)).
+//! multiply-accumulates (see [`flops`](crate::nn::flops)); of MaskedKD's teacher as is published, with all patches projected.
 
 use super::subject::{Point, Subject, SubjectArgs, System};
 use super::{Times, page, timed};
@@ -207,14 +207,20 @@ fn in_parts(args: &StepArgs, subject: Subject, mut optimizer: AdamW) -> Result<M
         }
         let before = teaching(&*method);
         let tape = Tape::new();
-        let (forward, loss) = timed(|| method.loss(&tape, &batch, &rng.at(step as u64)));
-        let loss = loss?.total;
+        let (forward, seen) = timed(|| -> Result<_> {
+            let loss = method.loss(&tape, &batch, &rng.at(step as u64))?.total;
+            let value = loss.value().read()?[0];
+            Ok((loss, value))
+        });
+        let (loss, value) = seen?;
         let teacher = teaching(&*method) - before;
-        let value = loss.value().read()?[0];
         ensure!(value.is_finite(), "step {step}: the loss is {value}");
-        let (backward, done) = timed(|| tape.backward(&loss, &mut [method.params()]));
+        let (backward, done) = timed(|| -> Result<()> {
+            tape.backward(&loss, &mut [method.params()])?;
+            drop((loss, tape));
+            Ok(())
+        });
         done?;
-        drop(loss);
         let (update, done) = timed(|| -> Result<()> {
             optimizer.step(method.params(), LEARNING_RATE)?;
             method.params().clear_gradients();

@@ -58,7 +58,7 @@ pub struct TeacherArgs {
     /// Where to compute; steps are not recorded
     #[arg(long, default_value = "cpu", value_name = "cpu|emulated|gpu")]
     pub device: Named,
-    /// f32; on a GPU also bf16 and tf32
+    /// f32, bf16 (products of bf16 numbers, summed in f32; on a CPU that has it, and on a GPU); on a GPU also tf32
     #[arg(long, default_value = "f32")]
     pub precision: Precision,
 }

@@ -52,7 +52,7 @@ pub struct RunArgs {
     #[arg(long, default_value = "cpu", value_name = "cpu|emulated|gpu")]
     #[serde(with = "text")]
     pub device: Named,
-    /// f32; on a GPU also bf16 and tf32
+    /// f32, bf16 (products of bf16 numbers, summed in f32; on a CPU that has it, and on a GPU); on a GPU also tf32
     #[arg(long, default_value = "f32", value_name = "f32|bf16|tf32")]
     #[serde(with = "text")]
     pub precision: Precision,

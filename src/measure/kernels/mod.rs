@@ -105,7 +105,12 @@ impl Plan {
             usage((1..=100).contains(percent), format!("--tokens {percent} is not from 1 to 100 per cent"))?;
         }
         let fits = args.device != Named::Cpu || precision == Dtype::F32;
-        usage(fits, format!("--precision {precision}: the CPU computes in f32; use --device gpu or emulated"))?;
+        usage(
+            fits,
+            format!(
+                "--precision {precision}: the operations of the CPU are f32; use --device gpu or emulated, or `masque measure ops --precision bf16` for its products"
+            ),
+        )?;
         let models = match args.model.as_str() {
             "all" => MODELS.to_vec(),
             name => MODELS.into_iter().filter(|model| *model == name).collect(),
@@ -186,7 +191,7 @@ pub fn run(args: &KernelsArgs, print: &mut dyn FnMut(&str)) -> Result<()> {
     }
     let device = plan.named.open()?;
     if let Some(folder) = &args.output_dir {
-        report::make(folder)?;
+        super::page::try_folder(folder)?;
     }
     let name = match device.gpu().map(|gpu| gpu.as_real()) {
         None => format!("the CPU with {} threads", parallel::threads()),

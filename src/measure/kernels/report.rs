@@ -5,7 +5,7 @@ use super::row::{Ceilings, Row};
 use super::time::Pass;
 use super::{PARTS, Plan};
 use crate::device::Precision;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::formats;
 use crate::measure::figure::Grouped;
 use crate::measure::page::{Page, Table, machine};
@@ -60,12 +60,6 @@ const FAR: usize = 10;
 
 fn family(op: &str) -> usize {
     FAMILIES.iter().position(|(_, ops)| ops.contains(&op)).unwrap_or(FAMILIES.len() - 1)
-}
-
-/// Makes the folder, before anything is measured.
-pub fn make(folder: &Path) -> Result<()> {
-    let doing = || format!("--output-dir {}", folder.display());
-    std::fs::create_dir_all(folder).map_err(|error| Error::usage(format!("{}: the folder cannot be made: {error}", doing())))
 }
 
 pub struct Report<'a> {

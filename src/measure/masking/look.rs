@@ -7,6 +7,7 @@ use crate::masking::disjoint::{Disjoint, Rates};
 use crate::masking::len_keep;
 use crate::measure::subject::Point;
 use crate::methods::Method;
+use crate::methods::baseline::Baseline;
 use crate::methods::dmae::Dmae;
 use crate::methods::dmjd::Dmjd;
 use crate::methods::mae::Mae;
@@ -147,7 +148,10 @@ pub fn macs(method: &dyn Method) -> Macs {
     } else if let Some(dmae) = any.downcast_ref::<Dmae>() {
         (autoencoder(&dmae.mae), cost, 0)
     } else if let Some(dmjd) = any.downcast_ref::<Dmjd>() {
-        (dmjd.model_macs(), cost, 0)
+        // MaskFeat's head is no decoder.
+        let [encoder, predictor] = dmjd.model_macs();
+        let decoder = if matches!(dmjd.model, Baseline::MaskFeat { .. }) { 0 } else { predictor };
+        ([encoder, decoder], cost, 0)
     } else if let Some(kd) = any.downcast_ref::<MaskedKd>() {
         let config = &kd.student.vit.config;
         // The papers' count projects all patches in front of the teacher's blocks; those that it does not see are not projected here.

@@ -126,7 +126,8 @@ impl MaskingArgs {
     /// The systems, and whether what is not typed is small.
     fn systems(&self) -> (Vec<System>, bool) {
         let mut several: Vec<System> = self.methods.iter().flat_map(|which| which.0.clone()).collect();
-        if several.is_empty() && self.subject.given.is_empty() && self.lists.is_empty() {
+        let trained = |flag: &String| !["device", "precision", "seed"].contains(&&flag[..]);
+        if several.is_empty() && !self.subject.given.iter().any(trained) && self.lists.is_empty() {
             several = System::ALL.to_vec();
         }
         match several.is_empty() {
@@ -150,6 +151,14 @@ impl MaskingArgs {
             if !(least..=MOST_ROUNDS).contains(&value) {
                 return Err(Error::usage(format!("{flag} {value} is not from {least} to {MOST_ROUNDS}")));
             }
+        }
+        let decodes = |&system: &System| SubjectArgs { method: system, ..self.subject.args.clone() }.decodes();
+        let decoder = ["decoder_dim", "decoder_depth", "decoder_heads"].into_iter().find(|flag| self.was_typed(flag));
+        if let Some(flag) = decoder.filter(|_| !systems.iter().any(decodes)) {
+            return Err(Error::usage(format!(
+                "--{} says something of a decoder, and what is measured has none; leave it out",
+                flag.replace('_', "-")
+            )));
         }
         let unread = READ_BY.iter().find(|(flag, by)| self.was_typed(flag) && !systems.iter().any(|system| by.contains(system)));
         let names = |systems: &[System]| systems.iter().map(|system| system.name()).collect::<Vec<_>>().join(", ");
@@ -211,7 +220,7 @@ pub fn run(args: &MaskingArgs, print: &mut dyn FnMut(&str)) -> Result<()> {
     let subject = &args.subject.args;
     subject.device.open()?.compute_in(subject.precision)?;
     if let Some(folder) = &args.output_dir {
-        std::fs::create_dir_all(folder).with_context(|| format!("--output-dir {}: the folder cannot be made", folder.display()))?;
+        super::page::try_folder(folder)?;
     }
     let (mut all, mut failed) = (Vec::new(), Vec::new());
     for &system in &systems {

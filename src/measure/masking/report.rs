@@ -208,7 +208,8 @@ impl Swept {
         let s = &self.subject;
         json!({
             "what": "masking", "method": self.name(), "model": s.model(), "teacher": s.teacher().ok().flatten(), "image_size": s.image_size,
-            "patches": self.patches, "batch": s.batch, "decoder_dim": s.decoder_dim, "decoder_depth": s.decoder_depth, "classes": s.classes,
+            "patches": self.patches, "batch": s.batch, "decoder_dim": s.decodes().then_some(s.decoder_dim), "decoder_depth": s.decodes().then_some(s.decoder_depth),
+            "classes": (s.method == System::MaskedKd).then_some(s.classes),
             "precision": s.precision.name(), "device": s.device.to_string(), "threads": parallel::threads(), "parameters": self.parameters,
             "step_with_record": self.record, "rows": self.rows.iter().map(|row| self.fields(row)).collect::<Vec<_>>(), "notes": self.notes,
         })

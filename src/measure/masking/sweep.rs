@@ -47,7 +47,8 @@ impl Lists {
         let at = |block: Option<usize>| move |point: &Point| Point { teacher_block: block, ..*point };
         let in_views = |views: usize| {
             // Where nothing is hidden there is one view.
-            move |point: &Point| Point { views: Some(if point.mask_ratio == Some(0.0) { 1 } else { views }), ..*point }
+            let whole = move |point: &Point| point.mask_ratio == Some(0.0) || point.keep == Some(patches);
+            move |point: &Point| Point { views: Some(if whole(point) { 1 } else { views }), ..*point }
         };
         let whole = match system {
             System::Dmjd => Point { mask_ratio: Some(0.0), views: Some(1), ..Point::default() },
@@ -238,11 +239,14 @@ pub fn sweep(subject: &SubjectArgs, lists: &Lists, rounds: Rounds) -> Result<Swe
     let optimizer = opened.optimizer()?;
     let Subject { mut method, batch, device, rng } = opened;
     let (patches, parameters) = (method.encoder().config.patches(), method.params().count_trained());
-    let (mut points, mut notes) = (Vec::new(), Vec::new());
+    let (mut points, mut notes): (Vec<(Point, usize, Macs)>, _) = (Vec::new(), Vec::new());
+    let same = |a: &Point, b: &Point| (a.views, a.teacher_block) == (b.views, b.teacher_block);
     for point in lists.points(subject.method, patches, asked(&*method)) {
         let several = point.views.is_some_and(|views| views > 1) && !matches!(subject.device, Named::Gpu(_));
         let fits = if several { subject.fits(&point) } else { Ok(()) };
         match look(&mut *method, &point).and_then(|kept| fits.map(|()| kept)) {
+            // A point that another flag has said already is measured once.
+            Ok(kept) if points.iter().any(|(other, k, _)| same(other, &point) && *k == kept) => {}
             Ok(kept) => points.push((point, kept, macs(&*method))),
             Err(error) if error.kind() == Kind::Usage => notes.push(error.chain()),
             Err(error) => return Err(error),

@@ -28,7 +28,7 @@ pub struct ProfileArgs {
     /// Write down when each phase, op and GPU kernel of a few updates ran, for chrome://tracing or ui.perfetto.dev, and print what took most
     #[arg(long, value_name = "FILE.json")]
     pub profile: Option<PathBuf>,
-    /// Updates that --profile is about, behind three that it is not
+    /// Updates that --profile is about, behind three that it is not (of `measure step`, behind those that are measured)
     #[arg(long, value_name = "N", default_value_t = 3, requires = "profile")]
     pub profile_updates: u64,
 }

@@ -91,7 +91,7 @@ pub fn text(events: &[Event], path: &Path, gpu: bool, notes: &[&str]) -> String 
     for (name, kind, sum) in rows.iter().take(SHOWN) {
         let rate = if sum.flops > 0.0 { format!("{:.1}", sum.flops / sum.microseconds / 1e3) } else { String::new() };
         let (ms, percent, pass) = (each(sum.microseconds), part(sum.microseconds), category(*kind));
-        let line = format!("{name:<28} {pass:<9} {:>7} {ms:>10.3} {percent:>7.1} {rate:>9}", sum.calls);
+        let line = format!("{name:<28} {pass:<9} {:>7} {ms:>10.3} {percent:>7.1} {rate:>9}", (sum.calls as f64 / count).round());
         let _ = write!(out, "\n{}", line.trim_end());
     }
     if rows.len() > SHOWN {
