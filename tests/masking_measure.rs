@@ -142,6 +142,7 @@ fn what_cannot_be_meant_at_all_is_a_sentence() {
         ("--views 2", 2, "--views says something of dmjd, and mae is measured"),
         ("--teacher-blocks 2", 2, "--teacher-blocks says something of dmae, tinymim"),
         ("--method maskedkd --teacher glyph_s --decoder-dim 64", 2, "--decoder-dim says something of mae, dmae, dmjd"),
+        ("--method dmjd --baseline maskfeat --decoder-dim 64", 2, "--baseline maskfeat has none"),
         ("--method mae --teacher glyph_s", 2, "--teacher says something of"),
         ("--method dmae --teacher glyph_s --teacher-blocks 9", 2, "--teacher-blocks 9: the teacher has blocks 1 to 4"),
         ("--methods mae,simclr", 2, "there is no system \"simclr\""),
@@ -221,7 +222,7 @@ fn files_hold_what_is_printed() {
     // Nothing is left behind, and a folder that cannot be made is said before anything is measured.
     assert_eq!(std::fs::read_dir(&at).unwrap().count(), 3);
     let (code, out, said) = masque(&format!("--method mae {SMALL} {DECODER} --output-dir {at}/masking.csv/x"));
-    assert!(code == Some(1) && out.is_empty() && said.contains("--output-dir"), "{code:?} {out} {said}");
+    assert!(code == Some(2) && out.is_empty() && said.contains("--output-dir"), "{code:?} {out} {said}");
 }
 
 #[cfg(feature = "emulated")]

@@ -152,14 +152,6 @@ impl MaskingArgs {
                 return Err(Error::usage(format!("{flag} {value} is not from {least} to {MOST_ROUNDS}")));
             }
         }
-        let decodes = |&system: &System| SubjectArgs { method: system, ..self.subject.args.clone() }.decodes();
-        let decoder = ["decoder_dim", "decoder_depth", "decoder_heads"].into_iter().find(|flag| self.was_typed(flag));
-        if let Some(flag) = decoder.filter(|_| !systems.iter().any(decodes)) {
-            return Err(Error::usage(format!(
-                "--{} says something of a decoder, and what is measured has none; leave it out",
-                flag.replace('_', "-")
-            )));
-        }
         let unread = READ_BY.iter().find(|(flag, by)| self.was_typed(flag) && !systems.iter().any(|system| by.contains(system)));
         let names = |systems: &[System]| systems.iter().map(|system| system.name()).collect::<Vec<_>>().join(", ");
         match unread {
@@ -168,6 +160,19 @@ impl MaskingArgs {
                 flag.replace('_', "-"),
                 names(by),
                 names(systems)
+            ))),
+            None => self.check_decoder(systems),
+        }
+    }
+
+    /// Refuses sizes of a decoder where no system has one.
+    fn check_decoder(&self, systems: &[System]) -> Result<()> {
+        let decodes = |&system: &System| SubjectArgs { method: system, ..self.subject.args.clone() }.decodes();
+        let typed = ["decoder_dim", "decoder_depth", "decoder_heads"].into_iter().find(|flag| self.was_typed(flag));
+        match typed.filter(|_| !systems.iter().any(decodes)) {
+            Some(flag) => Err(Error::usage(format!(
+                "--{} says something of a decoder, and --baseline maskfeat has none; leave it out",
+                flag.replace('_', "-")
             ))),
             None => Ok(()),
         }
