@@ -381,7 +381,7 @@ fn product_of(p: &Product) -> Result<()> {
         let bias = p.bias.map(|address| numbers(&Factor { address, dtype: p.a.dtype, stride: p.n, step: 0, turned: false }, 0, 1, p.n).0);
         let view = |x: &Factor, data, stride| if x.turned { View::rows(data, stride).transposed() } else { View::rows(data, stride) };
         let (left, right) = (bytemuck::cast_slice(a.bytes()), bytemuck::cast_slice(b.bytes()));
-        let finish = Finish { add: p.add, bias: bias.as_ref().map(|bias| bytemuck::cast_slice(bias.bytes())), gelu: None };
+        let finish = Finish { add: p.add, bias: bias.as_ref().map(|bias| bytemuck::cast_slice(bias.bytes())), ..Finish::replace() };
         let sum: &mut [f32] = bytemuck::cast_slice_mut(c.bytes_mut());
         if p.k == 0 && !p.add {
             sum.fill(0.0);

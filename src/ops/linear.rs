@@ -31,7 +31,7 @@ impl Var {
                 Ok([dx, dw, db])
             });
         }
-        let (h, _) = by_real!("linear", x.dtype(), forward(&x, &weight, b.map(Var::value), false))?;
+        let (h, _) = by_real!("linear", x.dtype(), forward(&x, &weight, b.map(Var::value), Gelu::No))?;
         let none = Var::constant(h.clone());
         Var::record("linear", [self, w, b.unwrap_or(&none)], h, move |dy, need| {
             by_real!("linear", x.dtype(), backward(&dy, &x, &weight, need))
@@ -54,7 +54,9 @@ impl Var {
                 Ok([dx, dw, db])
             });
         }
-        let (y, slope) = by_real!("linear", x.dtype(), forward(&x, &weight, b.map(Var::value), true))?;
+        let tracked = self.tracked() || w.tracked() || b.is_some_and(Var::tracked);
+        let gelu = if tracked { Gelu::WithDerivative } else { Gelu::Alone };
+        let (y, slope) = by_real!("linear", x.dtype(), forward(&x, &weight, b.map(Var::value), gelu))?;
         let none = Var::constant(y.clone());
         Var::record("linear_gelu", [self, w, b.unwrap_or(&none)], y, move |dy, need| {
             let dh = by_real!("linear", x.dtype(), super::gelu::times(dy, &slope))?;
@@ -112,14 +114,23 @@ fn gradients_on(gpu: &Gpu, dh: &Tensor, x: &Tensor, w: &Tensor, need: &mut Need)
     Ok([dx, dw])
 }
 
-/// (y, derivative of the GELU or y again).
-fn forward<T: Product + Element>(x: &Tensor, w: &Tensor, b: Option<&Tensor>, gelu: bool) -> Result<(Tensor, Tensor)> {
+/// What follows the product: nothing, a GELU whose derivative is kept, or one that no gradient will flow through.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Gelu {
+    No,
+    WithDerivative,
+    Alone,
+}
+
+/// (y, derivative of the GELU where it is kept, else y again).
+fn forward<T: Product + Element>(x: &Tensor, w: &Tensor, b: Option<&Tensor>, gelu: Gelu) -> Result<(Tensor, Tensor)> {
     let (n, k) = check(x, w, b)?;
     let mut shape = x.shape().to_vec();
     *shape.last_mut().expect("k > 0 means an axis") = n;
     let mut h = Tensor::empty(&shape, x.dtype())?;
-    let mut y = if gelu { Some(Tensor::empty(&shape, x.dtype())?) } else { None };
-    let finish = Finish { bias: b.map(|b| b.data()), gelu: y.as_mut().map(|y| y.data_mut()), ..Finish::replace() };
+    let mut y = if gelu == Gelu::WithDerivative { Some(Tensor::empty(&shape, x.dtype())?) } else { None };
+    let becomes_gelu = gelu == Gelu::Alone;
+    let finish = Finish { bias: b.map(|b| b.data()), gelu: y.as_mut().map(|y| y.data_mut()), becomes_gelu, ..Finish::replace() };
     let weight = View::rows(w.data::<T>(), k).transposed();
     gemm::parallel(&mut Panel::of(h.data_mut::<T>(), n), k, View::rows(x.data(), k), weight, finish);
     Ok((y.unwrap_or_else(|| h.clone()), h))

@@ -43,16 +43,17 @@ impl<'a, T> View<'a, T> {
 }
 
 /// What happens to c: replaced or added to; then, on request, a bias is added to each row; then, on request, y = gelu(c) is written and c keeps
-/// the derivative. y has the shape of c, without gaps.
+/// the derivative, or c itself becomes gelu(c). y has the shape of c, without gaps.
 pub struct Finish<'a, T> {
     pub add: bool,
     pub bias: Option<&'a [T]>,
     pub gelu: Option<&'a mut [T]>,
+    pub becomes_gelu: bool,
 }
 
 impl<T> Finish<'_, T> {
     pub fn replace() -> Self {
-        Self { add: false, bias: None, gelu: None }
+        Self { add: false, bias: None, gelu: None, becomes_gelu: false }
     }
 
     pub fn add() -> Self {
@@ -129,6 +130,7 @@ struct Raw<T> {
     add: bool,
     bias: *const T,
     gelu: *mut T,
+    becomes_gelu: bool,
 }
 
 impl<T> Raw<T> {
@@ -137,6 +139,7 @@ impl<T> Raw<T> {
             add: finish.add,
             bias: finish.bias.map_or(std::ptr::null(), <[T]>::as_ptr),
             gelu: finish.gelu.map_or(std::ptr::null_mut(), <[T]>::as_mut_ptr),
+            becomes_gelu: finish.becomes_gelu,
         }
     }
 }
@@ -376,7 +379,7 @@ macro_rules! kernel {
             $(#[$feature])?
             pub(super) unsafe fn finish_tile(job: &Job<Number>, row: usize, rows: usize, column: usize, columns: usize) {
                 let f = &job.finish;
-                if f.bias.is_null() && f.gelu.is_null() {
+                if f.bias.is_null() && f.gelu.is_null() && !f.becomes_gelu {
                     return;
                 }
                 for i in row..row + rows {
@@ -388,6 +391,11 @@ macro_rules! kernel {
                             let bias = std::slice::from_raw_parts(f.bias.add(column), columns);
                             for j in 0..columns {
                                 c[j] += bias[j];
+                            }
+                        }
+                        if f.becomes_gelu {
+                            for c in c.iter_mut() {
+                                *c *= c.normal().0;
                             }
                         }
                         if !f.gelu.is_null() {
@@ -757,5 +765,6 @@ mod tests {
         let slope = run(Finish { gelu: Some(&mut y), ..Finish::replace() });
         let (probability, density) = 1.0f64.normal();
         assert_eq!((y, slope), ([probability, 0.0], [probability + density, 0.5]));
+        assert_eq!(run(Finish { becomes_gelu: true, ..Finish::replace() }), y);
     }
 }
