@@ -155,6 +155,54 @@ fn what_cannot_be_meant_is_refused() {
     assert!(said.contains("layernorm, ") && said.contains(", ema"), "{said}");
 }
 
+#[test]
+fn the_files_of_a_measurement_hold_what_was_printed() {
+    let folder = std::env::temp_dir().join(format!("masque-kernels-{}", std::process::id()));
+    let at = folder.join("new").to_str().unwrap().to_string();
+    let args = ["--device", "emulated", "--model", "tiny", "--tokens", "25", "--rounds", "2", "--precision", "bf16", "--output-dir", &at];
+    let text = printed(&[&args[..], &["--only", "layernorm,attention,linear,adamw,pixel_loss"]].concat());
+    let read = |name: &str| std::fs::read_to_string(folder.join("new").join(name)).unwrap();
+    let (json, csv, html) = (read("kernels.json"), read("kernels.csv"), read("kernels.html"));
+    std::fs::remove_dir_all(&folder).unwrap();
+
+    let json: Value = serde_json::from_str(&json).unwrap();
+    let rows = json["rows"].as_array().unwrap();
+    assert!(json["ceilings"]["copy_gb_s"].as_f64() > Some(0.0) && json["command"].as_str().unwrap().contains("--only layernorm"), "{json}");
+    let is_row = |line: &&str| ["layernorm ", "attention ", "linear ", "adamw ", "pixel_loss "].iter().any(|op| line.starts_with(op));
+    assert_eq!(text.lines().filter(is_row).count(), rows.len());
+    assert!(text.lines().last().unwrap().starts_with("written: ") && text.contains("kernels.html"), "{text}");
+
+    let lines: Vec<&str> = csv.lines().collect();
+    assert_eq!(lines.len(), 1 + rows.len());
+    let columns = lines[0].split(',').count();
+    assert!(lines[0].starts_with("model,op,shape,direction,") && lines.iter().all(|line| line.split(',').count() == columns), "{csv}");
+    let column = |name: &str| lines[0].split(',').position(|column| column == name).unwrap();
+    for (line, row) in lines[1..].iter().zip(rows) {
+        let cells: Vec<&str> = line.split(',').collect();
+        assert_eq!((cells[column("op")], cells[column("us")].parse().ok()), (row["op"].as_str().unwrap(), row["us"].as_f64()));
+    }
+
+    for part in ["FLOP/byte", "GB/s over MB", "attention, %", "Furthest from the ceiling", "say nothing about a GPU", "All rows: tiny"] {
+        assert!(html.contains(part), "{part} is not on the page");
+    }
+    // A dot or a ring for each row of the version that runs.
+    let run = rows.iter().filter(|row| row["version"].is_null() || row["chosen"] == true);
+    let backward = run.clone().filter(|row| row["direction"] == "backward").count();
+    assert_eq!((html.matches("<circle").count(), html.matches("fill:var(--card)").count()), (run.count(), backward));
+    assert!(!html.contains("<script") && !html.contains("http:") && !html.contains("https:") && !html.contains("NaN"));
+}
+
+#[test]
+fn a_folder_that_cannot_be_made_is_refused_before_anything_is_measured() {
+    let file = std::env::temp_dir().join(format!("masque-kernels-file-{}", std::process::id()));
+    std::fs::write(&file, "").unwrap();
+    let output = run(&["--only", "gelu", "--model", "tiny", "--output-dir", file.join("x").to_str().unwrap()]);
+    std::fs::remove_file(&file).unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && said.contains("--output-dir") && said.contains("cannot be made"), "{said}");
+    assert!(output.stdout.is_empty());
+}
+
 fn halved(wrong: bool, images: usize) -> Bench {
     let times = move |x: &Var| x.scale(if wrong && x.value().gpu().is_some() { 0.51 } else { 0.5 });
     let work = Work::moves(2 * images * 40, 0);
