@@ -62,7 +62,7 @@ pub struct Step {
     /// On a GPU: where each batch is put.
     place: Option<Batch>,
     passes: usize,
-    /// Whether passes on a GPU are neither recorded nor replayed for now.
+    /// Whether passes on a GPU are taken as they come, neither recorded nor replayed.
     eager: bool,
     /// What the last walk gave a gradient.
     reached: Vec<ParamId>,

@@ -87,17 +87,17 @@ pub fn text(events: &[Event], path: &Path, gpu: bool, notes: &[&str]) -> String 
     let of = |event: &&Event| if gpu { event.kind == Kind::Kernel } else { matches!(event.kind, Kind::Forward | Kind::Backward) };
     let rows = sums(events.iter().filter(of).filter(in_step));
     let what = if gpu { "kernel" } else { "op" };
-    let _ = write!(out, "\n{what:<28} {:<9} {:>7} {:>10} {:>7} {:>9}", "pass", "calls", "ms a step", "%", "GFLOP/s");
+    let _ = write!(out, "\n{what:<28} {:<9} {:>12} {:>10} {:>7} {:>9}", "pass", "calls a step", "ms a step", "%", "GFLOP/s");
     for (name, kind, sum) in rows.iter().take(SHOWN) {
         let rate = if sum.flops > 0.0 { format!("{:.1}", sum.flops / sum.microseconds / 1e3) } else { String::new() };
         let (ms, percent, pass) = (each(sum.microseconds), part(sum.microseconds), category(*kind));
-        let line = format!("{name:<28} {pass:<9} {:>7} {ms:>10.3} {percent:>7.1} {rate:>9}", (sum.calls as f64 / count).round());
+        let line = format!("{name:<28} {pass:<9} {:>12} {ms:>10.3} {percent:>7.1} {rate:>9}", (sum.calls as f64 / count).round());
         let _ = write!(out, "\n{}", line.trim_end());
     }
     if rows.len() > SHOWN {
         let rest: f64 = rows[SHOWN..].iter().map(|(.., sum)| sum.microseconds).sum();
         let name = format!("{} others", rows.len() - SHOWN);
-        let _ = write!(out, "\n{name:<28} {:<9} {:>7} {:>10.3} {:>7.1}", "", "", each(rest), part(rest));
+        let _ = write!(out, "\n{name:<28} {:<9} {:>12} {:>10.3} {:>7.1}", "", "", each(rest), part(rest));
     }
     out
 }
