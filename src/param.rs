@@ -395,6 +395,21 @@ impl Params {
         Ok(())
     }
 
+    /// Replaces a gradient that backward gave.
+    pub fn set_gradient(&mut self, id: ParamId, numbers: &[f32]) -> Result<()> {
+        let name = self.entries[id.0].name.clone();
+        let gradient = self.entries[id.0].gradient.as_mut().filter(|gradient| gradient.is_unique());
+        let gradient = gradient.ok_or_else(|| Error::new(format!("the gradient of {name} is still held elsewhere")))?;
+        match gradient.gpu() {
+            Some(_) => gradient.upload(&Tensor::from_slice(gradient.shape(), numbers)?),
+            None => {
+                ensure!(numbers.len() == gradient.numel(), "the gradient of {name} is given {} numbers", numbers.len());
+                gradient.data_mut::<f32>().copy_from_slice(numbers);
+                Ok(())
+            }
+        }
+    }
+
     /// Forgets all gradients; their memory stays.
     pub fn clear_gradients(&mut self) {
         self.entries.iter_mut().for_each(|entry| entry.has_gradient = false);

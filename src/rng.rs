@@ -14,12 +14,14 @@ pub struct Rng {
     step: u64,
     /// In front of every name.
     within: &'static str,
+    /// Which of how many shares of a batch its rows are drawn for.
+    share: [usize; 2],
     replay: Option<Arc<BTreeMap<String, Vec<f32>>>>,
 }
 
 impl Rng {
     pub fn new(seed: u64) -> Self {
-        Self { seed, step: 0, within: "", replay: None }
+        Self { seed, step: 0, within: "", share: [0, 1], replay: None }
     }
 
     /// The same generator at another step: every name gives fresh numbers.
@@ -32,6 +34,11 @@ impl Rng {
         Self { within: whose, ..self.clone() }
     }
 
+    /// The same generator for share `share` of `of` of every batch: see [`Rng::rows`].
+    pub fn of_share(&self, share: usize, of: usize) -> Self {
+        Self { share: [share, of], ..self.clone() }
+    }
+
     /// A name with what stands in front of it.
     pub fn full(&self, name: &str) -> String {
         format!("{}{name}", self.within)
@@ -39,12 +46,22 @@ impl Rng {
 
     /// Answers with these recorded numbers; a name that was not recorded is an error.
     pub fn replaying(recorded: BTreeMap<String, Vec<f32>>) -> Self {
-        Self { seed: 0, step: 0, within: "", replay: Some(Arc::new(recorded)) }
+        Self { seed: 0, step: 0, within: "", share: [0, 1], replay: Some(Arc::new(recorded)) }
     }
 
     /// Uniform in [0, 1), multiples of 2^-24.
     pub fn uniform(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        let name = &self.full(name);
+        self.rows_of(name, [n, 1], [0, 1])
+    }
+
+    /// The same for each image of a batch so many numbers. Where a batch is shared out, image i of share r of R is image i R + r of the whole, and gets the
+    /// numbers that it would get there.
+    pub fn rows(&self, name: &str, rows: usize, columns: usize) -> Result<Vec<f32>> {
+        self.rows_of(name, [rows, columns], self.share)
+    }
+
+    fn rows_of(&self, name: &str, [rows, columns]: [usize; 2], [share, of]: [usize; 2]) -> Result<Vec<f32>> {
+        let (name, n) = (&self.full(name), rows * columns);
         if let Some(recorded) = &self.replay {
             let values = recorded.get(name);
             ensure!(values.is_some(), "random numbers named {name:?} were not recorded");
@@ -52,12 +69,16 @@ impl Rng {
             ensure!(values.len() == n, "random numbers named {name:?}: {} were recorded but {n} are wanted", values.len());
             return Ok(values);
         }
-        Ok(self.words(name, n).into_iter().map(|word| (word >> 8) as f32 * (1.0 / 16_777_216.0)).collect())
+        let word = |word: u32| (word >> 8) as f32 * (1.0 / 16_777_216.0);
+        if of == 1 {
+            return Ok(self.words(name, 0, n).into_iter().map(word).collect());
+        }
+        Ok((0..rows).flat_map(|row| self.words(name, (row * of + share) * columns, columns)).map(word).collect())
     }
 
     /// Normal with mean 0 and deviation 1 (Box-Muller, from numbers of 32 bits).
     pub fn normal(&self, name: &str, n: usize) -> Vec<f32> {
-        let words = self.words(&self.full(name), n.div_ceil(2) * 2);
+        let words = self.words(&self.full(name), 0, n.div_ceil(2) * 2);
         let pairs = words.chunks_exact(2).flat_map(|pair| {
             let radius = (-2.0 * ((pair[0] as f64 + 0.5) / 4_294_967_296.0).ln()).sqrt();
             let angle = std::f64::consts::TAU * (pair[1] as f64 / 4_294_967_296.0);
@@ -73,11 +94,12 @@ impl Rng {
         Stream { key, step: self.step, next: 0, block: [0; 4] }
     }
 
-    fn words(&self, name: &str, n: usize) -> Vec<u32> {
+    /// Words `first` to below `first + n` of a name.
+    fn words(&self, name: &str, first: usize, n: usize) -> Vec<u32> {
         let name = hash(name);
         let key = [self.seed as u32 ^ name as u32, (self.seed >> 32) as u32 ^ (name >> 32) as u32];
         let block = |i: usize| philox([i as u32, (i >> 32) as u32, self.step as u32, (self.step >> 32) as u32], key);
-        (0..n.div_ceil(4)).flat_map(block).take(n).collect()
+        (first / 4..(first + n).div_ceil(4)).flat_map(block).skip(first % 4).take(n).collect()
     }
 }
 
@@ -176,6 +198,19 @@ mod tests {
         assert_ne!(numbers, rng.uniform("mast", 100).unwrap());
         assert_ne!(numbers, rng.at(1).uniform("mask", 100).unwrap());
         assert_ne!(numbers, Rng::new(8).uniform("mask", 100).unwrap());
+    }
+
+    #[test]
+    fn a_share_of_a_batch_draws_what_its_images_get_in_the_whole() {
+        let rng = Rng::new(7).at(3);
+        let whole = rng.rows("mask", 12, 5).unwrap();
+        assert_eq!(whole, rng.uniform("mask", 60).unwrap());
+        for share in 0..3 {
+            let own = rng.of_share(share, 3).rows("mask", 4, 5).unwrap();
+            let expected: Vec<f32> = (0..4).flat_map(|row| whole[(row * 3 + share) * 5..][..5].to_vec()).collect();
+            assert_eq!(own, expected, "{share}");
+            assert_eq!(rng.of_share(share, 3).uniform("mask", 20).unwrap(), whole[..20]);
+        }
     }
 
     #[test]

@@ -97,6 +97,9 @@ impl Need {
     }
 }
 
+/// Is told of a parameter whose gradient is complete.
+pub type Ready<'a> = &'a mut dyn FnMut(&Params, ParamId) -> Result<()>;
+
 /// Gradients of the leaves that a backward walk reached.
 pub struct Gradients(Vec<(usize, Tensor)>);
 
@@ -172,8 +175,19 @@ impl Tape {
         self.backward_from(loss, one, params)
     }
 
+    /// The same; `ready` is told of each parameter of `params` as soon as its gradient is complete.
+    pub fn backward_telling(&self, loss: &Var, params: &mut Params, ready: Ready) -> Result<Gradients> {
+        ensure!(loss.value.numel() == 1, "backward: the loss is {:?}, not one number", loss.value.shape());
+        let one = Tensor::full_on(&loss.value.device(), loss.value.shape(), loss.value.dtype(), 1.0)?;
+        self.begin(loss, one, &mut [params], ready)
+    }
+
     /// The same from a given gradient of `output`.
     pub fn backward_from(&self, output: &Var, gradient: Tensor, params: &mut [&mut Params]) -> Result<Gradients> {
+        self.begin(output, gradient, params, &mut |_, _| Ok(()))
+    }
+
+    fn begin(&self, output: &Var, gradient: Tensor, params: &mut [&mut Params], ready: Ready) -> Result<Gradients> {
         let place = output.place.as_ref().filter(|(tape, _)| tape.same(self)).map(|(_, place)| *place);
         ensure!(place.is_some(), "backward: the loss is not on this tape, nothing that leads to it was recorded");
         ensure!(
@@ -183,7 +197,7 @@ impl Tape {
             output.value.shape()
         );
         let last = place.expect("checked above");
-        let walked = self.walk(last, gradient, params);
+        let walked = self.walk(last, gradient, params, ready);
         if walked.is_err() {
             // Memory that was lent is gone with the walk.
             params.iter_mut().for_each(|params| params.forget_gradients());
@@ -191,7 +205,7 @@ impl Tape {
         walked
     }
 
-    fn walk(&self, last: usize, gradient: Tensor, params: &mut [&mut Params]) -> Result<Gradients> {
+    fn walk(&self, last: usize, gradient: Tensor, params: &mut [&mut Params], ready: Ready) -> Result<Gradients> {
         let device = gradient.device();
         let recording = self.0.as_ref().map(|recording| recording.take()).expect("a tape with a place on it is on");
         let nodes = recording.nodes;
@@ -210,7 +224,11 @@ impl Tape {
             let Some(gradient) = gradients[place].take() else { continue };
             match node.kind {
                 Kind::Leaf => leaves.push((place, gradient)),
-                Kind::Param { set, id } => owner(params, set)?.accept(id, gradient)?,
+                Kind::Param { set, id } => {
+                    let params = owner(params, set)?;
+                    params.accept(id, gradient)?;
+                    ready(params, id)?;
+                }
                 Kind::Op(backward) => {
                     let mut need = need(&device, &node.inputs, &facts, &owners, &mut gradients, params)?;
                     let answers = backward(gradient, &mut need).with_context(|| format!("the backward of {}", node.name))?;

@@ -3,7 +3,7 @@
 //! A tensor is a shared handle: a clone costs nothing, [`Tensor::data_mut`] needs to be the only one. It lives on one device; [`Tensor::on`] makes its
 //! twin on another. Only on the CPU are its numbers there to be read: what is wanted of a GPU's is brought over first.
 
-use crate::device::gpu::{Block, Gpu};
+use crate::device::gpu::{Block, Draw, Gpu};
 use crate::device::launch::{Args, Launch, Operand, typed};
 use crate::device::memory::{Buffer, Slab};
 use crate::device::parallel;
@@ -162,12 +162,23 @@ impl Tensor {
         Ok(tensor)
     }
 
-    /// Numbers uniform in [0, 1) by their name, f32; recorded work draws them afresh at each replay.
+    /// Numbers uniform in [0, 1) by their name, f32, for each image of a batch ([`Rng::rows`]); recorded work draws them afresh at each replay.
     pub fn drawn(device: &Device, rng: &Rng, name: &str, shape: &[usize]) -> Result<Self> {
+        let rows = shape.first().copied().unwrap_or(1);
+        Self::drawn_as(device, rng, name, shape, Some(rows))
+    }
+
+    /// The same for a whole batch at once: every share of it gets the same numbers.
+    pub fn drawn_once(device: &Device, rng: &Rng, name: &str, shape: &[usize]) -> Result<Self> {
+        Self::drawn_as(device, rng, name, shape, None)
+    }
+
+    fn drawn_as(device: &Device, rng: &Rng, name: &str, shape: &[usize], rows: Option<usize>) -> Result<Self> {
         let size = Shape::new(shape)?;
+        let draw = Draw { name: rng.full(name), count: size.numel(), rows };
         match device {
-            Device::Cpu => Self::from_slice(shape, &rng.uniform(name, size.numel())?),
-            Device::Gpu(gpu) => Ok(Self { storage: Storage::Gpu(gpu.drawn(rng, name, size.numel())?), shape: size, dtype: Dtype::F32 }),
+            Device::Cpu => Self::from_slice(shape, &draw.numbers(rng)?),
+            Device::Gpu(gpu) => Ok(Self { storage: Storage::Gpu(gpu.drawn(rng, draw)?), shape: size, dtype: Dtype::F32 }),
         }
     }
 

@@ -421,7 +421,8 @@ fn convert_gives_maes_program_what_it_resumes_from() {
     let map = |json: serde_json::Value| json.as_object().unwrap().clone();
     let (settings, progress) = (map(json!({"weight-decay": 0.1, "batch-size": 8})), map(json!({"epoch": 3, "micro": 5})));
     let header = Header { settings, progress, data: Default::default() };
-    checkpoint::save(Path::new(&path("own.safetensors")), &header, &model.params, &optimizer, None).unwrap();
+    let remembered = checkpoint::remembered(&model.params, &optimizer).unwrap();
+    checkpoint::save(Path::new(&path("own.safetensors")), &header, &model.params, remembered, None).unwrap();
 
     let (said, code) = convert(&[&path("own.safetensors"), &path("out.pth"), "--with-optimizer"]);
     assert!(code == Some(0) && said.contains("after 3 whole epochs") && said.contains("5 batches"), "{said}");

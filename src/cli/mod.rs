@@ -6,10 +6,12 @@ mod presets;
 mod recipes;
 mod visualize;
 
+use crate::device::ranks::Ranks;
 use crate::device::{self, Named, parallel};
 use crate::error::{Error, Result};
 use crate::measure::{self, info, kernels, loading, ops, parity, step};
 use crate::tensor::Dtype;
+use crate::train::args::RunArgs;
 use crate::train::evaluate::EvaluateArgs;
 use crate::train::run::Ended;
 use crate::train::{classify, convmae, distill, dmae, dmjd, maskfeat, pretrain, tinymim};
@@ -17,6 +19,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Learning from images by looking at part of them: masked autoencoding and masked distillation of vision transformers.
 #[derive(Parser)]
@@ -216,6 +219,13 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Runs a training command, or an evaluation, as one of some ranks that are threads of this program, on the threads for parallel work that there are.
+pub fn run_as(arguments: &[&str], ranks: &Ranks) -> Result<ExitCode> {
+    let arguments = presets::expand(std::iter::once("masque").chain(arguments.iter().copied()).map(String::from).collect())?;
+    let matches = command().try_get_matches_from(arguments).and_then(|matches| Cli::from_arg_matches(&matches));
+    execute(matches.map_err(|error| Error::usage(error.to_string()))?.command, Some(ranks))
+}
+
 /// The commands, each with the official defaults of its own.
 fn command() -> clap::Command {
     let defaults = |command: clap::Command, defaults: &'static [(&'static str, &'static str)]| {
@@ -312,24 +322,29 @@ fn run(cli: Cli) -> Result<ExitCode> {
     if cli.threads == Some(0) {
         return Err(Error::usage("--threads 0: at least one thread is needed; leave the flag out to use every core"));
     }
-    parallel::with_threads(cli.threads.unwrap_or(0), || execute(cli.command))?
+    parallel::with_threads(cli.threads.unwrap_or(0), || execute(cli.command, None))?
 }
 
-fn execute(command: Command) -> Result<ExitCode> {
+/// `ranks`: those that it is one of; None: those that a launcher started, if one did.
+fn execute(command: Command, ranks: Option<&Ranks>) -> Result<ExitCode> {
     match command {
-        Command::Pretrain(Pretrain::Mae(args)) => return Ok(ended(pretrain::mae(&args, &mut |line| say(line))?)),
-        Command::Pretrain(Pretrain::Dmae(args)) => return Ok(ended(dmae::dmae(&args, &mut |line| say(line))?)),
-        Command::Pretrain(Pretrain::Tinymim(args)) => return Ok(ended(tinymim::tinymim(&args, &mut |line| say(line))?)),
-        Command::Pretrain(Pretrain::Dmjd(args)) => return Ok(ended(dmjd::dmjd(&args, &mut |line| say(line))?)),
-        Command::Pretrain(Pretrain::Maskfeat(args)) => return Ok(ended(maskfeat::maskfeat(&args, &mut |line| say(line))?)),
-        Command::Pretrain(Pretrain::Convmae(args)) => return Ok(ended(convmae::convmae(&args, &mut |line| say(line))?)),
-        Command::Train(args) => return Ok(ended(distill::train(&args, &mut |line| say(line))?)),
-        Command::Distill(Distill::Maskedkd(args)) => return Ok(ended(distill::maskedkd(&args, &mut |line| say(line))?)),
-        Command::Distill(Distill::Logit(args)) => return Ok(ended(distill::logit(&args, false, &mut |line| say(line))?)),
-        Command::Distill(Distill::Deit(args)) => return Ok(ended(distill::logit(&args, true, &mut |line| say(line))?)),
-        Command::Finetune(args) => return Ok(ended(classify::finetune(&args, &mut |line| say(line))?)),
-        Command::Probe(args) => return Ok(ended(classify::probe(&args, &mut |line| say(line))?)),
-        Command::Evaluate(args) => args.run(&mut |line| say(line)).map(|_| ())?,
+        Command::Pretrain(Pretrain::Mae(args)) => return together(*args, ranks, |args| &mut args.common.run, pretrain::mae),
+        Command::Pretrain(Pretrain::Dmae(args)) => return together(*args, ranks, |args| &mut args.common.run, dmae::dmae),
+        Command::Pretrain(Pretrain::Tinymim(args)) => return together(*args, ranks, |args| &mut args.common.run, tinymim::tinymim),
+        Command::Pretrain(Pretrain::Dmjd(args)) => return together(*args, ranks, |args| &mut args.common.run, dmjd::dmjd),
+        Command::Pretrain(Pretrain::Maskfeat(args)) => return together(*args, ranks, |args| &mut args.common.run, maskfeat::maskfeat),
+        Command::Pretrain(Pretrain::Convmae(args)) => return together(*args, ranks, |args| &mut args.common.run, convmae::convmae),
+        Command::Train(args) => return together(*args, ranks, |args| &mut args.run, distill::train),
+        Command::Distill(Distill::Maskedkd(args)) => return together(*args, ranks, |args| &mut args.distill.train.run, distill::maskedkd),
+        Command::Distill(Distill::Logit(args)) => {
+            return together(*args, ranks, |args| &mut args.train.run, |args, say| distill::logit(args, false, say));
+        }
+        Command::Distill(Distill::Deit(args)) => {
+            return together(*args, ranks, |args| &mut args.train.run, |args, say| distill::logit(args, true, say));
+        }
+        Command::Finetune(args) => return together(*args, ranks, |args| &mut args.run, classify::finetune),
+        Command::Probe(args) => return together(*args, ranks, |args| &mut args.run, classify::probe),
+        Command::Evaluate(args) => evaluated(args, ranks)?,
         Command::Visualize(args) => args.run(&mut |line| say(line))?,
         Command::Presets { name: Some(name) } => say(&presets::find(&name)?.text()),
         Command::Presets { name: None } => {
@@ -362,10 +377,46 @@ fn execute(command: Command) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Trains as one of the ranks that a launcher started, or alone. Rank 0 speaks; an error of one is told to all.
+fn together<A>(
+    mut args: A,
+    ranks: Option<&Ranks>,
+    run: impl Fn(&mut A) -> &mut RunArgs,
+    train: impl FnOnce(&A, &mut dyn FnMut(&str)) -> Result<Ended>,
+) -> Result<ExitCode> {
+    let ranks = match ranks {
+        Some(ranks) => ranks.clone(),
+        None => run(&mut args).join()?,
+    };
+    run(&mut args).ranks = ranks.clone();
+    let mut speak = |line: &str| {
+        if ranks.is_first() {
+            say(line)
+        }
+    };
+    let done = train(&args, &mut speak).inspect_err(|error| ranks.fail(error))?;
+    Ok(ended(done, &mut speak))
+}
+
+fn evaluated(mut args: EvaluateArgs, ranks: Option<&Ranks>) -> Result<()> {
+    args.ranks = ranks.map_or_else(|| Ranks::launched(EVALUATION), |ranks| Ok(ranks.clone()))?;
+    let ranks = args.ranks.clone();
+    args.run(&mut |line| {
+        if ranks.is_first() {
+            say(line)
+        }
+    })
+    .map(|_| ())
+    .inspect_err(|error| ranks.fail(error))
+}
+
+/// How long ranks that evaluate wait for each other.
+const EVALUATION: Duration = Duration::from_secs(600);
+
 /// How a run ended: 0, or what a shell gives for the signal that stopped it.
-fn ended(ended: Ended) -> ExitCode {
+fn ended(ended: Ended, speak: &mut dyn FnMut(&str)) -> ExitCode {
     ended.signal.map_or(ExitCode::SUCCESS, |(number, name)| {
-        say(&format!("stopped by {name} after update {}; --resume auto goes on from there", ended.place.update));
+        speak(&format!("stopped by {name} after update {}; --resume auto goes on from there", ended.place.update));
         ExitCode::from(128 + number)
     })
 }

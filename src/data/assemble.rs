@@ -62,7 +62,9 @@ impl Recipe {
 
     fn make(&self, place: usize) -> Result<Made> {
         let [rank, ranks] = self.rank;
-        let draws = self.rng.stream("sample", (place * ranks + rank) as u64);
+        // In a sequential order an image's place is its number.
+        let whole = if self.replace { place * ranks + rank } else { self.images[place] };
+        let draws = self.rng.stream("sample", whole as u64);
         let (mut index, mut unread) = (self.images[place], Vec::new());
         // Colours and boxes that only a student sees are new in every epoch, however often a view is shown.
         let (mut view, mut own) = match self.view {

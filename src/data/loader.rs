@@ -179,7 +179,7 @@ impl Loader {
     /// Batches in an epoch.
     pub fn batches(&self) -> usize {
         let LoaderOptions { order, rank, ranks, batch, .. } = self.options;
-        order.batches(self.dataset.len(), rank, ranks, batch.max(1))
+        order.batches(self.dataset.len(), [rank, ranks], batch.max(1))
     }
 
     /// Images that could not be read in the batches handed out so far.
@@ -191,7 +191,7 @@ impl Loader {
     /// The batches of an epoch, from number `first` on. After an error there are no more.
     pub fn epoch(&self, epoch: u64, first: usize) -> impl Iterator<Item = Result<Loaded>> + use<'_> {
         let LoaderOptions { batch, order, workers, seed, strict, rank, ranks, views } = self.options;
-        let mut images = order.indices(self.dataset.len(), seed, epoch, rank, ranks);
+        let mut images = order.indices(self.dataset.len(), seed, epoch, [rank, ranks], batch.max(1));
         if !order.keeps_the_rest() {
             images.truncate(self.batches() * batch);
         }

@@ -7,6 +7,7 @@
 //! | [`launch`] | kernels by name and their argument lists, one for both kinds of GPU |
 //! | [`product`] | what a matrix product on a GPU is asked for |
 //! | [`emulated`] | the kernels compiled by the C++ compiler, one fiber a CUDA thread |
+//! | [`ranks`] | processes that train one model together: what they do in common, and how they find each other |
 //! | [`real`] | CUDA: context, stream, fatbins, graphs, cuBLASLt |
 //! | [`disk`] | the room on a disk |
 //! | [`libs`] | finding CUDA's libraries; what is missing is a sentence |
@@ -23,6 +24,7 @@ pub mod libs;
 pub mod memory;
 pub mod parallel;
 pub mod product;
+pub mod ranks;
 pub mod real;
 pub mod simd;
 

@@ -101,9 +101,8 @@ impl Disjoint {
 
     /// The masks of so many images: `views` times as many rows.
     pub fn draw(&self, batch: usize, device: &Device, rng: &Rng) -> Result<Mask> {
-        let drawn = |name: &str, rows: usize, columns: usize| Tensor::drawn(device, rng, name, &[rows, columns]);
         let sorted = |noise: &Tensor| Ok(random(noise, 0)?.shuffle);
-        let noise = drawn("mask", batch, self.units())?;
+        let noise = Tensor::drawn(device, rng, "mask", &[batch, self.units()])?;
         if self.hide == 0 {
             return Ok(Mask { hidden: random(&noise, 0)?.hidden, ..random(&noise, self.keep)? });
         }
@@ -111,7 +110,7 @@ impl Disjoint {
         let mut permutations = Vec::with_capacity(self.fresh.len());
         let mut seen = self.keep;
         for (view, &fresh) in self.fresh.iter().enumerate() {
-            let order = |what: &str, n: usize| sorted(&drawn(&format!("view {} {what}", view + 2), 1, n)?);
+            let order = |what: &str, n: usize| sorted(&Tensor::drawn_once(device, rng, &format!("view {} {what}", view + 2), &[1, n])?);
             permutations.push([order("seen", seen)?, order("hidden", self.units() - seen)?]);
             seen -= fresh;
         }

@@ -28,6 +28,24 @@ pub fn clip(params: &mut Params, max_norm: f64) -> Result<f64> {
     }
 }
 
+/// Multiplies every gradient by min(1, max_norm / (norm + 1e-6)) where the norm is known: gradients of this rank may be a part of it.
+pub fn limit(params: &mut Params, norm: f64, max_norm: f64) -> Result<()> {
+    check(max_norm)?;
+    let factor = max_norm / (norm + 1e-6);
+    if !norm.is_finite() || factor >= 1.0 {
+        return Ok(());
+    }
+    match params.device().gpu().cloned() {
+        None => by_real!("clipping", params.dtype(), multiply(params, factor)),
+        Some(gpu) => {
+            let factor = Tensor::full_on(params.device(), &[1], Dtype::F32, factor)?;
+            let mut gradients = params.flat_gradients()?;
+            let n = gradients.len;
+            gpu.launch("times_scalar_f32", Launch::elements(n, 8), Args::new().out(&mut gradients).input(&factor).long(n))
+        }
+    }
+}
+
 /// The same with the norm as f32 [1] on the device of the parameters: on a GPU nothing waits for it, and it may be recorded.
 pub fn clip_on_device(params: &mut Params, max_norm: f64) -> Result<Tensor> {
     check(max_norm)?;

@@ -71,6 +71,19 @@ impl State {
         Ok(Self { optimizer, names, groups, slots, slot_of, tensors: Vec::new(), pieces: None })
     }
 
+    /// Remembers these parameters alone from now on; the others are another rank's to update. Before the first update.
+    pub fn keep(&mut self, own: impl Fn(ParamId) -> bool) -> Result<()> {
+        ensure!(self.tensors.is_empty(), "{}: parameters are dealt out before the first update", self.optimizer);
+        self.slots.retain(|slot| own(slot.id));
+        self.slot_of = self.slots.iter().enumerate().map(|(i, slot)| (slot.id, i)).collect();
+        Ok(())
+    }
+
+    /// The parameters that are remembered here.
+    pub fn kept(&self) -> impl Iterator<Item = ParamId> {
+        self.slots.iter().map(|slot| slot.id)
+    }
+
     /// What is remembered of each parameter, by name.
     pub fn names(&self) -> &'static [&'static str] {
         self.names

@@ -1,8 +1,10 @@
 //! The flags that all training commands share. Their names are the official ones; each struct is at once flag, default, help text and record.
 
+use super::exchange::ExchangeOptions;
 use super::profile::ProfileArgs;
 use super::record::command_line;
 use super::run::{Options, Schedule};
+use crate::device::ranks::{Ranks, Wire};
 use crate::device::{Device, Named, Precision};
 use crate::error::{Context, Error, Result};
 use crate::optim::schedule;
@@ -15,7 +17,7 @@ use std::time::Duration;
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct RunArgs {
-    /// Images of a micro-batch
+    /// Images of a micro-batch; of several ranks, of each
     #[arg(long, default_value_t = 64, value_name = "N")]
     pub batch_size: usize,
     /// Passes through the training images
@@ -27,7 +29,7 @@ pub struct RunArgs {
     /// Peak learning rate; without it --blr says it
     #[arg(long, value_name = "RATE")]
     pub lr: Option<f64>,
-    /// Peak learning rate for 256 images: lr = blr x batch size x accumulation / 256
+    /// Peak learning rate for 256 images: lr = blr x batch size x accumulation x ranks / 256
     #[arg(long, default_value_t = 1e-3, value_name = "RATE")]
     pub blr: f64,
     /// Learning rate at the end
@@ -87,8 +89,57 @@ pub struct RunArgs {
     #[arg(long, value_name = "N")]
     pub num_workers: Option<usize>,
     #[command(flatten)]
+    #[serde(flatten)]
+    pub together: TogetherArgs,
+    #[command(flatten)]
     #[serde(skip)]
     pub profile: ProfileArgs,
+    /// Those that train with this one.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub ranks: Ranks,
+}
+
+/// What matters where several ranks train one model.
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct TogetherArgs {
+    /// Several ranks: how gradients are sent
+    #[arg(long, default_value = "f32", value_name = "f32|bf16")]
+    #[serde(with = "text")]
+    pub wire: Wire,
+    /// Several ranks: so many megabytes of gradients are sent at once, while the backward pass goes on
+    #[arg(long, default_value_t = 25.0, value_name = "MB")]
+    pub bucket_mb: f64,
+    /// Several ranks: each keeps the optimiser's memory of its share of the parameters alone (ZeRO, stage 1)
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub shard_optimizer: bool,
+    /// Several ranks: their parameters are compared after every so many updates, and before each checkpoint; 0: only then
+    #[arg(long, default_value_t = 1000, value_name = "UPDATES")]
+    pub check_sync: u64,
+    /// Several ranks: one that does not come for so long is given up, and the run with it
+    #[arg(long, default_value_t = 600.0, value_name = "SECONDS")]
+    pub rank_timeout: f64,
+}
+
+impl TogetherArgs {
+    fn check(&self) -> Result<()> {
+        for (flag, value, least, most) in [("--bucket-mb", self.bucket_mb, 0.001, 4096.0), ("--rank-timeout", self.rank_timeout, 1.0, 1e6)]
+        {
+            if !(least..=most).contains(&value) {
+                return Err(Error::usage(format!("{flag} {value} is not from {least} to {most}")));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn patience(&self) -> Duration {
+        Duration::from_secs_f64(self.rank_timeout.clamp(1.0, 1e6))
+    }
+
+    pub fn exchange(&self) -> ExchangeOptions {
+        ExchangeOptions { wire: self.wire, bucket: (self.bucket_mb * f64::from(1 << 20)) as usize, shard: self.shard_optimizer }
+    }
 }
 
 /// What was typed as text is stored as text.
@@ -140,18 +191,40 @@ impl RunArgs {
         if self.num_workers.is_some_and(|workers| workers > 1024) {
             return fail(format!("--num-workers {} is more than 1024", self.num_workers.unwrap_or(0)));
         }
+        self.together.check()?;
         self.profile.check()
     }
 
+    /// Waits for the other ranks of a launch, if this process is one of several.
+    pub fn join(&self) -> Result<Ranks> {
+        self.together.check()?;
+        Ranks::launched(self.together.patience())
+    }
+
+    /// The device of this rank: of several GPUs, the one with its number on this machine.
     pub fn open_device(&self) -> Result<Device> {
-        let device = self.device.open()?;
+        let device = match self.device {
+            Named::Gpu(0) => Named::Gpu(self.ranks.local()),
+            Named::Gpu(other) if !self.ranks.is_alone() => {
+                return Err(Error::usage(format!(
+                    "--device gpu:{other}: of several ranks each takes the GPU with its number on its machine; give --device gpu, and name the GPUs by CUDA_VISIBLE_DEVICES"
+                )));
+            }
+            other => other,
+        };
+        let device = device.open()?;
         device.compute_in(self.precision)?;
         Ok(device)
     }
 
-    /// Images of an update.
+    /// Images of an update, those of all ranks.
     pub fn effective_batch(&self) -> usize {
-        self.batch_size * self.accum_iter
+        self.batch_size * self.accum_iter * self.ranks.world()
+    }
+
+    /// Which part of every batch is this rank's, and of how many.
+    pub fn part(&self) -> [usize; 2] {
+        [self.ranks.rank(), self.ranks.world()]
     }
 
     pub fn schedule(&self) -> Schedule {
@@ -170,6 +243,7 @@ impl RunArgs {
             row_updates: self.log_freq,
             most_skips: self.max_skips,
             seed: self.seed,
+            sync_updates: self.together.check_sync,
         }
     }
 

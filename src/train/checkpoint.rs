@@ -9,11 +9,13 @@
 //! and in its header `masque.format`, `masque.settings` (the resolved flags), `masque.data` (command, images, classes), `masque.progress` (where the run
 //! stands), `masque.updates` (how many updates each parameter has had) and `masque.checksum` (of all tensors). A file is written beside its place and renamed, so that a name always stands for a whole file.
 
+use crate::device::ranks::Ranks;
 use crate::ensure;
 use crate::error::{Context, Error, Result};
 use crate::formats::{self, FileDtype, FileTensor, TensorFile};
 use crate::optim::Optimizer;
 use crate::optim::ema::Ema;
+use crate::optim::state::Memory;
 use crate::param::{ParamId, Params};
 use crate::tensor::{Device, Dtype, Tensor};
 use serde_json::{Map, Value};
@@ -69,19 +71,73 @@ fn map(file: &TensorFile, key: &str) -> Result<Map<String, Value>> {
     serde_json::from_str(text(file, key)?).with_context(|| format!("{}: {key} cannot be read", file.source()))
 }
 
+/// What an optimiser remembers of one parameter, on the host.
+pub struct Remembered {
+    pub name: String,
+    pub steps: u64,
+    pub tensors: Vec<(&'static str, FileTensor)>,
+}
+
+/// All that an optimiser remembers here.
+pub fn remembered(params: &Params, optimizer: &dyn Optimizer) -> Result<Vec<Remembered>> {
+    let host = |(state, tensor): (&'static str, &Tensor)| Ok((state, stored(tensor)?));
+    let one = |memory: Memory| {
+        let tensors = memory.tensors.into_iter().map(host).collect::<Result<_>>()?;
+        Ok(Remembered { name: params.name(memory.id).to_string(), steps: memory.steps, tensors })
+    };
+    optimizer.state().memories().map(one).collect()
+}
+
+/// The same of all ranks, on rank 0, where each remembers a part; elsewhere nothing.
+pub fn remembered_by_all(ranks: &Ranks, params: &Params, optimizer: &dyn Optimizer) -> Result<Vec<Remembered>> {
+    let mut own = Vec::new();
+    for Remembered { name, steps, tensors } in remembered(params, optimizer)? {
+        let id = params.find(&name)?;
+        own.extend((params.ids().position(|other| other == id).unwrap_or(0) as u64).to_le_bytes());
+        own.extend(steps.to_le_bytes());
+        tensors.iter().for_each(|(_, tensor)| own.extend(tensor.bytes()));
+    }
+    let ids: Vec<ParamId> = params.ids().collect();
+    let states = optimizer.state().names();
+    let mut all = Vec::new();
+    for bytes in ranks.collect("what the optimiser remembers", &own)? {
+        let broken = || Error::new("what the optimiser of another rank remembers came cut short");
+        let mut rest = &bytes[..];
+        let mut take = |n: usize| {
+            let (taken, others) = rest.split_at_checked(n).ok_or_else(broken)?;
+            rest = others;
+            Ok((taken, others.is_empty()))
+        };
+        let mut over = bytes.is_empty();
+        while !over {
+            let mut number = || Ok(u64::from_le_bytes(take(8)?.0.try_into().unwrap_or_default()));
+            let (at, steps) = (number()?, number()?);
+            let &id = ids.get(at as usize).ok_or_else(broken)?;
+            let shape = params.value(id).shape();
+            let mut tensors = Vec::new();
+            for state in states {
+                let (taken, last) = take(4 * params.value(id).numel())?;
+                let numbers: Vec<f32> = taken.as_chunks::<4>().0.iter().map(|word| f32::from_le_bytes(*word)).collect();
+                tensors.push((*state, FileTensor::from_f32(&numbers, shape)?));
+                over = last;
+            }
+            all.push((id, Remembered { name: params.name(id).to_string(), steps, tensors }));
+        }
+    }
+    all.sort_by_key(|(id, _)| *id);
+    Ok(all.into_iter().map(|(_, remembered)| remembered).collect())
+}
+
 /// Writes model, optimiser and averages; the file at `path` is the old one or the whole new one.
-pub fn save(path: &Path, header: &Header, params: &Params, optimizer: &dyn Optimizer, ema: Option<&Ema>) -> Result<()> {
+pub fn save(path: &Path, header: &Header, params: &Params, optimizer: Vec<Remembered>, ema: Option<&Ema>) -> Result<()> {
     let mut tensors: Vec<(String, FileTensor)> = Vec::new();
     for id in params.ids() {
         tensors.push((format!("model.{}", params.name(id)), stored(params.value(id))?));
     }
     let mut updates = Map::new();
-    for memory in optimizer.state().memories() {
-        let name = params.name(memory.id);
-        updates.insert(name.to_string(), memory.steps.into());
-        for (state, tensor) in memory.tensors {
-            tensors.push((format!("optimizer.{state}.{name}"), stored(tensor)?));
-        }
+    for Remembered { name, steps, tensors: states } in optimizer {
+        updates.insert(name.clone(), steps.into());
+        tensors.extend(states.into_iter().map(|(state, tensor)| (format!("optimizer.{state}.{name}"), tensor)));
     }
     for (id, value) in ema.iter().flat_map(|ema| params.ids().zip(ema.values())) {
         tensors.push((format!("ema.{}", params.name(id)), stored(value)?));
@@ -98,8 +154,14 @@ pub fn save(path: &Path, header: &Header, params: &Params, optimizer: &dyn Optim
     formats::write_safetensors(path, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), &metadata)
 }
 
-/// Puts everything back; the model must be the one that was saved.
-pub fn restore(file: &TensorFile, params: &mut Params, optimizer: &mut dyn Optimizer, ema: Option<&mut Ema>) -> Result<()> {
+/// Puts everything back; the model must be the one that was saved. What the optimiser remembers of some parameters may be another rank's.
+pub fn restore(
+    file: &TensorFile,
+    params: &mut Params,
+    optimizer: &mut dyn Optimizer,
+    ema: Option<&mut Ema>,
+    elsewhere: impl Fn(ParamId) -> bool,
+) -> Result<()> {
     let source = file.source().to_string();
     check(file)?;
     let model: Vec<(&str, &FileTensor)> =
@@ -111,6 +173,9 @@ pub fn restore(file: &TensorFile, params: &mut Params, optimizer: &mut dyn Optim
     let states = optimizer.state().names();
     for (name, steps) in updates {
         let id = params.find(&name).with_context(|| source.clone())?;
+        if elsewhere(id) {
+            continue;
+        }
         let tensors = states
             .iter()
             .map(|state| Ok((*state, tensor_of(file.get(&format!("optimizer.{state}.{name}"))?, params.value(id))?)))

@@ -310,6 +310,8 @@ impl Sets {
             workers: run.workers(),
             seed: run.seed,
             strict: images.strict_data,
+            rank: run.ranks.rank(),
+            ranks: run.ranks.world(),
             ..LoaderOptions::default()
         };
         Ok(Self { train, val, classes, loading })
@@ -424,7 +426,7 @@ impl Job<'_> {
         let feed = self.feed(self.run.open_device()?, None);
         model.params.move_to(&feed.device, self.run.precision.dtype())?;
         let loader = self.sets.in_order(false, self.crop.evaluation(self.images.input_size)?);
-        let found = evaluate(&model, &loader, &feed)?;
+        let found = evaluate(&model, &loader, &feed, &self.run.ranks)?;
         say_skipped(&loader, say);
         say(&found.to_string());
         Ok(Ended { last: Some(found), ..Ended::nothing() })
@@ -440,6 +442,9 @@ impl Job<'_> {
         ];
         if let Some((flag, _)) = given.into_iter().find(|(_, given)| *given) {
             return Err(Error::usage(format!("{flag} has no meaning with --knn, which trains and writes nothing; leave it out")));
+        }
+        if !run.ranks.is_alone() {
+            return Err(Error::usage(format!("--knn is done by one process, and {} were started; start one", run.ranks.world())));
         }
         let device = self.run.open_device()?;
         let model = self.model(config, &device, false, say)?;

@@ -5,6 +5,7 @@ use super::feed::Feed;
 use super::images::{ImagesArgs, Part, evaluation};
 use super::model::{Model, ModelArgs};
 use crate::data::loader::{Loader, LoaderOptions};
+use crate::device::ranks::Ranks;
 use crate::ensure;
 use crate::error::{Error, Result};
 use crate::methods::Method;
@@ -44,6 +45,9 @@ pub struct EvaluateArgs {
     /// Threads that read images [default: one a core]
     #[arg(long, value_name = "N")]
     pub num_workers: Option<usize>,
+    /// Those that evaluate with this one.
+    #[arg(skip)]
+    pub ranks: Ranks,
 }
 
 impl EvaluateArgs {
@@ -96,12 +100,14 @@ impl EvaluateArgs {
             batch: self.batch_size,
             workers: workers(self.num_workers),
             strict: self.strict_data,
+            rank: self.ranks.rank(),
+            ranks: self.ranks.world(),
             ..LoaderOptions::default()
         };
         let loader = Loader::new(dataset, evaluation(opened.side(), ratio)?, options);
         let [mean, std] = images.statistics();
         let feed = Feed { device: opened.params().device().clone(), mean, std, labels: None, bytes: method.needs_bytes() };
-        let found = evaluate(method, &loader, &feed)?;
+        let found = evaluate(method, &loader, &feed, &self.ranks)?;
         say_skipped(&loader, say);
         say(&found.to_string());
         Ok(found)
@@ -148,20 +154,49 @@ pub fn say_skipped(loader: &Loader, say: &mut dyn FnMut(&str)) {
     }
 }
 
-/// Passes once through `loader`; a method that draws at random draws the same each time.
-pub fn evaluate(method: &dyn Method, loader: &Loader, feed: &Feed) -> Result<Evaluation> {
-    const SEED: u64 = 0;
-    let (mut loss, mut batches, mut images, mut right) = (0.0, 0usize, 0usize, Some([0usize; 2]));
-    for (number, loaded) in loader.epoch(0, 0).enumerate() {
-        let batch = feed.evaluation(loaded?)?;
-        let count = batch.images.shape()[0];
-        let scores = method.scores(&batch, &Rng::new(SEED).at(number as u64))?;
-        loss += scores.loss;
-        batches += 1;
-        images += count;
-        right = right.zip(scores.right).map(|(sum, more)| [sum[0] + more[0], sum[1] + more[1]]);
+/// What came of one batch.
+struct Judged {
+    /// Among the batches of all ranks.
+    number: u64,
+    loss: f64,
+    images: u64,
+    right: Option<[u64; 2]>,
+}
+
+impl Judged {
+    fn words(&self) -> [u64; 5] {
+        // No batch has as many images as this.
+        let [first, five] = self.right.unwrap_or([u64::MAX; 2]);
+        [self.number, self.loss.to_bits(), self.images, first, five]
     }
+
+    fn of(&[number, loss, images, first, five]: &[u64; 5]) -> Self {
+        Self { number, loss: f64::from_bits(loss), images, right: (first != u64::MAX).then_some([first, five]) }
+    }
+}
+
+/// Passes once through `loader`; a method that draws at random draws the same each time. Of several ranks each takes its batches of the loader, and everybody
+/// gets what one rank would have found, to the last bit.
+pub fn evaluate(method: &dyn Method, loader: &Loader, feed: &Feed, ranks: &Ranks) -> Result<Evaluation> {
+    const SEED: u64 = 0;
+    let mut own = Vec::new();
+    for (place, loaded) in loader.epoch(0, 0).enumerate() {
+        let number = (ranks.rank() + place * ranks.world()) as u64;
+        let batch = feed.evaluation(loaded?)?;
+        let images = batch.images.shape()[0] as u64;
+        let scores = method.scores(&batch, &Rng::new(SEED).at(number))?;
+        own.extend(Judged { number, loss: scores.loss, images, right: scores.right.map(|right| right.map(|n| n as u64)) }.words());
+    }
+    let mut judged = Vec::new();
+    for bytes in ranks.gather("the evaluation", bytemuck::cast_slice(&own))? {
+        let words: Vec<u64> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_ne_bytes(*word)).collect();
+        judged.extend(words.as_chunks::<5>().0.iter().map(Judged::of));
+    }
+    judged.sort_by_key(|batch| batch.number);
+    let images: u64 = judged.iter().map(|batch| batch.images).sum();
     ensure!(images > 0, "there is nothing to evaluate on: no image of the set could be read");
-    let percent = |right: usize| 100.0 * right as f64 / images as f64;
-    Ok(Evaluation { loss: loss / batches as f64, accuracy: right.map(|right| right.map(percent)), images })
+    let loss = judged.iter().fold(0.0, |sum, batch| sum + batch.loss) / judged.len() as f64;
+    let right = judged.iter().try_fold([0, 0], |sum, batch| batch.right.map(|more| [sum[0] + more[0], sum[1] + more[1]]));
+    let percent = |right: u64| 100.0 * right as f64 / images as f64;
+    Ok(Evaluation { loss, accuracy: right.map(|right| right.map(percent)), images: images as usize })
 }

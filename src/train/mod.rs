@@ -7,6 +7,7 @@
 //! | [`start`] | where a run writes, what it goes on from |
 //! | [`run`] | the one loop: where a run stands, what it does next, what it does when numbers are not finite |
 //! | [`step`] | forward, backward and update, recorded on a GPU and replayed |
+//! | [`exchange`] | one model on many ranks: gradients go round while the backward pass runs |
 //! | [`profile`] | what was done when in a few updates, as a file and a table |
 //! | [`feed`] | from bytes to what a step takes |
 //! | [`checkpoint`], [`signals`] | what survives, and when it is saved |
@@ -27,6 +28,7 @@ pub mod dmae;
 pub mod dmjd;
 pub mod evaluate;
 pub mod events;
+pub mod exchange;
 pub mod feed;
 pub mod images;
 pub mod knn;

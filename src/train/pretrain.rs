@@ -156,8 +156,8 @@ impl<'a> Job<'a> {
         run.check()?;
         images.check()?;
         let side = images.input_size;
-        let device = run.open_device()?;
         let start = Start::of(run, self.folder)?;
+        let device = run.open_device()?;
         let train = images.open(Part::Train)?;
         // Pre-training reads no labels and needs no other images; where there are some, they show how it generalises.
         let validation = if images.lacks_validation() {
@@ -186,7 +186,8 @@ impl<'a> Job<'a> {
             seed: run.seed,
             strict: images.strict_data,
             views: self.views,
-            ..LoaderOptions::default()
+            rank: run.ranks.rank(),
+            ranks: run.ranks.world(),
         };
         loading.check()?;
         let [mean, std] = images.statistics();
@@ -202,7 +203,7 @@ impl<'a> Job<'a> {
         let optimizer = AdamW::new(groups::by_decay(method.params(), run.weight_decay, self.no_decay), self.betas, 1e-8)?;
         let feed = Feed { device, mean, std, labels: None, bytes: method.needs_bytes() };
         let shown = spread(validation.clone().unwrap_or_else(|| train.clone()), SHOWN);
-        let few = LoaderOptions { batch: SHOWN, order: Order::Sequential, workers: 0, views: None, ..loading };
+        let few = LoaderOptions { batch: SHOWN, order: Order::Sequential, workers: 0, views: None, rank: 0, ranks: 1, ..loading };
         let after = pictures(Loader::new(shown, crop.evaluation(side)?, few), feed.clone());
         let in_order =
             |set| Ok(Loader::new(set, crop.evaluation(side)?, LoaderOptions { order: Order::Sequential, views: None, ..loading }));

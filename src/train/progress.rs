@@ -85,6 +85,13 @@ impl Progress {
         }
     }
 
+    /// The same of a rank that does not print.
+    pub fn silent(plan: Plan) -> Self {
+        let mut silent = Self::new(plan);
+        (silent.terminal, silent.closed) = (false, true);
+        silent
+    }
+
     /// After an update.
     pub fn step(&mut self, seen: Seen) {
         let now = Instant::now();

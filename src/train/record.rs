@@ -70,10 +70,15 @@ impl Appender {
 
 pub struct Record {
     folder: PathBuf,
+    /// None where another rank writes.
+    open: Option<Open>,
+    loss: &'static str,
+}
+
+struct Open {
     /// In the order of `FILES`.
     files: [Appender; 4],
     events: Events,
-    loss: &'static str,
 }
 
 /// Makes the folder, and sure that no other process writes into it for as long as the answer is held.
@@ -92,6 +97,11 @@ pub fn lock(folder: &Path) -> Result<File> {
 }
 
 impl Record {
+    /// Of a rank that does not write: what it is given goes nowhere.
+    pub fn silent(folder: &Path) -> Self {
+        Self { folder: folder.to_path_buf(), open: None, loss: "" }
+    }
+
     /// Begins a run folder with the full resolved command; rows of an earlier run are gone.
     pub fn create(folder: &Path, command: &str) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
@@ -128,23 +138,33 @@ impl Record {
         let epochs = rows(&folder.join(EPOCHS))?.rows.into_iter().flat_map(|row| scalars_of_epoch(&row));
         let scalars: Vec<Scalar> = steps.chain(epochs).collect();
         let [a, b, c, d] = FILES.map(|name| Appender::open(folder.join(name)));
-        Ok(Self { folder: folder.to_path_buf(), files: [a?, b?, c?, d?], events: Events::create(folder, now(), &scalars)?, loss })
+        let open = Open { files: [a?, b?, c?, d?], events: Events::create(folder, now(), &scalars)? };
+        Ok(Self { folder: folder.to_path_buf(), open: Some(open), loss })
     }
 
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
+    /// Whether what it is given is written.
+    pub fn writes(&self) -> bool {
+        self.open.is_some()
+    }
+
     /// A row of `log.jsonl`; it must say "epoch" and "update".
     pub fn epoch(&mut self, row: &Row) -> Result<()> {
         let row = self.append(0, row, &["epoch", "update"])?;
-        self.events.write(&scalars_of_epoch(&row))
+        self.events(&scalars_of_epoch(&row))
     }
 
     /// A row of `steps.jsonl`; it must say "epoch" and "update".
     pub fn step(&mut self, row: &Row) -> Result<()> {
         let row = self.append(1, row, &["epoch", "update"])?;
-        self.events.write(&scalars_of_step(&row, self.loss))
+        self.events(&scalars_of_step(&row, self.loss))
+    }
+
+    fn events(&mut self, scalars: &[Scalar]) -> Result<()> {
+        self.open.as_mut().map_or(Ok(()), |open| open.events.write(scalars))
     }
 
     /// A sentence for the report: a step that was skipped, a file that was not read.
@@ -156,6 +176,9 @@ impl Record {
     /// A PNG for the report: `pictures/NAME.png` with a caption.
     pub fn picture(&mut self, update: u64, name: &str, caption: &str, png: &[u8]) -> Result<()> {
         ensure!(is_plain(name), "a picture of a run is named with letters, digits, - and _, not {name:?}");
+        if self.open.is_none() {
+            return Ok(());
+        }
         let folder = self.folder.join("pictures");
         fs::create_dir_all(&folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
         let file = format!("pictures/{name}.png");
@@ -171,7 +194,9 @@ impl Record {
         let mut row = row.clone();
         row.entry("time").or_insert_with(|| ((now() * 1000.0).round() / 1000.0).into());
         let line = serde_json::to_string(&row).context("a row that is no JSON")? + "\n";
-        self.files[file].append(line.as_bytes())?;
+        if let Some(open) = &mut self.open {
+            open.files[file].append(line.as_bytes())?;
+        }
         Ok(row)
     }
 }

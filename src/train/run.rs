@@ -15,10 +15,11 @@ use super::profile::Profile;
 use super::progress::{Plan, Progress, Seen};
 use super::record::{Record, Row};
 use super::report;
-use super::signals::Signals;
+use super::signals::{self, Signals};
 use super::step::Step;
 use crate::bail;
 use crate::data::loader::Loader;
+use crate::device::ranks::Ranks;
 use crate::error::{Context, Error, Result};
 use crate::formats;
 use crate::methods::Method;
@@ -77,6 +78,37 @@ impl Mean {
     }
 }
 
+/// How many images make a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Batching {
+    /// Images of a micro-batch on one rank.
+    pub batch: usize,
+    /// Micro-batches of an update.
+    pub window: usize,
+    pub ranks: usize,
+}
+
+impl Place {
+    /// Where a run stands that goes on with other batches: in front of the first image that it has not seen in this epoch, or of a few that it has, where
+    /// updates do not begin there. Answers what is to be said about it.
+    pub fn rebatch(&mut self, before: Batching, now: Batching) -> Option<String> {
+        let images = |b: Batching| (b.batch * b.ranks) as u64;
+        if images(before) == images(now) && before.window == now.window {
+            return None;
+        }
+        let update = |b: Batching| images(b) * b.window as u64;
+        let seen = self.micro * images(before);
+        self.micro = seen / update(now) * now.window as u64;
+        let again = seen - self.micro * images(now);
+        let twice = if again > 0 { format!(", and {again} images of this epoch are seen again") } else { String::new() };
+        let size = match update(before) == update(now) {
+            true => format!("an update has {} images as before", update(now)),
+            false => format!("an update has {} images from here on, and had {} before", update(now), update(before)),
+        };
+        Some(format!("{} ranks now, {} then: {size}{twice}", now.ranks, before.ranks))
+    }
+}
+
 /// How the learning rate moves.
 #[derive(Clone, Copy, Debug)]
 pub enum Schedule {
@@ -114,12 +146,15 @@ pub struct Options {
     /// Windows in a row that may be skipped.
     pub most_skips: u64,
     pub seed: u64,
+    /// Updates between two comparisons of the ranks' parameters; 0 for none but those before checkpoints.
+    pub sync_updates: u64,
 }
 
 /// What is done after an evaluation: pictures.
 pub type After<'a> = Box<dyn FnMut(&dyn Method, &mut Record, &Place) -> Result<()> + 'a>;
 
 pub struct Run<'a> {
+    pub ranks: Ranks,
     pub step: Step,
     pub loader: Arc<Loader>,
     pub feed: Feed,
@@ -164,6 +199,27 @@ impl Spent {
     }
 }
 
+/// What a rank wishes the run to do after an update.
+#[derive(Clone, Copy, Default)]
+struct Wish {
+    /// It is to stop: the signal that came.
+    signal: Option<(u8, &'static str)>,
+    /// It is time for a checkpoint, by the clock of rank 0.
+    save: bool,
+}
+
+impl Wish {
+    fn word(self) -> f64 {
+        f64::from(self.signal.map_or(0, |(number, _)| number)) + if self.save { 1000.0 } else { 0.0 }
+    }
+
+    /// What is done when each rank has said its word.
+    fn of_all(told: &[f64]) -> Self {
+        let signal = told.iter().map(|word| (word % 1000.0) as u8).find(|&number| number != 0);
+        Self { signal: signal.and_then(signals::named), save: told.first().is_some_and(|word| *word >= 1000.0) }
+    }
+}
+
 /// How a run ended.
 pub struct Ended {
     pub place: Place,
@@ -185,7 +241,9 @@ pub fn restore(file: &formats::TensorFile, step: &mut Step, ema: Option<&mut Ema
     let progress = checkpoint::header(file)?.progress;
     let place = serde_json::from_value(Value::Object(progress)).with_context(|| format!("{}: its place cannot be read", file.source()))?;
     let (method, optimizer) = step.method_and_optimizer();
-    checkpoint::restore(file, method.params(), optimizer, ema)?;
+    let groups = optimizer.groups().iter().flat_map(|group| group.params.iter().copied()).collect::<HashSet<_>>();
+    let kept = optimizer.state().kept().collect::<HashSet<_>>();
+    checkpoint::restore(file, method.params(), optimizer, ema, |id| groups.contains(&id) && !kept.contains(&id))?;
     Ok(place)
 }
 
@@ -220,16 +278,17 @@ impl Run<'_> {
         // Of a teacher that remembers nobody knows beforehand how much it will compute.
         let asked = method.teacher().is_some_and(|teacher| teacher.memory.is_none());
         let (macs, teacher) = (method.macs(), method.teacher_cost().filter(|_| asked).map_or(0, |cost| cost.macs));
-        let mut progress = Progress::new(Plan {
+        let plan = Plan {
             updates: self.updates(),
             before: self.place.update,
             epochs: self.options.epochs as f64,
-            images_per_update: (self.loader.batch() as u64 * window) as usize,
+            images_per_update: (self.loader.batch() as u64 * window) as usize * self.ranks.world(),
             flops_per_image: 2.0 * (macs[0] + 2 * macs[1] + teacher) as f64,
-        });
+        };
+        let mut progress = if self.ranks.is_first() { Progress::new(plan) } else { Progress::silent(plan) };
         if self.place.epoch >= self.options.epochs {
             progress.line(&format!("all of the {} epochs are done already; a greater --epochs goes on", self.options.epochs));
-        } else if self.shelf().updates().is_empty() {
+        } else if self.first_finds(|run| run.shelf().updates().is_empty())? {
             // There is always something to go back to, and a folder that cannot be written is found now.
             self.save()?;
         }
@@ -239,18 +298,22 @@ impl Run<'_> {
             let loader = self.loader.clone();
             let mut coming = loader.epoch(self.place.epoch, self.place.micro as usize);
             while self.place.micro + window <= batches {
-                self.profiled(&mut coming, batches, window, &mut progress)?;
+                let mine = Wish { signal: signals.came(), save: saved.elapsed() >= self.options.save_time };
+                let wish = self.profiled(&mut coming, batches, window, mine, &mut progress)?;
+                if self.options.sync_updates > 0 && self.place.update.is_multiple_of(self.options.sync_updates) {
+                    self.step.check_sync(self.place.update)?;
+                }
                 self.tell_skipped(&loader, "replaced by another", &mut progress)?;
                 if self.place.in_a_row > self.options.most_skips {
                     self.go_back(&mut progress)?;
                 }
                 let due = self.options.save_updates.is_some_and(|every| self.place.update.is_multiple_of(every));
-                let signal = signals.came();
+                let signal = if self.ranks.is_alone() { signals.came() } else { wish.signal };
                 if self.place.micro + window > batches {
                     break;
                 }
                 // What skipped updates may have led to is not saved: the last checkpoint is a good one.
-                if (due || saved.elapsed() >= self.options.save_time || signal.is_some()) && self.is_good() {
+                if (due || wish.save || signal.is_some()) && self.is_good() {
                     progress.pause();
                     self.save()?;
                     saved = Instant::now();
@@ -265,9 +328,8 @@ impl Run<'_> {
             last = self.end_epoch(&mut progress)?.or(last);
             saved = Instant::now();
             progress.go_on();
-            if let signal @ Some(_) = signals.came()
-                && self.place.epoch < self.options.epochs
-            {
+            let signal = self.agreed(Wish { signal: signals.came(), save: false })?.signal;
+            if signal.is_some() && self.place.epoch < self.options.epochs {
                 if self.is_good() {
                     self.save()?;
                 }
@@ -291,7 +353,7 @@ impl Run<'_> {
         if let Some((_, name)) = signal {
             self.record.note(self.place.update, &format!("stopped by {name} after update {}", self.place.update))?;
         }
-        report::write(self.record.folder())?;
+        self.publish()?;
         Ok(Ended { place: self.place, last, signal, seconds: started.elapsed().as_secs_f64() })
     }
 
@@ -301,35 +363,40 @@ impl Run<'_> {
         coming: &mut dyn Iterator<Item = Result<crate::data::loader::Loaded>>,
         batches: u64,
         window: u64,
+        wish: Wish,
         progress: &mut Progress,
-    ) -> Result<()> {
-        let Some(mut profile) = self.profile.take() else { return self.update(coming, batches, window, progress) };
-        profile.update(self.place.update + 1, || self.update(coming, batches, window, progress))?;
+    ) -> Result<Wish> {
+        let Some(mut profile) = self.profile.take() else { return self.update(coming, batches, window, wish, progress) };
+        let wish = profile.update(self.place.update + 1, || self.update(coming, batches, window, wish, progress))?;
         if !profile.is_over() {
             self.profile = Some(profile);
-            return Ok(());
+            return Ok(wish);
         }
         progress.pause();
         self.step.set_eager(false);
         // A run is worth more than its profile.
-        let text = profile.write().unwrap_or_else(|error| format!("the profile is lost: {}", error.chain()));
-        progress.line(&text);
+        if self.record.writes() {
+            let text = profile.write().unwrap_or_else(|error| format!("the profile is lost: {}", error.chain()));
+            progress.line(&text);
+        }
         progress.go_on();
-        Ok(())
+        Ok(wish)
     }
 
-    /// One window.
+    /// One window. Answers what the ranks wish after it.
     fn update(
         &mut self,
         coming: &mut dyn Iterator<Item = Result<crate::data::loader::Loaded>>,
         batches: u64,
         window: u64,
+        wish: Wish,
         progress: &mut Progress,
-    ) -> Result<()> {
+    ) -> Result<Wish> {
         let place = &mut self.place;
         let at = place.epoch as f64 + place.micro as f64 / batches as f64;
         let lr = self.schedule.at(at, self.options.epochs as f64);
-        let rng = Rng::new(self.options.seed);
+        let rank = self.ranks.rank();
+        let rng = Rng::new(self.options.seed).of_share(rank, self.ranks.world());
         let before = self.step.method().teacher_cost();
         let mut apart = self.feed.device.gpu().is_none();
         let mut seconds = 0.0;
@@ -339,23 +406,23 @@ impl Run<'_> {
             drop(phase);
             let rng = rng.at(place.epoch * batches + place.micro);
             let phase = trace::phase("feed");
-            let mut batch = self.feed.training(loaded, &mut rng.stream("mixing", 0))?;
+            let mut batch = self.feed.training(loaded, &mut rng.stream("mixing", rank as u64))?;
             drop(phase);
             let started = Instant::now();
             let phase = trace::phase("prepare");
             self.step.method().prepare(&mut batch, &rng)?;
             drop(phase);
             apart |= batch.teacher_output.is_some();
-            let loss = self.step.add(&batch, &rng)?;
+            self.step.add(&batch, &rng)?;
             seconds += started.elapsed().as_secs_f64();
             place.micro += 1;
-            if loss.is_finite() {
-                place.epoch_loss.add(loss);
-                place.epoch_lr.add(lr);
-            }
         }
         let started = Instant::now();
-        let outcome = self.step.finish(lr)?;
+        let outcome = self.step.finish_telling(lr, wish.word())?;
+        for &loss in outcome.losses.iter().filter(|loss| loss.is_finite()) {
+            place.epoch_loss.add(loss);
+            place.epoch_lr.add(lr);
+        }
         seconds += started.elapsed().as_secs_f64();
         let cost = self.step.method().teacher_cost();
         // Within recorded work the two cannot be told apart: then the eager updates before it speak for all.
@@ -400,7 +467,24 @@ impl Run<'_> {
             }
             self.record.step(&row)?;
         }
-        Ok(())
+        Ok(Wish::of_all(&outcome.told))
+    }
+
+    /// What all ranks wish.
+    fn agreed(&self, mine: Wish) -> Result<Wish> {
+        let told = self.ranks.gather_numbers("signals", [mine.word()])?;
+        Ok(Wish::of_all(told.as_flattened()))
+    }
+
+    /// Whether rank 0 finds something to be so; only it need look at the disk.
+    fn first_finds(&self, so: impl FnOnce(&Self) -> bool) -> Result<bool> {
+        let found = if self.ranks.is_first() { vec![u8::from(so(self))] } else { Vec::new() };
+        Ok(self.ranks.broadcast("what rank 0 finds", found)? == [1])
+    }
+
+    /// Brings the page up to date.
+    fn publish(&self) -> Result<()> {
+        if self.record.writes() { report::write(self.record.folder()) } else { Ok(()) }
     }
 
     /// Whether the parameters are worth keeping: numbers were finite since the last update, and since the run went back to a checkpoint.
@@ -413,6 +497,10 @@ impl Run<'_> {
         let skipped = loader.skipped();
         for name in skipped.names {
             if self.told.insert(name.clone()) {
+                if !self.record.writes() {
+                    eprintln!("masque: rank {}: an image could not be read and is {what}: {name}", self.ranks.rank());
+                    continue;
+                }
                 let text = format!("an image could not be read and is {what} ({} so far): {name}", skipped.count);
                 progress.line(&text);
                 self.record.note(self.place.update, &text)?;
@@ -427,8 +515,18 @@ impl Run<'_> {
         let reason = format!("{} updates in a row were skipped because loss or gradient were not finite", place.in_a_row);
         // Where not one update could be made since the last return, its checkpoint was no good one.
         let before = place.back_at.unwrap_or(u64::MAX);
-        let (newest, damaged) = Shelf::new(self.record.folder(), self.options.keep).newest_before(before);
+        let shelf = Shelf::new(self.record.folder(), self.options.keep);
+        let (newest, damaged) = if self.ranks.is_first() { shelf.newest_before(before) } else { (None, Vec::new()) };
         damaged.iter().for_each(|text| progress.line(text));
+        let path = newest.as_ref().map_or(String::new(), |(path, _)| path.to_string_lossy().into_owned());
+        let path = self.ranks.broadcast("the checkpoint to go back to", path.into_bytes())?;
+        let newest = match newest {
+            None if !path.is_empty() => {
+                let path = std::path::PathBuf::from(String::from_utf8_lossy(&path).into_owned());
+                Some((path.clone(), formats::open(&path)?))
+            }
+            newest => newest,
+        };
         let Some((path, file)) = newest else {
             bail!("{reason}, and there is no good checkpoint to go back to; try a smaller --lr or --clip-grad, or --precision f32");
         };
@@ -449,12 +547,19 @@ impl Run<'_> {
             Some((path, _)) => format!("saving failed; the last good checkpoint is {}", path.display()),
             None => "saving failed; there is no checkpoint yet".to_string(),
         })?;
-        shelf.tidy();
+        if self.record.writes() {
+            shelf.tidy();
+        }
         Ok(())
     }
 
     fn save_as(&mut self, path: &std::path::Path) -> Result<()> {
         let _phase = trace::phase("checkpoint");
+        self.step.check_sync(self.place.update)?;
+        let sharded = self.step.exchange().is_some_and(|exchange| exchange.is_sharded());
+        if !self.record.writes() && !sharded {
+            return Ok(());
+        }
         let progress = serde_json::to_value(&self.place).context("the place of the run")?;
         let header = Header {
             settings: self.settings.clone(),
@@ -463,7 +568,12 @@ impl Run<'_> {
         };
         let ema = self.ema.as_ref();
         let (method, optimizer) = self.step.method_and_optimizer();
-        checkpoint::save(path, &header, method.params(), optimizer, ema)
+        let params = method.params();
+        let optimizer = match sharded {
+            true => checkpoint::remembered_by_all(&self.ranks, params, optimizer)?,
+            false => checkpoint::remembered(params, optimizer)?,
+        };
+        if self.record.writes() { checkpoint::save(path, &header, params, optimizer, ema) } else { Ok(()) }
     }
 
     /// Evaluation, the row of the log, checkpoints.
@@ -479,7 +589,7 @@ impl Run<'_> {
         let mut evaluation = None;
         let phase = trace::phase("evaluation");
         if let Some(loader) = self.validation.as_ref().filter(|_| every(self.options.eval_epochs)) {
-            let found = evaluate(self.step.method(), loader, &self.feed)?;
+            let found = evaluate(self.step.method(), loader, &self.feed, &self.ranks)?;
             line.insert("test_loss".into(), json!(found.loss));
             if let Some([first, five]) = found.accuracy {
                 line.insert("test_acc1".into(), json!(first));
@@ -487,7 +597,7 @@ impl Run<'_> {
             }
             if let Some(ema) = &mut self.ema {
                 ema.swap(self.step.method().params())?;
-                let averaged = evaluate(self.step.method(), loader, &self.feed);
+                let averaged = evaluate(self.step.method(), loader, &self.feed, &self.ranks);
                 ema.swap(self.step.method().params())?;
                 let averaged = averaged?;
                 line.insert("test_loss_ema".into(), json!(averaged.loss));
@@ -530,7 +640,7 @@ impl Run<'_> {
         if let Some(loader) = self.validation.clone() {
             self.tell_skipped(&loader, "left out of the evaluation", progress)?;
         }
-        if let (Some(_), Some(after)) = (&evaluation, &mut self.after) {
+        if let (Some(_), Some(after), true) = (&evaluation, &mut self.after, self.record.writes()) {
             let _phase = trace::phase("pictures");
             after(self.step.method(), &mut self.record, &self.place)?;
         }
@@ -554,7 +664,7 @@ impl Run<'_> {
                 self.record.folder().display()
             );
         }
-        report::write(self.record.folder())?;
+        self.publish()?;
         Ok(evaluation)
     }
 }

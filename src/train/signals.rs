@@ -26,10 +26,15 @@ impl Signals {
 
     /// The signal that came: its number and its name.
     pub fn came(&self) -> Option<(u8, &'static str)> {
-        match self.which.load(Ordering::Relaxed) as i32 {
-            0 => None,
-            SIGINT => Some((SIGINT as u8, "SIGINT")),
-            other => Some((other as u8, "SIGTERM")),
-        }
+        named(self.which.load(Ordering::Relaxed) as u8)
+    }
+}
+
+/// A signal with its name.
+pub fn named(number: u8) -> Option<(u8, &'static str)> {
+    match i32::from(number) {
+        0 => None,
+        SIGINT => Some((number, "SIGINT")),
+        _ => Some((number, "SIGTERM")),
     }
 }

@@ -5,15 +5,17 @@ use super::cache::fingerprint;
 use super::checkpoint::{self, Shelf};
 use super::feed::Feed;
 use super::record::{self, Record};
-use super::run::{After, Ended, Place, Run, Schedule, restore};
+use super::run::{After, Batching, Ended, Place, Run, Schedule, restore};
 use super::step::{Step, StepOptions};
 use crate::data::loader::Loader;
 use crate::device::parallel;
+use crate::device::ranks::Ranks;
 use crate::error::{Context, Error, Result};
 use crate::formats::{self, TensorFile};
 use crate::methods::Method;
 use crate::optim::Optimizer;
 use crate::optim::ema::Ema;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,6 +27,15 @@ pub struct Start {
     /// What is to be said about it.
     pub notes: Vec<String>,
 }
+
+/// What rank 0 tells the others of it.
+#[derive(Serialize, Deserialize)]
+struct Chosen {
+    folder: PathBuf,
+    from: Option<PathBuf>,
+}
+
+const CHOICE: &str = "the choice of a folder";
 
 /// What a command makes ready for the loop.
 pub struct Ready<'a> {
@@ -53,7 +64,12 @@ fn numbered(name: &str) -> impl Iterator<Item = PathBuf> {
 }
 
 /// These say where and how a run is computed and stored, not what it computes.
-const FREE: [&str; 12] = [
+const FREE: [&str; 17] = [
+    "wire",
+    "bucket-mb",
+    "shard-optimizer",
+    "check-sync",
+    "rank-timeout",
     "output-dir",
     "teacher-cache",
     "resume",
@@ -83,8 +99,12 @@ const FIXED: [&str; 11] = [
     "labelled-images",
 ];
 
-/// What differs from the settings that a checkpoint was made with: an error where that cannot be, else a sentence each.
-pub fn compare(now: &Map<String, Value>, then: &Map<String, Value>, from: &Path) -> Result<Vec<String>> {
+/// These make up a batch: with another number of ranks they may differ.
+const BATCH: [&str; 2] = ["batch-size", "accum-iter"];
+
+/// What differs from the settings that a checkpoint was made with: an error where that cannot be, else a sentence each. `ranks`: how many there are now, and
+/// were then.
+pub fn compare(now: &Map<String, Value>, then: &Map<String, Value>, ranks: [usize; 2], from: &Path) -> Result<Vec<String>> {
     let shown = |value: Option<&Value>| match value {
         None | Some(Value::Null) => "not given".to_string(),
         Some(Value::String(text)) => text.clone(),
@@ -97,7 +117,7 @@ pub fn compare(now: &Map<String, Value>, then: &Map<String, Value>, from: &Path)
             continue;
         }
         let (was, is) = (shown(before), shown(Some(value)));
-        if FIXED.contains(&name.as_str()) {
+        if FIXED.contains(&name.as_str()) && !(ranks[0] != ranks[1] && BATCH.contains(&name.as_str())) {
             return Err(Error::usage(format!(
                 "--{name} is {is} but {} was made with {was}; a run goes on with the value it began with",
                 from.display()
@@ -108,9 +128,71 @@ pub fn compare(now: &Map<String, Value>, then: &Map<String, Value>, from: &Path)
     Ok(notes)
 }
 
+/// A number of a checkpoint's header, 1 where it is not there.
+fn size(map: &Map<String, Value>, key: &str) -> usize {
+    map.get(key).and_then(Value::as_u64).map_or(1, |size| size.max(1) as usize)
+}
+
+/// These may differ from rank to rank.
+const OWN: [&str; 2] = ["num-workers", "device"];
+
+/// Refuses ranks that were started with other settings, or that see other images.
+fn same_everywhere(ranks: &Ranks, settings: &Map<String, Value>, data: &Map<String, Value>) -> Result<()> {
+    let own: Map<String, Value> =
+        settings.iter().filter(|(name, _)| !OWN.contains(&name.as_str())).map(|(k, v)| (k.clone(), v.clone())).collect();
+    let bytes = serde_json::to_vec(&[&own, data]).context("the settings of a run")?;
+    let all = ranks.gather("the settings of the run", &bytes)?;
+    let Some(rank) = all.iter().position(|theirs| *theirs != all[0]) else { return Ok(()) };
+    let read =
+        |rank: usize| serde_json::from_slice::<[Map<String, Value>; 2]>(&all[rank]).with_context(|| format!("the settings of rank {rank}"));
+    let ([settings, data], [others, seen]) = (read(0)?, read(rank)?);
+    let shown = |value: Option<&Value>| {
+        value.map_or("not given".to_string(), |value| value.as_str().map_or_else(|| value.to_string(), String::from))
+    };
+    let differs = |here: &Map<String, Value>, there: &Map<String, Value>| {
+        let names = here.keys().chain(there.keys());
+        names
+            .into_iter()
+            .find(|name| here.get(*name) != there.get(*name))
+            .map(|name| (name.clone(), shown(here.get(name)), shown(there.get(name))))
+    };
+    let end = "; start all ranks with the same command, where they see the same files";
+    Err(match (differs(&settings, &others), differs(&data, &seen)) {
+        (Some((name, here, there)), _) => Error::usage(format!("--{name} is {there} on rank {rank} and {here} on rank 0{end}")),
+        (None, Some((name, here, there))) => {
+            Error::new(format!("{} are {there} on rank {rank} and {here} on rank 0{end}", name.replace('-', " ")))
+        }
+        (None, None) => Error::new(format!("rank {rank} writes the settings of the run in another way than rank 0{end}")),
+    })
+}
+
 impl Start {
-    /// Chooses the run's folder, and finds the checkpoint that it goes on from. `name` is what a new folder under runs/ is called.
+    /// Chooses the run's folder, and finds the checkpoint that it goes on from. `name` is what a new folder under runs/ is called. Of several ranks the first
+    /// chooses for all, which have to see the same folders.
     pub fn of(run: &RunArgs, name: &str) -> Result<Self> {
+        if !run.ranks.is_first() {
+            let chosen = run.ranks.broadcast(CHOICE, Vec::new())?;
+            let chosen: Chosen = serde_json::from_slice(&chosen).context("what rank 0 chose cannot be read")?;
+            let open = |path: PathBuf| {
+                let attempt = || {
+                    let (rank, shown) = (run.ranks.rank(), path.display());
+                    format!(
+                        "rank {rank} cannot go on from {shown}, which rank 0 found; the folder of a run has to be one that all machines see"
+                    )
+                };
+                let file = formats::open(&path).and_then(|file| checkpoint::check(&file).map(|()| file)).with_context(attempt)?;
+                Ok((path, file))
+            };
+            let from = chosen.from.map(open).transpose()?;
+            return Ok(Start { folder: chosen.folder, from, notes: Vec::new() });
+        }
+        let start = Self::chosen(run, name)?;
+        let chosen = Chosen { folder: start.folder.clone(), from: start.from.as_ref().map(|(path, _)| path.clone()) };
+        run.ranks.broadcast(CHOICE, serde_json::to_vec(&chosen).context("the choice of a folder")?)?;
+        Ok(start)
+    }
+
+    fn chosen(run: &RunArgs, name: &str) -> Result<Self> {
         let folder = match (&run.output_dir, run.resume.as_deref()) {
             (Some(folder), _) => folder.clone(),
             (None, Some("auto")) => numbered(name).take_while(|folder| folder.exists()).last().unwrap_or_else(|| first(name)),
@@ -153,7 +235,7 @@ impl Start {
 
     /// Trains to the end, or until a signal asks to stop.
     pub fn train(&self, run: &RunArgs, ready: Ready, say: &mut dyn FnMut(&str)) -> Result<Ended> {
-        let Ready { command, mut method, optimizer, loader, validation, feed, schedule, after, settings, classes } = ready;
+        let Ready { command, method, optimizer, loader, validation, feed, schedule, after, settings, classes } = ready;
         loader.check()?;
         feed.fits(loader.transform())?;
         let batches = loader.batches();
@@ -163,21 +245,47 @@ impl Start {
                 run.batch_size, run.accum_iter
             )));
         }
-        let data = [("command", json!(command)), ("train-images", json!(loader.dataset().len())), ("classes", json!(classes))];
+        let ranks = &run.ranks;
+        let data = [
+            ("command", json!(command)),
+            ("train-images", json!(loader.dataset().len())),
+            ("classes", json!(classes)),
+            ("ranks", json!(ranks.world())),
+        ];
         let teacher = method.teacher().map(fingerprint).transpose()?.map(|known| ("teacher", json!(known)));
         let data = data.into_iter().chain(teacher).map(|(key, value)| (key.to_string(), value)).collect();
+        same_everywhere(ranks, &settings, &data)?;
         self.check(&settings, &data, say)?;
         // Nothing in the folder is read or changed while another process writes into it.
-        let _lock = record::lock(&self.folder)?;
-        let mut ema = run.model_ema_decay.map(|decay| Ema::new(method.params(), decay)).transpose()?;
-        let mut step = Step::new(method, optimizer, StepOptions { clip: run.clip_grad, accumulate: run.accum_iter });
-        let place = self.from.as_ref().map(|(_, file)| restore(file, &mut step, ema.as_mut())).transpose()?.unwrap_or_default();
-        let record = self.record(command, &settings, &place, say)?;
-        let facts = [("command", json!(command_of(command, &settings))), ("threads", json!(parallel::threads()))];
+        let _lock = ranks.is_first().then(|| record::lock(&self.folder)).transpose()?;
+        let step = Step::new(method, optimizer, StepOptions { clip: run.clip_grad, accumulate: run.accum_iter });
+        let mut step = step.with_ranks(ranks, run.together.exchange())?;
+        let mut ema = run.model_ema_decay.map(|decay| Ema::new(step.method().params(), decay)).transpose()?;
+        let mut place = self.from.as_ref().map(|(_, file)| restore(file, &mut step, ema.as_mut())).transpose()?.unwrap_or_default();
+        if let Some((_, file)) = &self.from {
+            let header = checkpoint::header(file)?;
+            let before = Batching {
+                batch: size(&header.settings, "batch-size"),
+                window: size(&header.settings, "accum-iter"),
+                ranks: size(&header.data, "ranks"),
+            };
+            let now = Batching { batch: run.batch_size, window: run.accum_iter, ranks: ranks.world() };
+            place.rebatch(before, now).into_iter().for_each(|note| say(&note));
+        }
+        let record = match ranks.is_first() {
+            true => self.record(command, &settings, &place, say)?,
+            false => Record::silent(&self.folder),
+        };
+        let threads = ("threads", json!(parallel::threads()));
+        let facts = [("command", json!(command_of(command, &settings))), threads, ("ranks", json!(ranks.world()))];
         let facts = facts.into_iter().map(|(name, value)| (name.to_string(), value)).collect();
+        if !ranks.is_alone() {
+            say(&format!("{} ranks, {} images an update", ranks.world(), run.effective_batch()));
+        }
         say(&format!("run folder: {}", self.folder.display()));
         let profile = &run.profile;
         let mut run = Run {
+            ranks: ranks.clone(),
             step,
             loader: Arc::new(loader),
             feed,
@@ -196,7 +304,9 @@ impl Start {
             profile: None,
         };
         run.profile = profile.profile(run.updates().saturating_sub(run.place.update), &run.feed.device, facts);
+        let ranks = run.ranks.clone();
         let ended = run.run()?;
+        ranks.barrier("the end of the run")?;
         if ended.signal.is_none() {
             say(&format!("weights: {}; report: {}", self.shelf().best_or_last().display(), self.folder.join("report.html").display()));
         }
@@ -218,7 +328,8 @@ impl Start {
                 word(is)
             )));
         }
-        let notes = compare(settings, &header.settings, path)?;
+        let ranks = [size(data, "ranks"), size(&header.data, "ranks")];
+        let notes = compare(settings, &header.settings, ranks, path)?;
         for (key, what) in [("train-images", "training images"), ("classes", "classes")] {
             let (was, is) = (header.data.get(key), data.get(key));
             if was != is {
@@ -286,9 +397,11 @@ mod tests {
     fn what_differs_is_refused_or_said() {
         let map = |value: Value| value.as_object().cloned().unwrap();
         let then = map(json!({ "seed": 1, "lr": 0.1, "keep": 3 }));
-        let compared = |now: Value| compare(&map(now), &then, Path::new("a.safetensors"));
+        let compared = |now: Value| compare(&map(now), &then, [1, 1], Path::new("a.safetensors"));
         assert!(compared(json!({ "seed": 1, "lr": 0.1, "keep": 9 })).unwrap().is_empty());
         assert_eq!(compared(json!({ "seed": 1, "lr": 0.2 })).unwrap(), ["--lr is 0.2 from here on; the checkpoint was made with 0.1"]);
+        let batch = |ranks: [usize; 2]| compare(&map(json!({ "batch-size": 8 })), &map(json!({ "batch-size": 4 })), ranks, Path::new("a"));
+        assert!(batch([2, 2]).is_err() && batch([1, 2]).unwrap() == ["--batch-size is 8 from here on; the checkpoint was made with 4"]);
         let refused = compared(json!({ "seed": 2 })).unwrap_err();
         assert_eq!((refused.exit_code(), refused.chain().starts_with("--seed is 2 but a.safetensors was made with 1")), (2, true));
     }

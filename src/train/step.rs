@@ -5,7 +5,9 @@
 //! parameters get gradients each time. Clip and update are a handful of launches and stay outside: between them and the backward pass the host looks at the
 //! loss and at the length of the gradient, and leaves the update out where one of them is not finite.
 
+use super::exchange::{Exchange, ExchangeOptions};
 use crate::device::gpu::{Gpu, Graph};
+use crate::device::ranks::Ranks;
 use crate::ensure;
 use crate::error::{Context, Result};
 use crate::methods::{Batch, Loss, Method};
@@ -38,7 +40,8 @@ impl Default for StepOptions {
 /// What an update was made of.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Outcome {
-    /// Mean over the micro-batches.
+    /// Of each micro-batch, over all ranks, and their mean.
+    pub losses: Vec<f64>,
     pub loss: f64,
     /// What the loss is the sum of, where it is more than one thing.
     pub parts: Vec<(Cow<'static, str>, f64)>,
@@ -46,6 +49,8 @@ pub struct Outcome {
     pub norm: f64,
     /// False where loss or gradient were not finite: then no parameter has changed.
     pub taken: bool,
+    /// What each rank told the others.
+    pub told: Vec<f64>,
 }
 
 /// What a forward pass leaves behind: numbers on the device.
@@ -70,12 +75,40 @@ pub struct Step {
     /// Of the micro-batches since the last update.
     losses: Vec<f64>,
     parts: Vec<(Cow<'static, str>, f64)>,
+    /// With the other ranks, if there are any.
+    exchange: Option<Exchange>,
 }
 
 impl Step {
     pub fn new(method: Box<dyn Method>, optimizer: Box<dyn Optimizer>, options: StepOptions) -> Self {
         let (place, passes, reached, recorded) = (None, 0, Vec::new(), None);
-        Self { method, optimizer, options, place, passes, eager: false, reached, recorded, losses: Vec::new(), parts: Vec::new() }
+        let (losses, parts) = (Vec::new(), Vec::new());
+        Self { method, optimizer, options, place, passes, eager: false, reached, recorded, losses, parts, exchange: None }
+    }
+
+    /// The step of one of several ranks, which all have the model of rank 0 from now on. Before the first update.
+    pub fn with_ranks(mut self, ranks: &Ranks, options: ExchangeOptions) -> Result<Self> {
+        if ranks.is_alone() {
+            return Ok(self);
+        }
+        let mut exchange = Exchange::new(ranks.clone(), options);
+        exchange.begin(self.method.params())?;
+        if exchange.is_sharded() {
+            self.optimizer.state_mut().keep(|id| exchange.owns(id))?;
+        }
+        self.exchange = Some(exchange);
+        Ok(self)
+    }
+
+    /// What joins it to the other ranks.
+    pub fn exchange(&self) -> Option<&Exchange> {
+        self.exchange.as_ref()
+    }
+
+    /// Compares the parameters of all ranks after so many updates.
+    pub fn check_sync(&mut self, update: u64) -> Result<()> {
+        let _phase = trace::phase("compare");
+        self.exchange.as_ref().map_or(Ok(()), |exchange| exchange.check(self.method.params(), update))
     }
 
     /// Between steps. A recorded pass works on the memory that the parameters have: they must stay on their device, and no others may be trained.
@@ -155,23 +188,54 @@ impl Step {
 
     /// Clips what the micro-batches gave and makes the update, if loss and gradient are finite.
     pub fn finish(&mut self, lr: f64) -> Result<Outcome> {
-        let losses = std::mem::take(&mut self.losses);
+        self.finish_telling(lr, 0.0)
+    }
+
+    /// The same, in which each rank tells the others a number.
+    pub fn finish_telling(&mut self, lr: f64, mine: f64) -> Result<Outcome> {
+        let mut losses = std::mem::take(&mut self.losses);
         ensure!(!losses.is_empty(), "an update needs a micro-batch before it");
+        let mut parts = std::mem::take(&mut self.parts);
+        let mut told = vec![mine];
         let _phase = trace::phase("update");
         let params = self.method.params();
+        if let Some(exchange) = &mut self.exchange {
+            let _phase = trace::phase("exchange");
+            exchange.finish(params)?;
+            exchange.share_statistics(params)?;
+            told = mean_of_all(exchange.ranks(), &mut losses, &mut parts, mine)?;
+        }
         let phase = trace::phase("clip");
-        let norm = match self.options.clip {
-            Some(most) => clip::clip(params, most)?,
-            None => clip::gradient_norm(params)?,
+        let norm = match (self.options.clip, self.exchange.as_ref().filter(|exchange| exchange.is_sharded())) {
+            (Some(most), None) => clip::clip(params, most)?,
+            (None, None) => clip::gradient_norm(params)?,
+            (most, Some(exchange)) => {
+                let norm = exchange.whole_norm(clip::gradient_norm(params)?)?;
+                most.map_or(Ok(()), |most| clip::limit(params, norm, most))?;
+                norm
+            }
         };
         drop(phase);
         let loss = losses.iter().sum::<f64>() / losses.len() as f64;
         let taken = loss.is_finite() && norm.is_finite();
         if taken {
-            let _phase = trace::phase("optimizer");
+            let phase = trace::phase("optimizer");
             self.optimizer.step(params, lr)?;
+            drop(phase);
+            let _phase = trace::phase("exchange");
+            self.exchange.as_ref().map_or(Ok(()), |exchange| exchange.share_values(params))?;
         }
-        Ok(Outcome { loss, parts: std::mem::take(&mut self.parts), norm, taken })
+        Ok(Outcome { losses, loss, parts, norm, taken, told })
+    }
+
+    /// The part of a loss of one micro-batch that counts in the gradient.
+    fn share(&self) -> f64 {
+        1.0 / (self.options.accumulate * self.exchange.as_ref().map_or(1, |exchange| exchange.ranks().world())) as f64
+    }
+
+    /// Whether this pass is the last before an update.
+    fn is_last(&self) -> bool {
+        self.losses.len() + 1 == self.options.accumulate
     }
 
     fn on_gpu(&mut self, gpu: &Gpu, batch: &Batch, rng: &Rng) -> Result<Seen> {
@@ -181,9 +245,10 @@ impl Step {
             return Ok(seen);
         }
         self.begin()?;
-        let (method, options) = (&mut *self.method, self.options);
+        let share = self.share();
+        let method = &mut *self.method;
         if self.recorded.is_none() {
-            let recorded = gpu.capture(|| walk(method, batch, rng, options)).context("recording a step");
+            let recorded = gpu.capture(|| walk(method, batch, rng, share, None)).context("recording a step");
             if recorded.is_err() {
                 // What could not be recorded begins anew.
                 self.passes = 0;
@@ -191,6 +256,9 @@ impl Step {
             self.recorded = Some(recorded?);
         }
         self.method.params().assume_gradients(&self.reached)?;
+        if let Some(exchange) = &mut self.exchange {
+            exchange.prepare();
+        }
         let (graph, seen) = self.recorded.as_ref().expect("recorded above");
         graph.replay(rng)?;
         let parts = seen.parts.clone();
@@ -200,7 +268,15 @@ impl Step {
 
     fn eager(&mut self, batch: &Batch, rng: &Rng) -> Result<Seen> {
         self.begin()?;
-        let seen = walk(&mut *self.method, batch, rng, self.options)?;
+        let (share, last) = (self.share(), self.is_last());
+        // On a GPU buckets go round when the pass is over, as they do once it is recorded.
+        let beside = last && self.method.params().device().gpu().is_none();
+        let mut exchange = self.exchange.as_mut();
+        if let Some(exchange) = &mut exchange {
+            exchange.prepare();
+        }
+        let exchange = exchange.filter(|_| beside);
+        let seen = walk(&mut *self.method, batch, rng, share, exchange)?;
         self.reached = self.method.params().reached();
         Ok(seen)
     }
@@ -249,6 +325,19 @@ impl Step {
     }
 }
 
+/// Losses and their parts become means over the ranks; answers what each rank tells.
+fn mean_of_all(ranks: &Ranks, losses: &mut [f64], parts: &mut [(Cow<'static, str>, f64)], mine: f64) -> Result<Vec<f64>> {
+    let own = losses.iter().copied().chain(parts.iter().map(|(_, part)| *part)).chain([mine]);
+    let bytes: Vec<u8> = own.flat_map(f64::to_le_bytes).collect();
+    let all = ranks.gather("losses", &bytes)?;
+    let number = |bytes: &[u8], at: usize| bytes.as_chunks::<8>().0.get(at).map_or(f64::NAN, |word| f64::from_le_bytes(*word));
+    let mean = |at: usize| all.iter().map(|bytes| number(bytes, at)).sum::<f64>() / all.len() as f64;
+    let count = losses.len();
+    losses.iter_mut().enumerate().for_each(|(i, loss)| *loss = mean(i));
+    parts.iter_mut().enumerate().for_each(|(i, (_, part))| *part = mean(count + i));
+    Ok(all.iter().map(|bytes| number(bytes, count + parts.len())).collect())
+}
+
 fn put(gpu: &Gpu, own: &mut Tensor, given: &Tensor, what: &str) -> Result<()> {
     ensure!(
         given.gpu().is_none_or(|of| of == gpu),
@@ -268,15 +357,18 @@ fn put(gpu: &Gpu, own: &mut Tensor, given: &Tensor, what: &str) -> Result<()> {
     if given.gpu().is_some() { own.copy_from(given) } else { own.upload(given) }
 }
 
-/// Forward and backward.
-fn walk(method: &mut dyn Method, batch: &Batch, rng: &Rng, options: StepOptions) -> Result<Seen> {
+/// Forward and backward, the loss counting for its share; gradients go round as soon as they are complete where there is an exchange.
+fn walk(method: &mut dyn Method, batch: &Batch, rng: &Rng, share: f64, exchange: Option<&mut Exchange>) -> Result<Seen> {
     let tape = Tape::new();
     let forward = trace::phase("forward");
     let Loss { total, parts, statistics } = method.loss(&tape, batch, rng)?;
     drop(forward);
     let loss = total.value().clone();
-    let share = if options.accumulate > 1 { total.scale(1.0 / options.accumulate as f64)? } else { total };
+    let share = if share < 1.0 { total.scale(share)? } else { total };
     let _phase = trace::phase("backward");
-    tape.backward(&share, &mut [method.params()])?;
+    match exchange {
+        None => tape.backward(&share, &mut [method.params()])?,
+        Some(exchange) => tape.backward_telling(&share, method.params(), &mut |params, id| exchange.ready(params, id))?,
+    };
     Ok(Seen { loss, parts, statistics })
 }

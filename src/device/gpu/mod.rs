@@ -89,7 +89,7 @@ struct State {
     arena: Arc<Arena>,
     chosen: HashMap<&'static str, &'static str>,
     /// Present while recording.
-    draws: Option<Vec<Draw>>,
+    draws: Option<Vec<Drawn>>,
     /// Whether fresh memory is filled with what is no number.
     poison: bool,
     /// Whether each piece of memory is an allocation of just its size, given back when it is dropped.
@@ -197,11 +197,11 @@ struct Recording<'a> {
 }
 
 impl Recording<'_> {
-    fn end(mut self) -> (Result<Box<dyn Recorded>>, Vec<Draw>) {
+    fn end(mut self) -> (Result<Box<dyn Recorded>>, Vec<Drawn>) {
         self.over()
     }
 
-    fn over(&mut self) -> (Result<Box<dyn Recorded>>, Vec<Draw>) {
+    fn over(&mut self) -> (Result<Box<dyn Recorded>>, Vec<Drawn>) {
         let recorded = self.gpu.0.backend.end_recording();
         let mut state = lock(&self.gpu.0.state);
         if let Some(outer) = self.outer.take() {
@@ -219,10 +219,28 @@ impl Drop for Recording<'_> {
     }
 }
 
+/// Random numbers by their full name.
+pub struct Draw {
+    pub name: String,
+    pub count: usize,
+    /// For how many images of a batch they are; None: for the whole batch at once.
+    pub rows: Option<usize>,
+}
+
+impl Draw {
+    /// As `rng` gives them.
+    pub fn numbers(&self, rng: &Rng) -> Result<Vec<f32>> {
+        let rng = rng.within("");
+        match self.rows {
+            Some(rows) => rng.rows(&self.name, rows, self.count.checked_div(rows).unwrap_or(0)),
+            None => rng.uniform(&self.name, self.count),
+        }
+    }
+}
+
 /// Numbers that each replay draws afresh.
-struct Draw {
-    name: String,
-    count: usize,
+struct Drawn {
+    draw: Draw,
     block: Arc<Block>,
 }
 
@@ -230,7 +248,7 @@ struct Draw {
 pub struct Graph {
     recorded: Box<dyn Recorded>,
     gpu: Gpu,
-    draws: Vec<Draw>,
+    draws: Vec<Drawn>,
     _arena: Arc<Arena>,
 }
 
@@ -238,9 +256,8 @@ impl Graph {
     /// Does the recorded work once more, with the numbers that `rng` gives for the recorded names.
     pub fn replay(&self, rng: &Rng) -> Result<()> {
         ensure!(!self.gpu.is_recording(), "{}: recorded work is not replayed inside a recording", self.gpu.name());
-        for draw in &self.draws {
-            let numbers = rng.uniform(&draw.name, draw.count)?;
-            self.gpu.upload(&draw.block, 0, bytemuck::cast_slice(&numbers))?;
+        for Drawn { draw, block } in &self.draws {
+            self.gpu.upload(block, 0, bytemuck::cast_slice(&draw.numbers(rng)?))?;
         }
         self.recorded.replay().context("replaying recorded work")
     }
@@ -475,14 +492,14 @@ impl Gpu {
     }
 
     /// Numbers uniform in [0, 1) by their name; a replay draws them afresh.
-    pub fn drawn(&self, rng: &Rng, name: &str, count: usize) -> Result<Arc<Block>> {
+    pub fn drawn(&self, rng: &Rng, draw: Draw) -> Result<Arc<Block>> {
         // A replay draws before it does the recorded work: nothing of it may write here, neither filling it nor work that had this memory before.
-        let block = Arc::new(self.take_as_it_is(count * 4, self.is_recording())?);
+        let block = Arc::new(self.take_as_it_is(draw.count * 4, self.is_recording())?);
         if let Some(draws) = &mut lock(&self.0.state).draws {
-            draws.push(Draw { name: rng.full(name), count, block: block.clone() });
+            draws.push(Drawn { draw, block: block.clone() });
             return Ok(block);
         }
-        self.upload(&block, 0, bytemuck::cast_slice(&rng.uniform(name, count)?))?;
+        self.upload(&block, 0, bytemuck::cast_slice(&draw.numbers(rng)?))?;
         Ok(block)
     }
 

@@ -1,0 +1,370 @@
+//! One model on many ranks: gradients become their means over the ranks while the backward pass still runs, and each update leaves the same numbers everywhere.
+//!
+//! Every rank's loss counts for its share, so sums of gradients are means over the whole batch. Parameters are cut into buckets from the last to the first, the
+//! order in which the backward pass finishes them; on the CPU a full bucket is summed by a thread of its own while the pass goes on, on a GPU they are when the pass
+//! is over. Buckets are sent in one order on all ranks, whatever finishes first.
+//!
+//! With a sharded optimiser (ZeRO, stage 1) each rank gets the sums of its own parameters alone, keeps the optimiser's memory of those alone, updates them,
+//! and then all ranks share the new values. Parameters are dealt out whole, one range of the order of registration to each rank, so that rules which look at
+//! a whole parameter (LARS, LAMB) are the same.
+
+use crate::device::ranks::{Ranks, Wire};
+use crate::ensure;
+use crate::error::{Context, Error, Result};
+use crate::formats::extend_crc32c;
+use crate::param::{ParamId, Params, Role};
+use crate::tensor::{Device, Dtype, Tensor};
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+/// How gradients and values go round.
+#[derive(Clone, Copy, Debug)]
+pub struct ExchangeOptions {
+    pub wire: Wire,
+    /// Most bytes of a bucket, unless one parameter is larger.
+    pub bucket: usize,
+    /// Whether each rank keeps the optimiser's memory of its own parameters alone.
+    pub shard: bool,
+}
+
+impl Default for ExchangeOptions {
+    fn default() -> Self {
+        Self { wire: Wire::F32, bucket: 25 << 20, shard: false }
+    }
+}
+
+/// Parameters whose gradients are sent together.
+struct Bucket {
+    /// In the order of registration.
+    ids: Vec<ParamId>,
+    /// How many of them have no gradient of this update yet.
+    missing: usize,
+}
+
+pub struct Exchange {
+    ranks: Ranks,
+    options: ExchangeOptions,
+    /// From the last parameter to the first; made at the first update.
+    buckets: Vec<Bucket>,
+    bucket_of: HashMap<ParamId, usize>,
+    /// Of each trained parameter, if the optimiser is sharded.
+    owners: HashMap<ParamId, usize>,
+    /// Updates so far.
+    updates: u64,
+    /// Buckets that have been sent in this update.
+    sent: usize,
+    worker: Worker,
+}
+
+impl Exchange {
+    pub fn new(ranks: Ranks, options: ExchangeOptions) -> Self {
+        let worker = Worker::start(ranks.clone());
+        Self { ranks, options, buckets: Vec::new(), bucket_of: HashMap::new(), owners: HashMap::new(), updates: 0, sent: 0, worker }
+    }
+
+    pub fn ranks(&self) -> &Ranks {
+        &self.ranks
+    }
+
+    pub fn is_sharded(&self) -> bool {
+        self.options.shard
+    }
+
+    /// Whether this rank keeps the optimiser's memory of a parameter.
+    pub fn owns(&self, id: ParamId) -> bool {
+        self.owners.get(&id).is_none_or(|&owner| owner == self.ranks.rank())
+    }
+
+    /// Deals the parameters out, and gives every rank the values of rank 0.
+    pub fn begin(&mut self, params: &mut Params) -> Result<()> {
+        ensure!(params.dtype() == Dtype::F32, "gradients go round in f32 or bf16, not {}", params.dtype());
+        let trained: Vec<ParamId> = params.trained().collect();
+        let bytes = |id: ParamId| 4 * params.value(id).numel();
+        let mut filled = usize::MAX;
+        for &id in trained.iter().rev() {
+            let more = filled.saturating_add(bytes(id));
+            let bucket = match self.buckets.last_mut() {
+                Some(last) if more <= self.options.bucket => last,
+                _ => {
+                    filled = 0;
+                    self.buckets.push(Bucket { ids: Vec::new(), missing: 0 });
+                    self.buckets.last_mut().expect("just pushed")
+                }
+            };
+            filled += bytes(id);
+            bucket.ids.insert(0, id);
+            self.bucket_of.insert(id, self.buckets.len() - 1);
+        }
+        if self.options.shard {
+            self.owners = deal(&trained.iter().map(|&id| (id, params.value(id).numel())).collect::<Vec<_>>(), self.ranks.world());
+        }
+        let all: Vec<ParamId> = params.ids().collect();
+        self.from_first(params, &all, "the values that the run begins with")
+    }
+
+    /// Gives every rank the values that rank 0 has of these.
+    fn from_first(&self, params: &mut Params, ids: &[ParamId], what: &str) -> Result<()> {
+        let mut values = Vec::new();
+        if self.ranks.is_first() {
+            values = packed(ids.iter().map(|&id| params.value(id)))?;
+        }
+        let bytes = self.ranks.broadcast(what, bytemuck::cast_slice(&values).to_vec())?;
+        if self.ranks.is_first() {
+            return Ok(());
+        }
+        unpacked(&bytes, params, ids, what)
+    }
+
+    /// Running statistics become those of rank 0, as they are where one program drives many devices.
+    pub fn share_statistics(&self, params: &mut Params) -> Result<()> {
+        let buffers: Vec<ParamId> = params.ids().filter(|&id| params.role(id) == Role::Buffer).collect();
+        if buffers.is_empty() { Ok(()) } else { self.from_first(params, &buffers, "running statistics") }
+    }
+
+    /// Before the backward pass whose gradients are to go round.
+    pub fn prepare(&mut self) {
+        self.sent = 0;
+        self.buckets.iter_mut().for_each(|bucket| bucket.missing = bucket.ids.len());
+    }
+
+    /// The gradient of a parameter is what it will be on this rank.
+    pub fn ready(&mut self, params: &Params, id: ParamId) -> Result<()> {
+        let bucket = self.bucket_of.get(&id).and_then(|&at| self.buckets.get_mut(at));
+        let bucket = bucket.ok_or_else(|| Error::new(format!("{} began to be trained after the ranks were joined", params.name(id))))?;
+        bucket.missing = bucket.missing.saturating_sub(1);
+        while self.buckets.get(self.sent).is_some_and(|bucket| bucket.missing == 0) {
+            self.send(params)?;
+        }
+        Ok(())
+    }
+
+    /// Hands the next bucket over.
+    fn send(&mut self, params: &Params) -> Result<()> {
+        let reached: Vec<ParamId> = self.buckets[self.sent].ids.iter().copied().filter(|&id| params.gradient(id).is_some()).collect();
+        let numbers = packed(reached.iter().filter_map(|&id| params.gradient(id)))?;
+        let parts = self.options.shard.then(|| self.parts(params, &reached));
+        let what = format!("gradients {} of update {}", self.sent + 1, self.updates + 1);
+        self.sent += 1;
+        self.worker.send(Job { what, wire: self.options.wire, numbers, parts })
+    }
+
+    /// Which of the numbers of some parameters, one behind the other, belong to each rank.
+    fn parts(&self, params: &Params, ids: &[ParamId]) -> Vec<Range<usize>> {
+        let mut end = 0;
+        let mut ends = vec![0; self.ranks.world()];
+        for id in ids {
+            end += params.value(*id).numel();
+            ends[self.owners[id]] = end;
+        }
+        let mut start = 0;
+        let part = |end: usize| {
+            let part = start..end.max(start);
+            start = part.end;
+            part
+        };
+        ends.into_iter().map(part).collect()
+    }
+
+    /// Waits until all gradients are those of the whole batch; of a sharded optimiser, those that this rank owns, and it has no others then.
+    pub fn finish(&mut self, params: &mut Params) -> Result<()> {
+        while self.sent < self.buckets.len() {
+            self.send(params)?;
+        }
+        for bucket in &self.buckets {
+            let sums = self.worker.receive()?;
+            let mut rest = &sums[..];
+            for &id in &bucket.ids {
+                let Some(own) = params.gradient(id) else { continue };
+                let (mine, others) = rest.split_at_checked(own.numel()).ok_or_else(|| Error::new("a bucket came back cut short"))?;
+                rest = others;
+                if self.owns(id) {
+                    params.set_gradient(id, mine)?;
+                }
+            }
+        }
+        self.updates += 1;
+        if self.options.shard {
+            let own: Vec<ParamId> = params.reached().into_iter().filter(|&id| self.owns(id)).collect();
+            params.assume_gradients(&own)?;
+        }
+        Ok(())
+    }
+
+    /// The length of the whole gradient, of which a sharded rank has a part.
+    pub fn whole_norm(&self, own: f64) -> Result<f64> {
+        if !self.options.shard {
+            return Ok(own);
+        }
+        let squares = self.ranks.gather_numbers("the length of the gradient", [own * own])?;
+        Ok(squares.into_iter().map(|[square]| square).sum::<f64>().sqrt())
+    }
+
+    /// After an update of a sharded optimiser: everybody gets what each rank has made of its own parameters.
+    pub fn share_values(&self, params: &mut Params) -> Result<()> {
+        if !self.options.shard {
+            return Ok(());
+        }
+        let trained: Vec<ParamId> = params.trained().collect();
+        let mut values = packed(trained.iter().map(|&id| params.value(id)))?;
+        let parts = self.parts(params, &trained);
+        self.ranks.share_parts(&format!("values after update {}", self.updates), &mut values, &parts)?;
+        let mut rest = &values[..];
+        for id in trained {
+            let (value, others) = rest.split_at(params.value(id).numel());
+            rest = others;
+            if !self.owns(id) {
+                let value = Tensor::from_slice(params.value(id).shape(), value)?;
+                params.set_value(id, &value)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the parameters of all ranks; one that has others is named.
+    pub fn check(&self, params: &Params, update: u64) -> Result<()> {
+        let mut sum = 0;
+        for id in params.ids().filter(|&id| params.role(id) != Role::Buffer) {
+            sum = extend_crc32c(sum, params.value(id).on(&Device::Cpu)?.bytes());
+        }
+        let sums = self.ranks.gather_numbers("the checksum of the parameters", [f64::from(sum)])?;
+        let sums: Vec<u32> = sums.into_iter().map(|[sum]| sum as u32).collect();
+        let Some((rank, theirs, first)) = odd_one(&sums) else { return Ok(()) };
+        Err(Error::new(format!(
+            "after update {update} the parameters of rank {rank} are not those of the others (checksum {:08x} and not {:08x}); --resume auto goes on from the last checkpoint; \
+             look for a failing device or another build of the program on that rank",
+            theirs, first
+        )))
+    }
+}
+
+/// The first rank that has not what most have (or rank 0, where there is no most), with its sum and theirs.
+fn odd_one(sums: &[u32]) -> Option<(usize, u32, u32)> {
+    let count = |sum: u32| sums.iter().filter(|&&other| other == sum).count();
+    let most = sums.iter().copied().rev().max_by_key(|&sum| (count(sum), sum == sums[0]))?;
+    sums.iter().position(|&sum| sum != most).map(|rank| (rank, sums[rank], most))
+}
+
+/// Deals parameters out in ranges of about as many numbers: the rank of each.
+fn deal(sizes: &[(ParamId, usize)], world: usize) -> HashMap<ParamId, usize> {
+    let all: usize = sizes.iter().map(|(_, size)| size).sum();
+    let mut before = 0;
+    let owner = |&(id, size): &(ParamId, usize)| {
+        let middle = (2 * before + size) as u128;
+        before += size;
+        let owner = middle * world as u128 / (2 * all.max(1)) as u128;
+        (id, (owner as usize).min(world - 1))
+    };
+    sizes.iter().map(owner).collect()
+}
+
+/// Numbers of tensors one behind the other.
+fn packed<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Result<Vec<f32>> {
+    let mut numbers = Vec::new();
+    for tensor in tensors {
+        numbers.extend_from_slice(tensor.on(&Device::Cpu)?.data::<f32>());
+    }
+    Ok(numbers)
+}
+
+fn unpacked(bytes: &[u8], params: &mut Params, ids: &[ParamId], what: &str) -> Result<()> {
+    let mut rest = bytes;
+    for &id in ids {
+        let own = params.value(id);
+        let (mine, others) = rest.split_at_checked(4 * own.numel()).with_what(what)?;
+        rest = others;
+        let numbers: Vec<f32> = mine.as_chunks::<4>().0.iter().map(|bytes| f32::from_ne_bytes(*bytes)).collect();
+        let value = Tensor::from_slice(own.shape(), &numbers)?;
+        params.set_value(id, &value)?;
+    }
+    ensure!(rest.is_empty(), "{what}: rank 0 has a larger model than this rank");
+    Ok(())
+}
+
+trait WithWhat<T> {
+    fn with_what(self, what: &str) -> Result<T>;
+}
+
+impl<T> WithWhat<T> for Option<T> {
+    fn with_what(self, what: &str) -> Result<T> {
+        self.ok_or_else(|| Error::new(format!("{what}: rank 0 has a smaller model than this rank")))
+    }
+}
+
+/// A bucket on its way.
+struct Job {
+    what: String,
+    wire: Wire,
+    numbers: Vec<f32>,
+    /// Of each rank, where it gets its own alone.
+    parts: Option<Vec<Range<usize>>>,
+}
+
+/// The thread that sums buckets while the pass goes on.
+struct Worker {
+    jobs: Option<Sender<Job>>,
+    done: Receiver<Result<Vec<f32>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    fn start(ranks: Ranks) -> Self {
+        let (jobs, coming) = channel::<Job>();
+        let (going, done) = channel();
+        let sum = move |Job { what, wire, mut numbers, parts }: Job| {
+            match parts {
+                Some(parts) => ranks.sum_parts(&what, &mut numbers, &parts, wire)?,
+                None => ranks.sum(&what, &mut numbers, wire)?,
+            }
+            Ok(numbers)
+        };
+        let work = move || {
+            for job in coming {
+                let sums = sum(job);
+                let failed = sums.is_err();
+                if going.send(sums).is_err() || failed {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::spawn(work);
+        Self { jobs: Some(jobs), done, thread: Some(thread) }
+    }
+
+    fn send(&self, job: Job) -> Result<()> {
+        // After an error nobody takes jobs any more: `receive` answers with it.
+        if let Some(jobs) = &self.jobs {
+            let _ = jobs.send(job);
+        }
+        Ok(())
+    }
+
+    fn receive(&self) -> Result<Vec<f32>> {
+        self.done.recv().context("the thread that sums gradients has ended")?
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic of that thread was an error of `receive`.
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rank_that_differs_is_named() {
+        assert_eq!(odd_one(&[7, 7, 7]), None);
+        assert_eq!(odd_one(&[7, 7, 9]), Some((2, 9, 7)));
+        assert_eq!(odd_one(&[9, 7, 7]), Some((0, 9, 7)));
+        assert_eq!(odd_one(&[7, 9]), Some((1, 9, 7)));
+        assert_eq!(odd_one(&[9, 7]), Some((1, 7, 9)));
+    }
+}
