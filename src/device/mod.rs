@@ -7,7 +7,7 @@
 //! | [`launch`] | kernels by name and their argument lists, one for both kinds of GPU |
 //! | [`product`] | what a matrix product on a GPU is asked for |
 //! | [`emulated`] | the kernels compiled by the C++ compiler, one fiber a CUDA thread |
-//! | [`real`] | CUDA: context, stream, fatbins, graphs, cuBLASLt |
+//! | [`real`] | CUDA: context, stream, fatbins, graphs, cuBLASLt, NCCL |
 //! | [`disk`] | the room on a disk |
 //! | [`libs`] | finding CUDA's libraries; what is missing is a sentence |
 //!
