@@ -6,6 +6,8 @@
 //! | `MASQUE_REQUIRE_CUDA=1` | no nvcc is an error and not a warning; so is anything else but nothing and 0 |
 //! | `MASQUE_CUDA_ARCHS` | targets, by default `80,90a`; PTX for compute_80 always comes with them |
 //!
+//! The alias library for NCCL ([`alias`]) is made by the C compiler.
+//!
 //! Nothing is downloaded and no GPU is asked for anything. What has been made is kept while its source, the headers and the compiler stay the same.
 
 use std::collections::BTreeMap;
@@ -101,6 +103,36 @@ fn main() {
         library.compile("masque_emulated");
     }
     fs::write(out.join("kernels.rs"), table(&sources, &out, emulated, &archs)).expect("OUT_DIR can be written");
+    let (bytes, without) = match alias(&out) {
+        Ok(file) => (format!("include_bytes!({:?})", file.display().to_string()), String::new()),
+        Err(reason) => ("&[]".to_string(), reason),
+    };
+    let text = format!("static ALIAS: &[u8] = {bytes};\nstatic WITHOUT: &str = {without:?};\n");
+    fs::write(out.join("alias.rs"), text).expect("OUT_DIR can be written");
+}
+
+/// A library of the name `libnccl.so`, which the bindings look for, that is empty and needs `libnccl.so.2`, the only name that pip installs. Made against a
+/// stand-in of that name, since the real one need not be here. Or why there is none.
+fn alias(out: &Path) -> Result<PathBuf, String> {
+    let target = |what: &str| env::var(format!("CARGO_CFG_TARGET_{what}")).unwrap_or_default();
+    if (target("OS").as_str(), target("ENV").as_str()) != ("linux", "gnu") {
+        return Err("NCCL is for Linux with glibc".to_string());
+    }
+    let compiler = cc::Build::new().warnings(false).try_get_compiler().map_err(|error| format!("there was no C compiler ({error})"))?;
+    let folder = out.join("alias");
+    fs::create_dir_all(&folder).and_then(|()| fs::write(folder.join("empty.c"), "")).map_err(|error| error.to_string())?;
+    let needs = ["-Wl,--no-as-needed", "-L.", "-l:libnccl.so.2"];
+    for (name, needs) in [("libnccl.so.2", &[][..]), ("libnccl.so", &needs)] {
+        let mut command = compiler.to_command();
+        command.current_dir(&folder).args(["-shared", "-fPIC", "-g0", "-nostdlib", "-s", "-o", name, "empty.c"]);
+        let done = command.arg(format!("-Wl,-soname,{name}")).args(needs).output();
+        let done = done.map_err(|error| format!("the C compiler did not start ({error})"))?;
+        if !done.status.success() {
+            let said = String::from_utf8_lossy(&done.stderr);
+            return Err(format!("the linker refused it ({})", said.lines().next().unwrap_or("without a word")));
+        }
+    }
+    Ok(folder.join("libnccl.so"))
 }
 
 /// One file to be made from another.

@@ -9,7 +9,10 @@
 //! 5. pip's packages beside each python3 on PATH.
 //!
 //! A hit is loaded by its full path and stays loaded. The bindings look for libraries by name; the loader then gives them the one that is there
-//! already. They panic where there is none, so nothing of theirs is called before [`find`] has answered. `MASQUE_NO_CUDA=1` finds nothing.
+//! already; NCCL, whose file has another name than they look for, by an [`alias`]. They panic where there is none, so nothing of theirs is called before
+//! [`find`] has answered. `MASQUE_NO_CUDA=1` finds nothing.
+
+mod alias;
 
 use crate::error::{Error, Result};
 use cudarc::driver::result::DriverError;
@@ -39,7 +42,7 @@ impl Library {
         }
     }
 
-    /// Names of its files, the best one first. Each is among the names that the bindings try.
+    /// Names of its files, the best one first. Each is among the names that the bindings try, but for NCCL's.
     fn files(self) -> &'static [&'static str] {
         match self {
             Library::Driver => &["libcuda.so.1", "libcuda.so"],
@@ -49,7 +52,7 @@ impl Library {
         }
     }
 
-    /// Whether the bindings will find it. Nothing of NCCL is called yet: it is only located.
+    /// Whether the bindings will find it.
     fn is_bound(self) -> bool {
         // SAFETY: opens and closes libraries by name, which runs their initialisers and no more.
         unsafe {
@@ -57,13 +60,13 @@ impl Library {
                 Library::Driver => sys::is_culib_present(),
                 Library::CublasLt => cudarc::cublaslt::sys::is_culib_present(),
                 Library::Nvrtc => cudarc::nvrtc::sys::is_culib_present(),
-                Library::Nccl => true,
+                Library::Nccl => cudarc::nccl::sys::is_culib_present(),
             }
         }
     }
 }
 
-/// Where a library is, which from now on is loaded (NCCL is not).
+/// Where a library is, which from now on is loaded.
 pub fn find(library: Library) -> Option<&'static Path> {
     static FOUND: [OnceLock<Option<PathBuf>>; 4] = [const { OnceLock::new() }; 4];
     FOUND[library as usize].get_or_init(|| if switched_off() { None } else { search(library) }).as_deref()
@@ -77,7 +80,6 @@ fn search(library: Library) -> Option<PathBuf> {
     let in_folders = |folders: Vec<PathBuf>| {
         let paths = folders.into_iter().flat_map(|folder| library.files().iter().map(move |file| folder.join(file)));
         paths.filter(|path| path.is_file()).find(|path| match library {
-            Library::Nccl => true,
             Library::Nvrtc => {
                 load_builtins(path);
                 load(path)
@@ -87,14 +89,36 @@ fn search(library: Library) -> Option<PathBuf> {
     };
     let by_name = || library.files().iter().find(|file| load(Path::new(file))).map(|file| loaded_as(file).unwrap_or_else(|| file.into()));
     let found = in_folders(given()).or_else(by_name).or_else(|| in_folders(elsewhere()));
-    found.filter(|_| library.is_bound())
+    let found = found?;
+    // First the alias: another file of the name that the bindings look for could be on the loader's path.
+    let reason = if library == Library::Nccl { alias::load().err() } else { None };
+    if library.is_bound() {
+        return Some(found);
+    }
+    if let Some(reason) = reason {
+        UNBOUND.get_or_init(|| (found, reason));
+    }
+    None
+}
+
+/// Where NCCL is and why the bindings do not find it there.
+static UNBOUND: OnceLock<(PathBuf, String)> = OnceLock::new();
+
+/// Where a library is that is there but cannot be used, and why.
+pub fn unbound(library: Library) -> Option<(&'static Path, &'static str)> {
+    let _ = find(library);
+    UNBOUND.get().filter(|_| library == Library::Nccl).map(|(path, reason)| (path.as_path(), reason.as_str()))
 }
 
 /// Loads a library for good.
-fn load(path: &Path) -> bool {
+fn open(path: &Path) -> std::result::Result<(), libloading::Error> {
     // SAFETY: runs the initialisers of a library of CUDA's by name.
     let loaded = unsafe { Loaded::open(Some(path), RTLD_NOW | RTLD_GLOBAL) };
-    loaded.map(std::mem::forget).is_ok()
+    loaded.map(std::mem::forget)
+}
+
+fn load(path: &Path) -> bool {
+    open(path).is_ok()
 }
 
 /// NVRTC opens a second library by its name alone, which lies beside it.
@@ -208,8 +232,49 @@ pub fn version(library: Library) -> Option<String> {
             let answer = unsafe { cudarc::nvrtc::sys::nvrtcVersion(&mut major, &mut minor) };
             answer.result().ok().map(|()| format!("{major}.{minor}"))
         }
-        Library::Nccl => None,
+        Library::Nccl => nccl_version().map(as_nccl_counts),
     }
+}
+
+/// As 22809.
+fn nccl_version() -> Option<i32> {
+    find(Library::Nccl)?;
+    cudarc::nccl::result::get_nccl_version().ok()
+}
+
+/// Its version in words. Up to 2.8 it had two digits less.
+fn as_nccl_counts(version: i32) -> String {
+    let unit = if version < 10_000 { 1000 } else { 10_000 };
+    format!("{}.{}.{}", version / unit, version % unit / 100, version % 100)
+}
+
+/// The oldest NCCL that has every function that is called; it also knows bf16 and may be recorded.
+const OLDEST_NCCL: i32 = 21_400;
+
+/// Whether NCCL can be used, or what is missing.
+pub fn need_nccl() -> Result<()> {
+    if switched_off() {
+        return Err(Error::new("CUDA is switched off by MASQUE_NO_CUDA; unset it to use NCCL"));
+    }
+    let install =
+        "pip install \"nvidia-nccl-cu13==2.28.*\" into the active environment, or name the folder that holds it in MASQUE_CUDA_LIBS";
+    if let Some((path, reason)) = unbound(Library::Nccl) {
+        return Err(Error::new(format!(
+            "NCCL is there ({}) but cannot be used: {reason}; put a link of the name libnccl.so to it into a folder of LD_LIBRARY_PATH",
+            path.display()
+        )));
+    }
+    let path = find(Library::Nccl).ok_or_else(|| Error::new(format!("NCCL (libnccl.so.2) was not found; {install}")))?;
+    let version = nccl_version().unwrap_or_default();
+    if version < OLDEST_NCCL {
+        return Err(Error::new(format!(
+            "NCCL is of version {} ({}) and this program needs {} or newer; {install}",
+            as_nccl_counts(version),
+            path.display(),
+            as_nccl_counts(OLDEST_NCCL)
+        )));
+    }
+    Ok(())
 }
 
 /// The CUDA version that the bindings and the embedded code are made for.
@@ -241,5 +306,17 @@ pub fn devices() -> Result<usize> {
             "the CUDA driver is there but does not start ({}); look at nvidia-smi, the kernel module and the driver have to be of one version",
             said(error)
         ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_of_nccl_are_read_as_it_counts_them() {
+        for (number, text) in [(22_809, "2.28.9"), (21_400, "2.14.0"), (20_906, "2.9.6"), (2804, "2.8.4"), (30_001, "3.0.1")] {
+            assert_eq!(as_nccl_counts(number), text);
+        }
     }
 }

@@ -8,7 +8,7 @@
 //! | [`product`] | what a matrix product on a GPU is asked for |
 //! | [`emulated`] | the kernels compiled by the C++ compiler, one fiber a CUDA thread |
 //! | [`ranks`] | processes that train one model together: what they do in common, and how they find each other |
-//! | [`real`] | CUDA: context, stream, fatbins, graphs, cuBLASLt |
+//! | [`real`] | CUDA: context, stream, fatbins, graphs, cuBLASLt, NCCL |
 //! | [`disk`] | the room on a disk |
 //! | [`libs`] | finding CUDA's libraries; what is missing is a sentence |
 //!

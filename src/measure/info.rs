@@ -28,7 +28,10 @@ pub fn run(kernels: bool, print: &mut dyn FnMut(&str)) -> Result<()> {
     for library in Library::ALL {
         let name = library.name();
         print(&match libs::find(library) {
-            None => format!("{name:<17}  not found"),
+            None => match libs::unbound(library) {
+                None => format!("{name:<17}  not found"),
+                Some((path, reason)) => format!("{name:<17}  {} not used: {reason}", path.display()),
+            },
             Some(path) => format!("{name:<17}  {} {}", path.display(), libs::version(library).unwrap_or_default()).trim_end().to_string(),
         });
     }

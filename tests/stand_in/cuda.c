@@ -1,9 +1,10 @@
-// A stand-in for libcuda, libcublasLt and libnvrtc, to test the code that calls them on a machine without a GPU. Device memory is the host's, kernels are
-// the emulated ones, and everything put on a stream is done as late as CUDA allows: when somebody waits.
+// A stand-in for libcuda, libcublasLt, libnvrtc and libnccl (nccl.c), to test the code that calls them on a machine without a GPU. Device memory is the
+// host's, kernels are the emulated ones, and everything put on a stream is done as late as CUDA allows: when somebody waits for it, be it on another stream.
 //
 // Stand-ins for environments: MASQUE_STAND_IN is a list of words
 //   no-init, no-device, old-driver, old-device     what the driver says when it is asked
 //   no-bias, no-blas                               what cuBLASLt has no algorithm for
+//   nccl-...                                       see nccl.c
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
@@ -11,8 +12,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
-enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, NO_CONTEXT = 201, NOT_FOUND = 500, NOT_READY = 600, FAILED = 719, UNKNOWN = 999 };
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, NO_CONTEXT = 201, NOT_FOUND = 500, NOT_READY = 600, FAILED = 719, UNJOINED = 904, ISOLATION = 905, CAPTURED = 907, UNKNOWN = 999 };
 enum { MEMORY_BYTES = 1 << 30, SHARED_OPTIN = 227 << 10, DEVICES = 2 };
 
 static int word(const char* w) {
@@ -42,10 +44,10 @@ static int inside(const void* at, size_t bytes) {
   return 0;
 }
 
-// ---- one queue of work for all streams; a recording takes what would go there
+// ---- a queue of work for each stream; a recording takes what would go there
 typedef struct Work {
   struct Work* next;
-  int kind;  // 0 kernel, 1 copy, 2 fill, 3 call, 4 event
+  int kind;  // 0 kernel, 1 copy, 2 fill, 3 call, 4 event, 5 wait for an event, 6 exchange
   Function* function;
   RawLaunch launch;
   uint64_t cells[32];
@@ -57,12 +59,18 @@ typedef struct Work {
   char data[256];
 } Work;
 typedef struct { Work *first, *last; } List;
-typedef struct { int recording; List graph; } Stream;
-typedef struct { double at; int pending; } Event;
-static List queue;
+// What one stream records, and others that wait for its events. They have to be waited for before it ends.
+typedef struct { List graph; } Recording;
+typedef struct Stream { List queue; Recording* recording; int origin, device, unjoined; } Stream;
+// How often it was put on a stream, which the last time, and how often that was reached.
+typedef struct { double at; size_t put, reached; Stream* stream; Recording* recording; } Event;
+static Stream* streams[1024];
+static int stream_count;
 static int broken;
 static pthread_mutex_t mutex = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 static __thread void* current;
+static char contexts[DEVICES];
+static int device(void) { return (int)((char*)current - contexts); }
 
 static int bound(void) { return broken ? broken : current ? OK : NO_CONTEXT; }
 #define NEEDS_CONTEXT do { int state = bound(); if (state) return state; } while (0)
@@ -84,11 +92,15 @@ static void push(List* list, const Work* work) {
 static int add(Stream* stream, const Work* work) {
   NEEDS_CONTEXT;
   pthread_mutex_lock(&mutex);
-  push(stream->recording ? &stream->graph : &queue, work);
+  if (stream->recording) stream->unjoined = !stream->origin;
+  push(stream->recording ? &stream->recording->graph : &stream->queue, work);
   pthread_mutex_unlock(&mutex);
   return OK;
 }
-static void perform(Work* work) {
+static int exchanged(Work* work);
+static int step(Stream* stream);
+// Whether it is done; what waits for others is not.
+static int perform(Work* work) {
   switch (work->kind) {
     case 0: {
       void* args[32];
@@ -106,20 +118,37 @@ static void perform(Work* work) {
     case 1: memmove(work->to, work->from, work->bytes); break;
     case 2: memset(work->to, work->byte, work->bytes); break;
     case 3: work->call(work->data); break;
-    case 4: ((Event*)work->to)->at = now(); ((Event*)work->to)->pending = 0; break;
+    case 4: ((Event*)work->to)->at = now(); ((Event*)work->to)->reached++; break;
+    case 5: return ((Event*)work->to)->reached >= work->bytes;
+    case 6: return exchanged(work);
+  }
+  return 1;
+}
+// Does the next piece of work of a stream, or one that it waits for; 0 if others have to come first, or there is nothing.
+static int step(Stream* stream) {
+  Work* work = stream->queue.first;
+  if (!work || broken) return 0;
+  if (!perform(work)) return work->kind == 5 && ((Event*)work->to)->stream != stream && step(((Event*)work->to)->stream);
+  stream->queue.first = work->next;
+  if (!work->next) stream->queue.last = NULL;
+  free(work);
+  return 1;
+}
+// Does what is on a stream: all of it, or until an event.
+static int drain(Stream* stream, Event* until) {
+  for (;;) {
+    pthread_mutex_lock(&mutex);
+    int over = broken || (until ? until->reached >= until->put : !stream->queue.first);
+    int went_on = over || step(stream);
+    pthread_mutex_unlock(&mutex);
+    if (over) return broken;
+    if (!went_on) usleep(200);
   }
 }
-// Does what is queued, all of it or until an event.
-static int drain(Event* until) {
-  pthread_mutex_lock(&mutex);
-  while (queue.first && !broken && (!until || until->pending)) {
-    Work* work = queue.first;
-    queue.first = work->next;
-    if (!queue.first) queue.last = NULL;
-    perform(work);
-    free(work);
-  }
-  pthread_mutex_unlock(&mutex);
+// Does what is on all streams of this thread's device.
+static int drain_all(void) {
+  for (int i = 0; i < stream_count; i++)
+    if (streams[i]->device == device()) drain(streams[i], NULL);
   return broken;
 }
 
@@ -145,33 +174,68 @@ int cuDeviceGetAttribute(int* v, int what, int d) {
   }
   return OK;
 }
-int cuDevicePrimaryCtxRetain(void** c, int d) { static char contexts[DEVICES]; *c = &contexts[d]; return OK; }
+int cuDeviceGetPCIBusId(char* s, int n, int d) { snprintf(s, n, "0000:%02X:00.0", d + 26); return OK; }
+int cuDevicePrimaryCtxRetain(void** c, int d) { *c = &contexts[d]; return OK; }
 int cuDevicePrimaryCtxRelease_v2(int d) { (void)d; return OK; }
 int cuCtxGetCurrent(void** c) { *c = current; return OK; }
 int cuCtxSetCurrent(void* c) { current = c; return OK; }
-int cuStreamCreate(Stream** s, unsigned flags) { (void)flags; NEEDS_CONTEXT; *s = calloc(1, sizeof **s); return OK; }
-int cuStreamDestroy_v2(Stream* s) { free(s); return OK; }
-int cuStreamSynchronize(Stream* s) { NEEDS_CONTEXT; return s->recording ? INVALID : drain(NULL); }
-int cuStreamQuery(Stream* s) { (void)s; return broken ? broken : queue.first ? NOT_READY : OK; }
+int cuStreamCreate(Stream** s, unsigned flags) {
+  (void)flags;
+  NEEDS_CONTEXT;
+  *s = calloc(1, sizeof **s);
+  (*s)->device = device();
+  pthread_mutex_lock(&mutex);
+  streams[stream_count++] = *s;
+  pthread_mutex_unlock(&mutex);
+  return OK;
+}
+// Neither streams nor events are freed: what still has to be done may name them.
+int cuStreamDestroy_v2(Stream* s) { (void)s; return OK; }
+int cuStreamSynchronize(Stream* s) { NEEDS_CONTEXT; return s->recording ? INVALID : drain(s, NULL); }
+int cuStreamIsCapturing(Stream* s, int* status) { *status = s->recording != NULL; return bound(); }
 int cuStreamBeginCapture_v2(Stream* s, int mode) {
   NEEDS_CONTEXT;
   if (mode != 2 || s->recording) return INVALID;
-  s->recording = 1;
-  s->graph = (List){0};
+  s->recording = calloc(1, sizeof *s->recording);
+  s->origin = 1;
   return OK;
 }
 int cuStreamEndCapture(Stream* s, List** graph) {
   NEEDS_CONTEXT;
-  if (!s->recording) return INVALID;
-  s->recording = 0;
+  Recording* recording = s->recording;
+  if (!recording || !s->origin) return INVALID;
+  int unjoined = 0;
+  for (int i = 0; i < stream_count; i++)
+    if (streams[i]->recording == recording) {
+      unjoined |= streams[i]->unjoined;
+      streams[i]->recording = NULL;
+      streams[i]->origin = streams[i]->unjoined = 0;
+    }
+  *graph = NULL;
+  if (unjoined) return UNJOINED;
   *graph = malloc(sizeof **graph);
-  **graph = s->graph;
+  **graph = recording->graph;
   return OK;
 }
+int cuStreamWaitEvent(Stream* s, Event* e, unsigned flags) {
+  NEEDS_CONTEXT;
+  if (flags) return INVALID;
+  if (!e->recording) return s->recording ? ISOLATION : add(s, &(Work){.kind = 5, .to = e, .bytes = e->put});
+  if (s->recording && s->recording != e->recording) return INVALID;
+  if (!s->recording) {
+    s->recording = e->recording;
+    s->unjoined = 1;
+  } else if (s->origin) {
+    e->stream->unjoined = 0;
+  }
+  return OK;
+}
+static void holds(List* graph, int more);
 int cuGraphInstantiateWithFlags(List** exec, List* graph, unsigned long long flags) {
   (void)flags;
   *exec = calloc(1, sizeof **exec);
   for (Work* work = graph->first; work; work = work->next) push(*exec, work);
+  holds(*exec, 1);
   return OK;
 }
 static int forget(List* list) {
@@ -184,7 +248,7 @@ static int forget(List* list) {
   return OK;
 }
 int cuGraphDestroy(List* graph) { return forget(graph); }
-int cuGraphExecDestroy(List* exec) { return forget(exec); }
+int cuGraphExecDestroy(List* exec) { holds(exec, -1); return forget(exec); }
 int cuGraphUpload(List* exec, Stream* s) { (void)exec; (void)s; return bound(); }
 int cuGraphLaunch(List* exec, Stream* s) {
   for (Work* work = exec->first; work; work = work->next) {
@@ -194,9 +258,26 @@ int cuGraphLaunch(List* exec, Stream* s) {
   return OK;
 }
 int cuEventCreate(Event** e, unsigned flags) { (void)flags; NEEDS_CONTEXT; *e = calloc(1, sizeof **e); return OK; }
-int cuEventDestroy_v2(Event* e) { drain(e); free(e); return OK; }
-int cuEventRecord(Event* e, Stream* s) { e->pending = 1; return add(s, &(Work){.kind = 4, .to = e}); }
-int cuEventSynchronize(Event* e) { NEEDS_CONTEXT; return drain(e); }
+int cuEventDestroy_v2(Event* e) { (void)e; return OK; }
+int cuEventRecord(Event* e, Stream* s) {
+  NEEDS_CONTEXT;
+  e->stream = s;
+  e->recording = s->recording;
+  if (s->recording) return OK;
+  e->put++;
+  return add(s, &(Work){.kind = 4, .to = e});
+}
+int cuEventSynchronize(Event* e) { NEEDS_CONTEXT; return e->recording ? CAPTURED : e->put ? drain(e->stream, e) : OK; }
+// Every look lets a little be done.
+int cuEventQuery(Event* e) {
+  NEEDS_CONTEXT;
+  if (e->recording) return CAPTURED;
+  pthread_mutex_lock(&mutex);
+  if (e->reached < e->put) step(e->stream);
+  int state = broken ? broken : e->reached < e->put ? NOT_READY : OK;
+  pthread_mutex_unlock(&mutex);
+  return state;
+}
 int cuEventElapsedTime_v2(float* ms, Event* a, Event* b) { *ms = (float)(b->at - a->at); return OK; }
 int cuMemAlloc_v2(uint64_t* p, size_t bytes) {
   NEEDS_CONTEXT;
@@ -213,7 +294,7 @@ int cuMemAlloc_v2(uint64_t* p, size_t bytes) {
 }
 int cuMemFree_v2(uint64_t p) {
   NEEDS_CONTEXT;
-  drain(NULL);
+  drain_all();
   pthread_mutex_lock(&mutex);
   int state = INVALID;
   for (int i = 0; i < range_count && state; i++)
@@ -228,7 +309,7 @@ int cuMemFree_v2(uint64_t p) {
 }
 int stand_in_held(void) { return range_count; }
 int cuMemHostAlloc(void** p, size_t bytes, unsigned flags) { NEEDS_CONTEXT; if (flags != 1) return INVALID; *p = aligned_alloc(256, bytes); return OK; }
-int cuMemFreeHost(void* p) { drain(NULL); free(p); return OK; }
+int cuMemFreeHost(void* p) { drain_all(); free(p); return OK; }
 int cuMemsetD8Async(uint64_t p, unsigned char byte, size_t n, Stream* s) { return inside((void*)p, n) ? add(s, &(Work){.kind = 2, .to = (void*)p, .byte = byte, .bytes = n}) : INVALID; }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, Stream* s) { return inside((void*)to, n) && !s->recording ? add(s, &(Work){.kind = 1, .to = (void*)to, .from = (void*)from, .bytes = n}) : INVALID; }
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, Stream* s) { return inside((void*)from, n) && !s->recording ? add(s, &(Work){.kind = 1, .to = to, .from = (void*)from, .bytes = n}) : INVALID; }
@@ -365,3 +446,5 @@ int nvrtcDestroyProgram(void** p) { free(*p); return OK; }
 int nvrtcCompileProgram(void* p, int n, const char* const* options) { (void)p; return n == 3 && !strcmp(options[0], "--gpu-architecture=sm_90a") ? OK : 6; }
 int nvrtcGetCUBINSize(void* p, size_t* n) { (void)p; *n = 1; return OK; }
 int nvrtcGetCUBIN(void* p, char* code) { (void)p; *code = 1; return OK; }
+
+#include "nccl.c"

@@ -1,4 +1,4 @@
-//! A stand-in for CUDA's libraries (`cuda.c`), so that the code for a real GPU runs where there is none: built by the C compiler, found by MASQUE_CUDA_LIBS
+//! A stand-in for CUDA's libraries (`cuda.c`, `nccl.c`), so that the code for a real GPU runs where there is none: built by the C compiler, found by MASQUE_CUDA_LIBS
 //! in a process of its own.
 
 #![allow(dead_code)] // each test program uses a part of it
@@ -22,7 +22,7 @@ pub fn folder() -> &'static Path {
         library(&folder, "libcuda.so.1", &["-O2", source]);
         std::fs::write(folder.join("empty.c"), "").unwrap();
         // Its symbols are those of the library that it needs.
-        for name in ["libcublasLt.so.13", "libnvrtc.so.13"] {
+        for name in ["libcublasLt.so.13", "libnvrtc.so.13", "libnccl.so.2"] {
             library(&folder, name, &["empty.c", "-Wl,--no-as-needed", "-L.", "-l:libcuda.so.1", "-Wl,-rpath,$ORIGIN"]);
         }
         std::fs::write(folder.join("cuda_bf16.h"), "").unwrap();
@@ -30,7 +30,7 @@ pub fn folder() -> &'static Path {
     })
 }
 
-fn library(folder: &Path, name: &str, args: &[&str]) {
+pub fn library(folder: &Path, name: &str, args: &[&str]) {
     let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".into());
     let mut made = Command::new(compiler);
     made.current_dir(folder).args(["-shared", "-fPIC", "-o", name]).arg(format!("-Wl,-soname,{name}")).args(args);

@@ -16,6 +16,7 @@ use super::real;
 use crate::ensure;
 use crate::error::{Context, Error, Result};
 use crate::rng::Rng;
+use std::any::Any;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -89,7 +90,11 @@ struct State {
     arena: Arc<Arena>,
     chosen: HashMap<&'static str, &'static str>,
     /// Present while recording.
+<<<<<<< HEAD
     draws: Option<Vec<Drawn>>,
+=======
+    notes: Option<Notes>,
+>>>>>>> nccl
     /// Whether fresh memory is filled with what is no number.
     poison: bool,
     /// Whether each piece of memory is an allocation of just its size, given back when it is dropped.
@@ -197,17 +202,25 @@ struct Recording<'a> {
 }
 
 impl Recording<'_> {
+<<<<<<< HEAD
     fn end(mut self) -> (Result<Box<dyn Recorded>>, Vec<Drawn>) {
         self.over()
     }
 
     fn over(&mut self) -> (Result<Box<dyn Recorded>>, Vec<Drawn>) {
+=======
+    fn end(mut self) -> (Result<Box<dyn Recorded>>, Notes) {
+        self.over()
+    }
+
+    fn over(&mut self) -> (Result<Box<dyn Recorded>>, Notes) {
+>>>>>>> nccl
         let recorded = self.gpu.0.backend.end_recording();
         let mut state = lock(&self.gpu.0.state);
         if let Some(outer) = self.outer.take() {
             state.arena = outer;
         }
-        (recorded, state.draws.take().unwrap_or_default())
+        (recorded, state.notes.take().unwrap_or_default())
     }
 }
 
@@ -244,11 +257,22 @@ struct Drawn {
     block: Arc<Block>,
 }
 
-/// Recorded work, its memory, and what it draws.
+/// What recorded work draws, and what it uses besides memory.
+#[derive(Default)]
+struct Notes {
+    draws: Vec<Draw>,
+    used: Vec<Arc<dyn Any + Send + Sync>>,
+}
+
+/// Recorded work, its memory, what it draws and uses. The work goes first.
 pub struct Graph {
     recorded: Box<dyn Recorded>,
     gpu: Gpu,
+<<<<<<< HEAD
     draws: Vec<Drawn>,
+=======
+    notes: Notes,
+>>>>>>> nccl
     _arena: Arc<Arena>,
 }
 
@@ -256,8 +280,14 @@ impl Graph {
     /// Does the recorded work once more, with the numbers that `rng` gives for the recorded names.
     pub fn replay(&self, rng: &Rng) -> Result<()> {
         ensure!(!self.gpu.is_recording(), "{}: recorded work is not replayed inside a recording", self.gpu.name());
+<<<<<<< HEAD
         for Drawn { draw, block } in &self.draws {
             self.gpu.upload(block, 0, bytemuck::cast_slice(&draw.numbers(rng)?))?;
+=======
+        for draw in &self.notes.draws {
+            let numbers = rng.uniform(&draw.name, draw.count)?;
+            self.gpu.upload(&draw.block, 0, bytemuck::cast_slice(&numbers))?;
+>>>>>>> nccl
         }
         self.recorded.replay().context("replaying recorded work")
     }
@@ -366,7 +396,7 @@ impl Gpu {
         let (arena, exact) = {
             let state = lock(&self.0.state);
             // What a recording hands out belongs to it, and is not given back while it lives.
-            (state.arena.clone(), state.exact && state.draws.is_none())
+            (state.arena.clone(), state.exact && state.notes.is_none())
         };
         if exact && bytes > 0 {
             let address = self.allocate(bytes)?;
@@ -494,17 +524,30 @@ impl Gpu {
     /// Numbers uniform in [0, 1) by their name; a replay draws them afresh.
     pub fn drawn(&self, rng: &Rng, draw: Draw) -> Result<Arc<Block>> {
         // A replay draws before it does the recorded work: nothing of it may write here, neither filling it nor work that had this memory before.
+<<<<<<< HEAD
         let block = Arc::new(self.take_as_it_is(draw.count * 4, self.is_recording())?);
         if let Some(draws) = &mut lock(&self.0.state).draws {
             draws.push(Drawn { draw, block: block.clone() });
+=======
+        let block = Arc::new(self.take_as_it_is(count * 4, self.is_recording())?);
+        if let Some(notes) = &mut lock(&self.0.state).notes {
+            notes.draws.push(Draw { name: rng.full(name), count, block: block.clone() });
+>>>>>>> nccl
             return Ok(block);
         }
         self.upload(&block, 0, bytemuck::cast_slice(&draw.numbers(rng)?))?;
         Ok(block)
     }
 
+    /// What the work that is being recorded uses: it lives as long as that work.
+    pub(super) fn keep(&self, used: Arc<dyn Any + Send + Sync>) {
+        if let Some(notes) = &mut lock(&self.0.state).notes {
+            notes.used.push(used);
+        }
+    }
+
     pub fn is_recording(&self) -> bool {
-        lock(&self.0.state).draws.is_some()
+        lock(&self.0.state).notes.is_some()
     }
 
     /// Records the work that `f` hands over; nothing of it is done before the graph is replayed. Tensors from before that the work uses are the caller's to
@@ -517,13 +560,13 @@ impl Gpu {
         let untouched = Mutex::new(std::mem::take(&mut *lock(&outer.free)));
         let arena = Arc::new(Arena { untouched, outer: Some(outer.clone()), free: Free::default() });
         lock(&self.0.state).arena = arena.clone();
-        lock(&self.0.state).draws = Some(Vec::new());
+        lock(&self.0.state).notes = Some(Notes::default());
         let recording = Recording { gpu: self, outer: Some(outer) };
         let done = self.0.backend.begin_recording().and_then(|()| f());
-        let (recorded, draws) = recording.end();
+        let (recorded, notes) = recording.end();
         arena.give_back(&arena.untouched);
-        let (result, recorded) = (done?, recorded?);
-        Ok((Graph { recorded, gpu: self.clone(), draws, _arena: arena }, result))
+        let graph = recorded.map(|recorded| Graph { recorded, gpu: self.clone(), notes, _arena: arena });
+        done.and_then(|result| Ok((graph?, result)))
     }
 
     /// The version of an op's kernels that runs: the chosen one, unless [`Gpu::choose`] said otherwise.
@@ -574,7 +617,7 @@ impl Gpu {
 
 impl State {
     fn new(poison: bool) -> Self {
-        Self { arena: Arc::default(), chosen: HashMap::new(), draws: None, poison, exact: false, allocated: Vec::new() }
+        Self { arena: Arc::default(), chosen: HashMap::new(), notes: None, poison, exact: false, allocated: Vec::new() }
     }
 }
 

@@ -5,7 +5,8 @@ use super::super::libs;
 use super::{Doing, Real};
 use crate::error::Result;
 use cudarc::driver::result::device;
-use cudarc::driver::sys::{CUdevice, CUdevice_attribute as Of, CUfunction_attribute as OfFunction};
+use cudarc::driver::sys::{self, CUdevice, CUdevice_attribute as Of, CUfunction_attribute as OfFunction};
+use std::ffi::{c_char, c_int};
 
 /// A device.
 pub struct Facts {
@@ -57,6 +58,16 @@ pub struct KernelFacts {
 impl Real {
     pub fn facts(&self) -> Result<Facts> {
         Facts::of(self.context.cu_device())
+    }
+
+    /// Its place on the machine's PCI bus, as 0000:3B:00.0, by which two ranks see that they share it.
+    pub fn bus(&self) -> Result<String> {
+        const ROOM: usize = 64;
+        let mut text: [c_char; ROOM] = [0; ROOM];
+        // SAFETY: there is room for as many bytes as it is told, the last of which is zero.
+        let asked = unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr(), ROOM as c_int - 1, self.context.cu_device()) };
+        asked.result().doing("asking for its place on the bus")?;
+        Ok(text.iter().take_while(|&&c| c != 0).map(|&c| char::from(c as u8)).collect())
     }
 
     /// Of the kernel at this position of [`KERNELS`].

@@ -1,4 +1,4 @@
-//! CUDA: one device, one stream, the embedded kernels, graphs, cuBLASLt.
+//! CUDA: one device, one stream, the embedded kernels, graphs, cuBLASLt; NCCL beside it, for runs on many devices.
 //!
 //! All work is put on one stream, so it is done in the order in which it was handed over. The context is the device's primary one, shared with whoever
 //! else is in the process. Machine code is loaded a file at a time, when one of its kernels is first launched; a file that was built without nvcc is
@@ -9,9 +9,11 @@
 mod blas;
 mod compile;
 mod facts;
+mod nccl;
 
 pub(super) use cudarc::driver::CudaEvent as Mark;
 pub use facts::{Facts, KernelFacts};
+pub use nccl::{Nccl, Numbers, distinct, machine};
 
 use super::gpu::{Backend, Recorded, Work};
 use super::launch::{FILES, KERNELS, Kernel, Launch, find};
