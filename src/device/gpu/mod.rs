@@ -90,11 +90,7 @@ struct State {
     arena: Arc<Arena>,
     chosen: HashMap<&'static str, &'static str>,
     /// Present while recording.
-<<<<<<< HEAD
-    draws: Option<Vec<Drawn>>,
-=======
     notes: Option<Notes>,
->>>>>>> nccl
     /// Whether fresh memory is filled with what is no number.
     poison: bool,
     /// Whether each piece of memory is an allocation of just its size, given back when it is dropped.
@@ -202,19 +198,11 @@ struct Recording<'a> {
 }
 
 impl Recording<'_> {
-<<<<<<< HEAD
-    fn end(mut self) -> (Result<Box<dyn Recorded>>, Vec<Drawn>) {
-        self.over()
-    }
-
-    fn over(&mut self) -> (Result<Box<dyn Recorded>>, Vec<Drawn>) {
-=======
     fn end(mut self) -> (Result<Box<dyn Recorded>>, Notes) {
         self.over()
     }
 
     fn over(&mut self) -> (Result<Box<dyn Recorded>>, Notes) {
->>>>>>> nccl
         let recorded = self.gpu.0.backend.end_recording();
         let mut state = lock(&self.gpu.0.state);
         if let Some(outer) = self.outer.take() {
@@ -260,7 +248,7 @@ struct Drawn {
 /// What recorded work draws, and what it uses besides memory.
 #[derive(Default)]
 struct Notes {
-    draws: Vec<Draw>,
+    draws: Vec<Drawn>,
     used: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
@@ -268,11 +256,7 @@ struct Notes {
 pub struct Graph {
     recorded: Box<dyn Recorded>,
     gpu: Gpu,
-<<<<<<< HEAD
-    draws: Vec<Drawn>,
-=======
     notes: Notes,
->>>>>>> nccl
     _arena: Arc<Arena>,
 }
 
@@ -280,14 +264,8 @@ impl Graph {
     /// Does the recorded work once more, with the numbers that `rng` gives for the recorded names.
     pub fn replay(&self, rng: &Rng) -> Result<()> {
         ensure!(!self.gpu.is_recording(), "{}: recorded work is not replayed inside a recording", self.gpu.name());
-<<<<<<< HEAD
-        for Drawn { draw, block } in &self.draws {
+        for Drawn { draw, block } in &self.notes.draws {
             self.gpu.upload(block, 0, bytemuck::cast_slice(&draw.numbers(rng)?))?;
-=======
-        for draw in &self.notes.draws {
-            let numbers = rng.uniform(&draw.name, draw.count)?;
-            self.gpu.upload(&draw.block, 0, bytemuck::cast_slice(&numbers))?;
->>>>>>> nccl
         }
         self.recorded.replay().context("replaying recorded work")
     }
@@ -524,15 +502,9 @@ impl Gpu {
     /// Numbers uniform in [0, 1) by their name; a replay draws them afresh.
     pub fn drawn(&self, rng: &Rng, draw: Draw) -> Result<Arc<Block>> {
         // A replay draws before it does the recorded work: nothing of it may write here, neither filling it nor work that had this memory before.
-<<<<<<< HEAD
         let block = Arc::new(self.take_as_it_is(draw.count * 4, self.is_recording())?);
-        if let Some(draws) = &mut lock(&self.0.state).draws {
-            draws.push(Drawn { draw, block: block.clone() });
-=======
-        let block = Arc::new(self.take_as_it_is(count * 4, self.is_recording())?);
         if let Some(notes) = &mut lock(&self.0.state).notes {
-            notes.draws.push(Draw { name: rng.full(name), count, block: block.clone() });
->>>>>>> nccl
+            notes.draws.push(Drawn { draw, block: block.clone() });
             return Ok(block);
         }
         self.upload(&block, 0, bytemuck::cast_slice(&draw.numbers(rng)?))?;
