@@ -367,6 +367,17 @@ impl Params {
         whole.ok_or_else(|| Error::new("a gradient is still held elsewhere, or nothing is trained"))
     }
 
+    /// On a GPU: the gradients from one parameter to another, with what lies between them; None where one has no memory.
+    pub fn gradient_span(&self, first: ParamId, last: ParamId) -> Option<Flat> {
+        let gradient = |id: ParamId| self.entries[id.0].gradient.as_ref();
+        Flat::between(gradient(first)?, gradient(last)?)
+    }
+
+    /// The same of their values.
+    pub fn value_span(&self, first: ParamId, last: ParamId) -> Option<Flat> {
+        Flat::between(&self.values[first.0], &self.values[last.0])
+    }
+
     /// Everything that has a gradient.
     pub fn reached(&self) -> Vec<ParamId> {
         self.trained().filter(|&id| self.gradient(id).is_some()).collect()

@@ -83,6 +83,15 @@ pub struct Flat {
     pub len: usize,
 }
 
+impl Flat {
+    /// From the start of one tensor to the end of another, which lies behind it in the same slab of a GPU, or is it.
+    pub fn between(first: &Tensor, last: &Tensor) -> Option<Self> {
+        let (Storage::Gpu(from), Storage::Gpu(to)) = (&first.storage, &last.storage) else { return None };
+        let bytes = Gpu::distance(from, to)? + last.numel() * last.dtype.size();
+        Some(Self { address: from.address(), len: bytes / first.dtype.size() })
+    }
+}
+
 impl Operand for Flat {
     fn address(&self) -> u64 {
         self.address

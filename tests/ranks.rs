@@ -10,7 +10,7 @@ use std::time::Duration;
 
 /// Runs a training command as so many threads, each a rank.
 fn as_threads(world: usize, command: &str, output: &Path) -> Vec<Result<(), String>> {
-    let ranks = Ranks::threads(world, Duration::from_secs(60));
+    let ranks = if world == 1 { vec![Ranks::alone()] } else { Ranks::threads(world, Duration::from_secs(60)) };
     let run = |ranks: Ranks| {
         let output = output.display().to_string();
         let words: Vec<&str> = command.split_whitespace().chain(["--output-dir", &output]).collect();

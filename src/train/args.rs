@@ -1,6 +1,6 @@
 //! The flags that all training commands share. Their names are the official ones; each struct is at once flag, default, help text and record.
 
-use super::exchange::ExchangeOptions;
+use super::exchange::{ExchangeOptions, Way};
 use super::profile::ProfileArgs;
 use super::record::command_line;
 use super::run::{Options, Schedule};
@@ -108,6 +108,9 @@ pub struct TogetherArgs {
     #[arg(long, default_value = "f32", value_name = "f32|bf16")]
     #[serde(with = "text")]
     pub wire: Wire,
+    /// Several ranks on GPUs: what gradients go through
+    #[arg(long, value_enum, default_value_t = Way::Nccl)]
+    pub exchange: Way,
     /// Several ranks: so many megabytes of gradients are sent at once, while the backward pass goes on
     #[arg(long, default_value_t = 25.0, value_name = "MB")]
     pub bucket_mb: f64,
@@ -137,8 +140,14 @@ impl TogetherArgs {
         Duration::from_secs_f64(self.rank_timeout.clamp(1.0, 1e6))
     }
 
-    pub fn exchange(&self) -> ExchangeOptions {
-        ExchangeOptions { wire: self.wire, bucket: (self.bucket_mb * f64::from(1 << 20)) as usize, shard: self.shard_optimizer }
+    pub fn options(&self) -> ExchangeOptions {
+        ExchangeOptions {
+            wire: self.wire,
+            bucket: (self.bucket_mb * f64::from(1 << 20)) as usize,
+            shard: self.shard_optimizer,
+            way: self.exchange,
+            patience: self.patience(),
+        }
     }
 }
 

@@ -64,7 +64,8 @@ fn numbered(name: &str) -> impl Iterator<Item = PathBuf> {
 }
 
 /// These say where and how a run is computed and stored, not what it computes.
-const FREE: [&str; 17] = [
+const FREE: [&str; 18] = [
+    "exchange",
     "wire",
     "bucket-mb",
     "shard-optimizer",
@@ -259,7 +260,7 @@ impl Start {
         // Nothing in the folder is read or changed while another process writes into it.
         let _lock = ranks.is_first().then(|| record::lock(&self.folder)).transpose()?;
         let step = Step::new(method, optimizer, StepOptions { clip: run.clip_grad, accumulate: run.accum_iter });
-        let mut step = step.with_ranks(ranks, run.together.exchange())?;
+        let mut step = step.with_ranks(ranks, run.together.options())?;
         let mut ema = run.model_ema_decay.map(|decay| Ema::new(step.method().params(), decay)).transpose()?;
         let mut place = self.from.as_ref().map(|(_, file)| restore(file, &mut step, ema.as_mut())).transpose()?.unwrap_or_default();
         if let Some((_, file)) = &self.from {

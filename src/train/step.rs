@@ -91,8 +91,7 @@ impl Step {
         if ranks.is_alone() {
             return Ok(self);
         }
-        let mut exchange = Exchange::new(ranks.clone(), options);
-        exchange.begin(self.method.params())?;
+        let exchange = Exchange::new(ranks.clone(), options, self.method.params())?;
         if exchange.is_sharded() {
             self.optimizer.state_mut().keep(|id| exchange.owns(id))?;
         }
@@ -169,6 +168,7 @@ impl Step {
             }
         };
         let _phase = trace::phase("read");
+        self.exchange.as_ref().map_or(Ok(()), Exchange::settle)?;
         let loss = seen.loss.read()?[0];
         if let Some(statistics) = seen.statistics.as_ref().filter(|_| loss.is_finite()) {
             self.method.learn(statistics, batch.images.shape()[0])?;
@@ -245,10 +245,14 @@ impl Step {
             return Ok(seen);
         }
         self.begin()?;
-        let share = self.share();
+        let (share, micro_batches) = (self.share(), self.options.accumulate);
         let method = &mut *self.method;
+        let mut exchange = self.exchange.as_mut().filter(|exchange| exchange.goes_beside(true, true, micro_batches));
         if self.recorded.is_none() {
-            let recorded = gpu.capture(|| walk(method, batch, rng, share, None)).context("recording a step");
+            if let Some(exchange) = &mut exchange {
+                exchange.prepare();
+            }
+            let recorded = gpu.capture(|| walk(method, batch, rng, share, exchange)).context("recording a step");
             if recorded.is_err() {
                 // What could not be recorded begins anew.
                 self.passes = 0;
@@ -258,6 +262,9 @@ impl Step {
         self.method.params().assume_gradients(&self.reached)?;
         if let Some(exchange) = &mut self.exchange {
             exchange.prepare();
+            if exchange.goes_beside(true, true, micro_batches) {
+                exchange.replayed();
+            }
         }
         let (graph, seen) = self.recorded.as_ref().expect("recorded above");
         graph.replay(rng)?;
@@ -269,13 +276,12 @@ impl Step {
     fn eager(&mut self, batch: &Batch, rng: &Rng) -> Result<Seen> {
         self.begin()?;
         let (share, last) = (self.share(), self.is_last());
-        // On a GPU buckets go round when the pass is over, as they do once it is recorded.
-        let beside = last && self.method.params().device().gpu().is_none();
+        let on_gpu = self.method.params().device().gpu().is_some();
         let mut exchange = self.exchange.as_mut();
         if let Some(exchange) = &mut exchange {
             exchange.prepare();
         }
-        let exchange = exchange.filter(|_| beside);
+        let exchange = exchange.filter(|exchange| last && exchange.goes_beside(on_gpu, false, 1));
         let seen = walk(&mut *self.method, batch, rng, share, exchange)?;
         self.reached = self.method.params().reached();
         Ok(seen)
@@ -368,7 +374,11 @@ fn walk(method: &mut dyn Method, batch: &Batch, rng: &Rng, share: f64, exchange:
     let _phase = trace::phase("backward");
     match exchange {
         None => tape.backward(&share, &mut [method.params()])?,
-        Some(exchange) => tape.backward_telling(&share, method.params(), &mut |params, id| exchange.ready(params, id))?,
+        Some(exchange) => {
+            let gradients = tape.backward_telling(&share, method.params(), &mut |params, id| exchange.ready(params, id))?;
+            exchange.end_pass(method.params())?;
+            gradients
+        }
     };
     Ok(Seen { loss, parts, statistics })
 }

@@ -440,6 +440,16 @@ impl Gpu {
         whole.filter(|slab| slab.bytes == expected).map(|slab| (slab.address, slab.bytes))
     }
 
+    /// Bytes from the start of one range of a slab to that of another behind it.
+    pub fn distance(from: &Block, to: &Block) -> Option<usize> {
+        match (&from.home, &to.home) {
+            (Home::Slab { slab, offset: start }, Home::Slab { slab: other, offset: end }) if Arc::ptr_eq(slab, other) => {
+                end.checked_sub(*start)
+            }
+            _ => None,
+        }
+    }
+
     /// Every byte of a block becomes this one.
     pub fn set(&self, block: &mut Block, byte: u8) -> Result<()> {
         if block.bytes == 0 {

@@ -36,6 +36,9 @@ pub trait Collective: Send {
     /// Tells the others that this rank makes no calls any more, and why.
     fn fail(&mut self, why: &str);
 
+    /// An error if another rank is known to have ended or failed; waits for nothing.
+    fn look(&mut self) -> Result<()>;
+
     /// How long a rank waits for the others in a call.
     fn set_patience(&mut self, patience: Duration);
 }
@@ -58,7 +61,7 @@ impl Ranks {
         Self(None)
     }
 
-    /// As many ranks as threads that are going to use them.
+    /// As many ranks as threads that are going to use them. A group of one meets nobody, and does what a larger one does.
     pub fn threads(world: usize, patience: Duration) -> Vec<Self> {
         let bodies = threads::group(world, patience).into_iter().enumerate();
         bodies.map(|(rank, body)| Self::of(rank, world, rank, Box::new(body))).collect()
@@ -79,7 +82,7 @@ impl Ranks {
     }
 
     fn of(rank: usize, world: usize, local: usize, body: Box<dyn Collective>) -> Self {
-        if world == 1 { Self(None) } else { Self(Some(Arc::new(Group { rank, world, local, body: Mutex::new(body) }))) }
+        Self(Some(Arc::new(Group { rank, world, local, body: Mutex::new(body) })))
     }
 
     pub fn rank(&self) -> usize {
@@ -176,6 +179,11 @@ impl Ranks {
         let first = parts.first().map_or(0, |part| part.start);
         let last = parts.last().map_or(0, |part| part.end);
         Wire::F32.unpack(&all, &mut numbers[first..last])
+    }
+
+    /// An error if another rank is known to have ended or failed; waits for nothing.
+    pub fn look(&self) -> Result<()> {
+        self.0.as_ref().map_or(Ok(()), |group| group.body().look())
     }
 
     /// Tells the others that this rank ends, and why.

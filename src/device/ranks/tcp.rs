@@ -379,8 +379,43 @@ impl Collective for Tcp {
         }
     }
 
+    fn look(&mut self) -> Result<()> {
+        if let Some(why) = &self.failed {
+            bail!("{why}");
+        }
+        let first = usize::from(self.launched.rank == 0);
+        let found = self.peers.iter().enumerate().find_map(|(at, peer)| ended(peer).map(|why| (at + first, why)));
+        let Some((rank, why)) = found else { return Ok(()) };
+        let why = match why {
+            Some(text) if self.launched.rank == 0 => format!("rank {rank} failed: {text}"),
+            Some(text) => text,
+            None => format!("rank {rank} has ended without a word"),
+        };
+        if self.launched.rank == 0 {
+            self.tell(&why);
+        }
+        self.failed = Some(why.clone());
+        Err(Error::new(why))
+    }
+
     fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;
+    }
+}
+
+/// Whether the other end of a connection makes no calls any more, and what it said, if it said why.
+fn ended(peer: &TcpStream) -> Option<Option<String>> {
+    let mut first = [0];
+    let looked = peer.set_nonblocking(true).and_then(|()| peer.peek(&mut first));
+    let blocks = peer.set_nonblocking(false);
+    match looked {
+        Err(error) if is_late(&error) => None,
+        Ok(1) if first[0] == Letter::Failed as u8 => {
+            let frame = blocks.and_then(|()| receive(peer, Instant::now() + HELLO_TIME));
+            Some(frame.ok().map(|frame| frame.text))
+        }
+        Ok(1) => None,
+        Ok(_) | Err(_) => Some(None),
     }
 }
 

@@ -89,6 +89,10 @@ impl Collective for Threads {
         self.room.fail(self.rank, format!("rank {} failed: {why}", self.rank));
     }
 
+    fn look(&mut self) -> Result<()> {
+        self.room.enter().failed.as_ref().map_or(Ok(()), |(_, why)| Err(Error::new(why.clone())))
+    }
+
     fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;
     }

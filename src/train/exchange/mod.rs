@@ -1,23 +1,35 @@
 //! One model on many ranks: gradients become their means over the ranks while the backward pass still runs, and each update leaves the same numbers everywhere.
 //!
+//! | module | what it is |
+//! |---|---|
+//! | [`host`] | through the memory of the host, by a thread of its own |
+//! | [`gpus`] | between GPUs, by NCCL on a stream of its own, inside recorded work too |
+//!
 //! Every rank's loss counts for its share, so sums of gradients are means over the whole batch. Parameters are cut into buckets from the last to the first, the
-//! order in which the backward pass finishes them; on the CPU a full bucket is summed by a thread of its own while the pass goes on, on a GPU they are when the pass
-//! is over. Buckets are sent in one order on all ranks, whatever finishes first.
+//! order in which the backward pass finishes them; a full bucket is summed while the pass goes on. Buckets are sent in one order on all ranks, whatever
+//! finishes first. Of several micro-batches only the last sends. Where a GPU's gradients go through the host, and where a recorded pass is one of several
+//! micro-batches, they go when the pass is over.
 //!
 //! With a sharded optimiser (ZeRO, stage 1) each rank gets the sums of its own parameters alone, keeps the optimiser's memory of those alone, updates them,
 //! and then all ranks share the new values. Parameters are dealt out whole, one range of the order of registration to each rank, so that rules which look at
 //! a whole parameter (LARS, LAMB) are the same.
 
+mod gpus;
+mod host;
+
 use crate::device::ranks::{Ranks, Wire};
 use crate::ensure;
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::formats::extend_crc32c;
 use crate::param::{ParamId, Params, Role};
 use crate::tensor::{Device, Dtype, Tensor};
+use clap::ValueEnum;
+use gpus::Gpus;
+use host::{Job, Worker};
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// How gradients and values go round.
 #[derive(Clone, Copy, Debug)]
@@ -27,11 +39,25 @@ pub struct ExchangeOptions {
     pub bucket: usize,
     /// Whether each rank keeps the optimiser's memory of its own parameters alone.
     pub shard: bool,
+    pub way: Way,
+    /// How long a rank waits for the others.
+    pub patience: Duration,
+}
+
+/// What gradients on GPUs go through; those on CPUs go through the host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Way {
+    /// NCCL, from GPU to GPU
+    #[default]
+    Nccl,
+    /// The memory of the hosts and TCP: slow, and needs neither NCCL nor a GPU for each rank
+    Host,
 }
 
 impl Default for ExchangeOptions {
     fn default() -> Self {
-        Self { wire: Wire::F32, bucket: 25 << 20, shard: false }
+        Self { wire: Wire::F32, bucket: 25 << 20, shard: false, way: Way::Nccl, patience: Duration::from_secs(600) }
     }
 }
 
@@ -55,13 +81,26 @@ pub struct Exchange {
     updates: u64,
     /// Buckets that have been sent in this update.
     sent: usize,
-    worker: Worker,
+    road: Road,
+}
+
+enum Road {
+    Host(Worker),
+    Gpus(Box<Gpus>),
 }
 
 impl Exchange {
-    pub fn new(ranks: Ranks, options: ExchangeOptions) -> Self {
-        let worker = Worker::start(ranks.clone());
-        Self { ranks, options, buckets: Vec::new(), bucket_of: HashMap::new(), owners: HashMap::new(), updates: 0, sent: 0, worker }
+    /// Deals the parameters out, and gives every rank the values of rank 0.
+    pub fn new(ranks: Ranks, options: ExchangeOptions, params: &mut Params) -> Result<Self> {
+        let gpu = params.device().gpu().filter(|gpu| gpu.as_real().is_some() && options.way == Way::Nccl);
+        let road = match gpu {
+            Some(gpu) => Road::Gpus(Box::new(Gpus::join(gpu, &ranks, options)?)),
+            None => Road::Host(Worker::start(ranks.clone())),
+        };
+        let (bucket_of, owners) = (HashMap::new(), HashMap::new());
+        let mut own = Self { ranks, options, buckets: Vec::new(), bucket_of, owners, updates: 0, sent: 0, road };
+        own.deal_out(params)?;
+        Ok(own)
     }
 
     pub fn ranks(&self) -> &Ranks {
@@ -77,8 +116,7 @@ impl Exchange {
         self.owners.get(&id).is_none_or(|&owner| owner == self.ranks.rank())
     }
 
-    /// Deals the parameters out, and gives every rank the values of rank 0.
-    pub fn begin(&mut self, params: &mut Params) -> Result<()> {
+    fn deal_out(&mut self, params: &mut Params) -> Result<()> {
         ensure!(params.dtype() == Dtype::F32, "gradients go round in f32 or bf16, not {}", params.dtype());
         let trained: Vec<ParamId> = params.trained().collect();
         let bytes = |id: ParamId| 4 * params.value(id).numel();
@@ -123,6 +161,14 @@ impl Exchange {
         if buffers.is_empty() { Ok(()) } else { self.from_first(params, &buffers, "running statistics") }
     }
 
+    /// Whether buckets are sent while a backward pass on this device goes on: where it is taken as it comes, and where it is recorded.
+    pub fn goes_beside(&self, on_gpu: bool, recorded: bool, micro_batches: usize) -> bool {
+        match self.road {
+            Road::Host(_) => !on_gpu,
+            Road::Gpus(_) => !recorded || micro_batches == 1,
+        }
+    }
+
     /// Before the backward pass whose gradients are to go round.
     pub fn prepare(&mut self) {
         self.sent = 0;
@@ -140,14 +186,39 @@ impl Exchange {
         Ok(())
     }
 
+    /// Sends what is left when the pass is over. On GPUs what they are given from here on comes behind the sums.
+    pub fn end_pass(&mut self, params: &Params) -> Result<()> {
+        while self.sent < self.buckets.len() {
+            self.send(params)?;
+        }
+        match &mut self.road {
+            Road::Host(_) => Ok(()),
+            Road::Gpus(gpus) => gpus.end_pass(params, self.buckets.iter().map(|bucket| &bucket.ids[..])),
+        }
+    }
+
+    /// A pass was replayed that sent its buckets itself.
+    pub fn replayed(&mut self) {
+        self.sent = self.buckets.len();
+    }
+
     /// Hands the next bucket over.
     fn send(&mut self, params: &Params) -> Result<()> {
-        let reached: Vec<ParamId> = self.buckets[self.sent].ids.iter().copied().filter(|&id| params.gradient(id).is_some()).collect();
+        let at = self.sent;
+        self.sent += 1;
+        let ids = &self.buckets[at].ids;
+        if let Road::Gpus(gpus) = &mut self.road {
+            let parts = self.options.shard.then(|| gpus::parts(params, ids, &self.owners, self.ranks.world()));
+            return gpus.send(params, at, ids, parts.as_deref());
+        }
+        let reached: Vec<ParamId> = ids.iter().copied().filter(|&id| params.gradient(id).is_some()).collect();
         let numbers = packed(reached.iter().filter_map(|&id| params.gradient(id)))?;
         let parts = self.options.shard.then(|| self.parts(params, &reached));
-        let what = format!("gradients {} of update {}", self.sent + 1, self.updates + 1);
-        self.sent += 1;
-        self.worker.send(Job { what, wire: self.options.wire, numbers, parts })
+        let what = format!("gradients {} of update {}", at + 1, self.updates + 1);
+        if let Road::Host(worker) = &self.road {
+            worker.send(Job { what, wire: self.options.wire, numbers, parts });
+        }
+        Ok(())
     }
 
     /// Which of the numbers of some parameters, one behind the other, belong to each rank.
@@ -169,27 +240,38 @@ impl Exchange {
 
     /// Waits until all gradients are those of the whole batch; of a sharded optimiser, those that this rank owns, and it has no others then.
     pub fn finish(&mut self, params: &mut Params) -> Result<()> {
-        while self.sent < self.buckets.len() {
-            self.send(params)?;
+        if self.sent < self.buckets.len() {
+            self.end_pass(params)?;
         }
-        for bucket in &self.buckets {
-            let sums = self.worker.receive()?;
-            let mut rest = &sums[..];
-            for &id in &bucket.ids {
-                let Some(own) = params.gradient(id) else { continue };
-                let (mine, others) = rest.split_at_checked(own.numel()).ok_or_else(|| Error::new("a bucket came back cut short"))?;
-                rest = others;
-                if self.owns(id) {
-                    params.set_gradient(id, mine)?;
+        if let Road::Host(worker) = &self.road {
+            for bucket in &self.buckets {
+                let sums = worker.receive()?;
+                let mut rest = &sums[..];
+                for &id in &bucket.ids {
+                    let Some(own) = params.gradient(id) else { continue };
+                    let (mine, others) = rest.split_at_checked(own.numel()).ok_or_else(|| Error::new("a bucket came back cut short"))?;
+                    rest = others;
+                    if self.owns(id) {
+                        params.set_gradient(id, mine)?;
+                    }
                 }
             }
         }
+        self.settle()?;
         self.updates += 1;
         if self.options.shard {
             let own: Vec<ParamId> = params.reached().into_iter().filter(|&id| self.owns(id)).collect();
             params.assume_gradients(&own)?;
         }
         Ok(())
+    }
+
+    /// Waits for what GPUs exchange, with an eye on the other ranks: nothing that this thread then asks of its device waits for them.
+    pub fn settle(&self) -> Result<()> {
+        match &self.road {
+            Road::Host(_) => Ok(()),
+            Road::Gpus(gpus) => gpus.settle(&self.ranks),
+        }
     }
 
     /// The length of the whole gradient, of which a sharded rank has a part.
@@ -205,6 +287,9 @@ impl Exchange {
     pub fn share_values(&self, params: &mut Params) -> Result<()> {
         if !self.options.shard {
             return Ok(());
+        }
+        if let Road::Gpus(gpus) = &self.road {
+            return gpus.share_values(params, &self.owners, self.ranks.world());
         }
         let trained: Vec<ParamId> = params.trained().collect();
         let mut values = packed(trained.iter().map(|&id| params.value(id)))?;
@@ -289,69 +374,6 @@ trait WithWhat<T> {
 impl<T> WithWhat<T> for Option<T> {
     fn with_what(self, what: &str) -> Result<T> {
         self.ok_or_else(|| Error::new(format!("{what}: rank 0 has a smaller model than this rank")))
-    }
-}
-
-/// A bucket on its way.
-struct Job {
-    what: String,
-    wire: Wire,
-    numbers: Vec<f32>,
-    /// Of each rank, where it gets its own alone.
-    parts: Option<Vec<Range<usize>>>,
-}
-
-/// The thread that sums buckets while the pass goes on.
-struct Worker {
-    jobs: Option<Sender<Job>>,
-    done: Receiver<Result<Vec<f32>>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Worker {
-    fn start(ranks: Ranks) -> Self {
-        let (jobs, coming) = channel::<Job>();
-        let (going, done) = channel();
-        let sum = move |Job { what, wire, mut numbers, parts }: Job| {
-            match parts {
-                Some(parts) => ranks.sum_parts(&what, &mut numbers, &parts, wire)?,
-                None => ranks.sum(&what, &mut numbers, wire)?,
-            }
-            Ok(numbers)
-        };
-        let work = move || {
-            for job in coming {
-                let sums = sum(job);
-                let failed = sums.is_err();
-                if going.send(sums).is_err() || failed {
-                    return;
-                }
-            }
-        };
-        let thread = std::thread::spawn(work);
-        Self { jobs: Some(jobs), done, thread: Some(thread) }
-    }
-
-    fn send(&self, job: Job) -> Result<()> {
-        // After an error nobody takes jobs any more: `receive` answers with it.
-        if let Some(jobs) = &self.jobs {
-            let _ = jobs.send(job);
-        }
-        Ok(())
-    }
-
-    fn receive(&self) -> Result<Vec<f32>> {
-        self.done.recv().context("the thread that sums gradients has ended")?
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        self.jobs = None;
-        if let Some(thread) = self.thread.take() {
-            // A panic of that thread was an error of `receive`.
-            let _ = thread.join();
-        }
     }
 }
 
