@@ -8,6 +8,7 @@
 //! | [`product`] | what a matrix product on a GPU is asked for |
 //! | [`emulated`] | the kernels compiled by the C++ compiler, one fiber a CUDA thread |
 //! | [`real`] | CUDA: context, stream, fatbins, graphs, cuBLASLt |
+//! | [`ranks`] | many processes that train one model |
 //! | [`disk`] | the room on a disk |
 //! | [`libs`] | finding CUDA's libraries; what is missing is a sentence |
 //!
@@ -23,6 +24,7 @@ pub mod libs;
 pub mod memory;
 pub mod parallel;
 pub mod product;
+pub mod ranks;
 pub mod real;
 pub mod simd;
 
