@@ -239,7 +239,7 @@ fn a_teacher_or_a_flag_that_cannot_be_meant_is_one_sentence() {
         ("distill maskedkd --train-interpolation random", 2, &["--train-interpolation random", "bicubically"]),
         ("distill maskedkd --data-set INAT", 2, &["--data-set INAT"]),
         ("distill maskedkd --teacher-cache cache --views 2", 2, &["--teacher-cache", "other patches"]),
-        ("distill maskedkd --world_size 8", 2, &["--world-size 8"]),
+        ("distill maskedkd --world_size 8", 2, &["--world-size 8", "masque launch --nproc 8"]),
         ("distill maskedkd --lr-noise 0.4", 2, &["--lr-noise"]),
     ] {
         let (words, flags) = arguments.split_at(arguments.find(" --").unwrap());

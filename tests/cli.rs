@@ -84,6 +84,7 @@ fn every_command_explains_itself() {
         &["data", "export"],
         &["data", "show"],
         &["info"],
+        &["launch"],
     ] {
         let args = [command, &["--help"]].concat();
         assert!(accepted(&args).contains("Usage: masque"), "{args:?}");

@@ -315,7 +315,7 @@ fn what_cannot_be_meant_is_one_sentence() {
         ("pretrain mae --keep 0", 2, "--keep 0"),
         ("--threads 1 finetune --preset nosuch", 2, "nosuch"),
         ("probe --resume /no/such/file", 1, "/no/such/file"),
-        ("pretrain mae --world-size 4", 2, "--world-size 4"),
+        ("pretrain mae --world-size 4", 2, "masque launch --nproc 4"),
         ("finetune --in-chans 1 --aa rand-m9-mstd0.5-inc1", 2, "--in-chans"),
     ] {
         let (found, text) = fails(masque(arguments, &base.join("run")));

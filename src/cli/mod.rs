@@ -2,11 +2,16 @@
 
 mod convert;
 mod data;
+pub mod launch;
 mod presets;
 mod recipes;
 mod visualize;
 
+<<<<<<< HEAD
 use crate::device::ranks::Ranks;
+=======
+use crate::device::ranks::environment::Launched;
+>>>>>>> launch
 use crate::device::{self, Named, parallel};
 use crate::error::{Error, Result};
 use crate::measure::{self, info, kernels, loading, ops, parity, step};
@@ -27,7 +32,7 @@ use std::time::Duration;
 struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// Threads to use [default: one a core]
+    /// Threads to use [default: one a core; where a launcher starts several processes on a machine, they share its cores]
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
 }
@@ -68,6 +73,8 @@ enum Command {
     Parity(ParityArgs),
     /// Convert a checkpoint's weights between PyTorch's .pth, .safetensors and masque's own, and between the names that programs give them
     Convert(convert::Convert),
+    /// Run a command as several processes on this machine, one a GPU, that train one model
+    Launch(launch::LaunchArgs),
     /// What this program and this machine offer: devices, CUDA's libraries, kernels, models
     Info {
         /// Each kernel, and where there is a GPU its registers, memory and occupancy
@@ -209,6 +216,9 @@ pub fn main() -> ExitCode {
         eprintln!("masque: {}", error.chain());
         ExitCode::from(error.exit_code())
     };
+    if let Err(error) = launch::end_with_launcher() {
+        return failed(error);
+    }
     let arguments = match presets::expand(arguments) {
         Ok(arguments) => arguments,
         Err(error) => return failed(error),
@@ -322,11 +332,31 @@ fn run(cli: Cli) -> Result<ExitCode> {
     if cli.threads == Some(0) {
         return Err(Error::usage("--threads 0: at least one thread is needed; leave the flag out to use every core"));
     }
+<<<<<<< HEAD
     parallel::with_threads(cli.threads.unwrap_or(0), || execute(cli.command, None))?
 }
 
 /// `ranks`: those that it is one of; None: those that a launcher started, if one did.
 fn execute(command: Command, ranks: Option<&Ranks>) -> Result<ExitCode> {
+=======
+    // The launcher computes nothing, and its ranks end with the thread that starts them: it is the program's first.
+    if matches!(cli.command, Command::Launch(_)) {
+        return execute(cli.command, cli.threads);
+    }
+    parallel::with_threads(cli.threads.unwrap_or_else(own_threads), || execute(cli.command, cli.threads))?
+}
+
+/// This process's share of the machine where a launcher started several on it; 0, which is every core, otherwise. What is wrong with a launcher's variables, the
+/// commands say that need them.
+fn own_threads() -> usize {
+    match Launched::from_environment() {
+        Ok(Some(launched)) if std::env::var_os("RAYON_NUM_THREADS").is_none() => launched.threads(),
+        _ => 0,
+    }
+}
+
+fn execute(command: Command, threads: Option<usize>) -> Result<ExitCode> {
+>>>>>>> launch
     match command {
         Command::Pretrain(Pretrain::Mae(args)) => return together(*args, ranks, |args| &mut args.common.run, pretrain::mae),
         Command::Pretrain(Pretrain::Dmae(args)) => return together(*args, ranks, |args| &mut args.common.run, dmae::dmae),
@@ -370,6 +400,7 @@ fn execute(command: Command, ranks: Option<&Ranks>) -> Result<ExitCode> {
             say(&if json { report.json().to_string() } else { report.text() });
         }
         Command::Data(command) => return data::run(command),
+        Command::Launch(args) => return launch::run(args, threads),
         Command::Parity(args) => return check(args),
         Command::Convert(args) => convert::run(&args, say)?,
         Command::Info { kernels } => info::run(kernels, &mut |line| say(line))?,

@@ -3,6 +3,7 @@
 //! Without --preset and --data-path a training command takes the preset for the built-in images, so that it is a job of a minute on any machine.
 
 use super::recipes::{Preset, all};
+use crate::device::ranks::environment::Launched;
 use crate::error::{Error, Result};
 use crate::formats;
 use crate::train::record;
@@ -72,10 +73,10 @@ const OFFICIAL: [Inert; 9] = [
     ("--dist-eval", false, "evaluation is always exact"),
     ("--pin-mem", false, "batches always go through pinned memory"),
     ("--no-pin-mem", false, "batches always go through pinned memory"),
-    ("--dist-on-itp", false, "this version computes on one device"),
-    ("--dist-url", true, "this version computes on one device"),
-    ("--local-rank", true, "this version computes on one device"),
-    ("--world-size", true, "this version computes on one device"),
+    ("--dist-on-itp", false, LAUNCHER),
+    ("--dist-url", true, LAUNCHER),
+    ("--local-rank", true, LAUNCHER),
+    ("--world-size", true, LAUNCHER),
     ("--log-dir", true, "TensorBoard's files are in the run folder"),
     ("--start-epoch", true, "--resume knows where a run stands"),
 ];
@@ -95,16 +96,19 @@ const OFFICIAL_DEIT: [Inert; 18] = [
     ("--model-ema", false, "--model-ema-decay switches the averages on"),
     ("--no-model-ema", false, "the averages are off without --model-ema-decay"),
     ("--model-ema-force-cpu", false, "the averages are where the parameters are"),
-    ("--nodes", true, "this version computes on one device"),
-    ("--distributed", false, "this version computes on one device"),
+    ("--nodes", true, LAUNCHER),
+    ("--distributed", false, LAUNCHER),
     ("--inat-category", true, "folders of classes say what they are"),
     ("--data-set", true, "what lies at --data-path says what it is"),
     ("--train-interpolation", true, "images are always resized bicubically"),
 ];
 
+/// Why flags of how many processes there are, and how they meet, say nothing.
+const LAUNCHER: &str = "the launcher's variables say it";
+
 /// What may be typed of an inert flag: anything else would mean something that is not done.
 const ACCEPTED: [(&str, &[&str], &str); 3] = [
-    ("--world-size", &["1"], "this version computes on one device; several come later"),
+    ("--dist-url", &["env://"], "processes meet where MASTER_ADDR and MASTER_PORT say, which is --dist-url env://"),
     ("--data-set", &["IMNET", "CIFAR"], "folders of classes and CIFAR's files are read, from --data-path"),
     ("--train-interpolation", &["bicubic"], "images are resized bicubically only"),
 ];
@@ -117,8 +121,27 @@ const SWITCHES: [(&str, &str); 4] = [
     ("--no-train-mode", "--train-mode"),
 ];
 
-/// Takes out the official flags that mean nothing here, and says so; negative switches become values of the positive ones.
-fn official(arguments: &mut Vec<String>, command: &str) -> Result<()> {
+/// Refuses numbers of processes and of machines that are not those of this run.
+fn counted(flag: &str, value: &str, launched: Option<&Launched>) -> Result<()> {
+    let world = launched.map_or(1, |launched| launched.world);
+    let started = match launched {
+        Some(launched) => format!("{} has started {world} processes", launched.by),
+        None => "this process was started alone".into(),
+    };
+    let number: Option<usize> = value.parse().ok().filter(|&number| number > 0);
+    let Some(number) = number else { return Err(Error::usage(format!("{flag} {value}: a number from 1 is needed, and {started}"))) };
+    // Without the number of processes on this machine that of machines is not known; there are not more than processes.
+    let (fits, next) = match (flag, launched.map(|launched| launched.local_world)) {
+        ("--world-size", _) => (number == world, format!("masque launch --nproc {number} -- ... starts {number} on this machine")),
+        (_, None) => (number == 1, "torchrun, srun or mpirun start a run on several machines".into()),
+        (_, Some(Some(each))) => (number == world.div_ceil(each), format!("{each} of them on this machine")),
+        (_, Some(None)) => (number <= world, "which are not on more machines than that".into()),
+    };
+    if fits { Ok(()) } else { Err(Error::usage(format!("{flag} {value}: {started}; {next}"))) }
+}
+
+/// Takes out the official flags that mean nothing here, and says so once; negative switches become values of the positive ones.
+fn official(arguments: &mut Vec<String>, command: &str, launched: Option<Launched>) -> Result<()> {
     let deit: &[Inert] = if matches!(command, "train" | "distill") { &OFFICIAL_DEIT } else { &[] };
     let three = arguments.iter().any(|argument| argument.starts_with("--three-augment") || argument.starts_with("--ThreeAugment"));
     let mut at = 1;
@@ -143,7 +166,12 @@ fn official(arguments: &mut Vec<String>, command: &str) -> Result<()> {
         if let Some((_, _, why)) = ACCEPTED.iter().find(|(known, accepted, _)| known == flag && !accepted.contains(&value.as_str())) {
             return Err(Error::usage(format!("{flag} {value}: {why}")));
         }
-        eprintln!("masque: {flag} has no effect: {why}");
+        if matches!(*flag, "--world-size" | "--nodes") {
+            counted(flag, &value, launched.as_ref())?;
+        }
+        if launched.as_ref().is_none_or(|launched| launched.rank == 0) {
+            eprintln!("masque: {flag} has no effect: {why}");
+        }
         arguments.drain(at..(at + 1 + usize::from(follows)).min(arguments.len()));
     }
     Ok(())
@@ -155,7 +183,7 @@ pub fn expand(arguments: Vec<String>) -> Result<Vec<String>> {
     let at = command_words(&arguments);
     let first = at.first().map(|&at| arguments[at].clone()).unwrap_or_default();
     if COMMANDS.iter().any(|(command, _)| command.split(' ').next() == Some(first.as_str())) {
-        official(&mut arguments, &first)?;
+        official(&mut arguments, &first, Launched::from_environment()?)?;
     }
     let at = command_words(&arguments);
     let words: Vec<&str> = at.iter().map(|&at| arguments[at].as_str()).collect();
@@ -249,6 +277,37 @@ mod tests {
         let rate = expanded("masque finetune --blr 1e-2").unwrap();
         assert!(!rate.contains("--lr=") && rate.ends_with("--blr 1e-2"), "{rate}");
         assert_eq!(expanded("masque info --kernels").unwrap(), "masque info --kernels");
+    }
+
+    #[test]
+    fn processes_and_machines_are_counted_by_the_launcher() {
+        let variables = [("RANK", "1"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "a")];
+        let read = |more: &'static [(&str, &str)]| {
+            let find = move |name: &str| variables.iter().chain(more).find(|(known, _)| *known == name).map(|(_, value)| value.to_string());
+            Launched::read(&find).unwrap()
+        };
+        let (known, unknown) = (read(&[("LOCAL_WORLD_SIZE", "8")]), read(&[]));
+        let left = |line: &str, launched: &Option<Launched>| {
+            let mut arguments: Vec<String> = line.split(' ').map(String::from).collect();
+            official(&mut arguments, "train", launched.clone()).map(|()| arguments.join(" ")).map_err(|error| error.chain())
+        };
+        for line in ["--world-size 16", "--world-size=16", "--nodes 2", "--dist-url env:// --local-rank 3 --distributed --dist-on-itp"] {
+            assert_eq!(left(&format!("masque train {line} --lr 1"), &known), Ok("masque train --lr 1".into()), "{line}");
+        }
+        assert!(left("masque train --world-size 1 --nodes 1", &None).is_ok() && left("masque train --nodes 16", &unknown).is_ok());
+        for (line, launched, parts) in [
+            ("--world-size 8", &known, ["--world-size 8: RANK and WORLD_SIZE has started 16 processes", "masque launch --nproc 8"]),
+            ("--world-size 8", &None, ["--world-size 8: this process was started alone", "masque launch --nproc 8"]),
+            ("--world-size 0", &None, ["--world-size 0", "a number from 1"]),
+            ("--nodes 3", &known, ["--nodes 3", "8 of them on this machine"]),
+            ("--nodes 17", &unknown, ["--nodes 17", "16 processes"]),
+            ("--nodes 2", &None, ["--nodes 2: this process was started alone", "torchrun"]),
+            ("--nodes", &None, ["--nodes : a number", "alone"]),
+            ("--dist-url tcp://a:1", &None, ["--dist-url tcp://a:1", "MASTER_ADDR"]),
+        ] {
+            let said = left(&format!("masque train {line}"), launched).unwrap_err();
+            assert!(parts.iter().all(|part| said.contains(part)), "{line}: {said}");
+        }
     }
 
     #[test]

@@ -7,12 +7,18 @@ use rayon::prelude::*;
 ///
 /// The caller of a parallel loop is then itself one of the threads that work on it: nobody has to be woken before the loop begins.
 pub fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> Result<R> {
-    if threads > 1024 {
-        return Err(Error::usage(format!("--threads {threads} is more than 1024; leave it out to use every core")));
-    }
+    check(threads)?;
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK);
     pool.build_global().context("starting the threads")?;
     Ok(rayon::scope(|_| f()))
+}
+
+/// Refuses a number of threads that nobody can mean.
+pub fn check(threads: usize) -> Result<()> {
+    if threads > 1024 {
+        return Err(Error::usage(format!("--threads {threads} is more than 1024; leave it out to use every core")));
+    }
+    Ok(())
 }
 
 /// Runs `f` with one thread for its parallel loops: what one core can do.
