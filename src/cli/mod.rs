@@ -7,11 +7,8 @@ mod presets;
 mod recipes;
 mod visualize;
 
-<<<<<<< HEAD
 use crate::device::ranks::Ranks;
-=======
 use crate::device::ranks::environment::Launched;
->>>>>>> launch
 use crate::device::{self, Named, parallel};
 use crate::error::{Error, Result};
 use crate::measure::{self, info, kernels, loading, ops, parity, step};
@@ -332,18 +329,11 @@ fn run(cli: Cli) -> Result<ExitCode> {
     if cli.threads == Some(0) {
         return Err(Error::usage("--threads 0: at least one thread is needed; leave the flag out to use every core"));
     }
-<<<<<<< HEAD
-    parallel::with_threads(cli.threads.unwrap_or(0), || execute(cli.command, None))?
-}
-
-/// `ranks`: those that it is one of; None: those that a launcher started, if one did.
-fn execute(command: Command, ranks: Option<&Ranks>) -> Result<ExitCode> {
-=======
     // The launcher computes nothing, and its ranks end with the thread that starts them: it is the program's first.
-    if matches!(cli.command, Command::Launch(_)) {
-        return execute(cli.command, cli.threads);
+    if let Command::Launch(args) = cli.command {
+        return launch::run(args, cli.threads);
     }
-    parallel::with_threads(cli.threads.unwrap_or_else(own_threads), || execute(cli.command, cli.threads))?
+    parallel::with_threads(cli.threads.unwrap_or_else(own_threads), || execute(cli.command, None))?
 }
 
 /// This process's share of the machine where a launcher started several on it; 0, which is every core, otherwise. What is wrong with a launcher's variables, the
@@ -355,8 +345,8 @@ fn own_threads() -> usize {
     }
 }
 
-fn execute(command: Command, threads: Option<usize>) -> Result<ExitCode> {
->>>>>>> launch
+/// `ranks`: those that it is one of; None: those that a launcher started, if one did.
+fn execute(command: Command, ranks: Option<&Ranks>) -> Result<ExitCode> {
     match command {
         Command::Pretrain(Pretrain::Mae(args)) => return together(*args, ranks, |args| &mut args.common.run, pretrain::mae),
         Command::Pretrain(Pretrain::Dmae(args)) => return together(*args, ranks, |args| &mut args.common.run, dmae::dmae),
@@ -400,7 +390,7 @@ fn execute(command: Command, threads: Option<usize>) -> Result<ExitCode> {
             say(&if json { report.json().to_string() } else { report.text() });
         }
         Command::Data(command) => return data::run(command),
-        Command::Launch(args) => return launch::run(args, threads),
+        Command::Launch(args) => return launch::run(args, None),
         Command::Parity(args) => return check(args),
         Command::Convert(args) => convert::run(&args, say)?,
         Command::Info { kernels } => info::run(kernels, &mut |line| say(line))?,

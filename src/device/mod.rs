@@ -7,13 +7,8 @@
 //! | [`launch`] | kernels by name and their argument lists, one for both kinds of GPU |
 //! | [`product`] | what a matrix product on a GPU is asked for |
 //! | [`emulated`] | the kernels compiled by the C++ compiler, one fiber a CUDA thread |
-<<<<<<< HEAD
 //! | [`ranks`] | processes that train one model together: what they do in common, and how they find each other |
 //! | [`real`] | CUDA: context, stream, fatbins, graphs, cuBLASLt, NCCL |
-=======
-//! | [`real`] | CUDA: context, stream, fatbins, graphs, cuBLASLt |
-//! | [`ranks`] | many processes that train one model |
->>>>>>> launch
 //! | [`disk`] | the room on a disk |
 //! | [`libs`] | finding CUDA's libraries; what is missing is a sentence |
 //!
