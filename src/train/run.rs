@@ -299,18 +299,19 @@ impl Run<'_> {
         let place = &mut self.place;
         let at = place.epoch as f64 + place.micro as f64 / batches as f64;
         let lr = self.schedule.at(at, self.options.epochs as f64);
-        let rank = self.ranks.rank();
-        let rng = Rng::new(self.options.seed).of_share(rank, self.ranks.world());
+        let (rank, world) = (self.ranks.rank(), self.ranks.world());
+        // Numbers of chance belong to an image's place in its update, however many micro-batches and ranks share it.
+        let rng = Rng::new(self.options.seed).of_share(rank, world).at(place.epoch * (batches / window) + place.micro / window);
         let before = self.step.method().teacher_cost();
         let mut apart = self.feed.device.gpu().is_none();
         let mut seconds = 0.0;
-        for _ in 0..window {
+        for number in 0..window as usize {
             let phase = trace::phase("data");
             let loaded = coming.next().ok_or_else(|| Error::new("the epoch ended before its last batch"))??;
             drop(phase);
-            let rng = rng.at(place.epoch * batches + place.micro);
+            let rng = rng.from_image(number * world * self.loader.batch());
             let phase = trace::phase("feed");
-            let mut batch = self.feed.training(loaded, &mut rng.stream("mixing", rank as u64))?;
+            let mut batch = self.feed.training(loaded, &mut rng.stream("mixing", (number * world + rank) as u64))?;
             drop(phase);
             let started = Instant::now();
             let phase = trace::phase("prepare");

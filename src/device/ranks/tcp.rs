@@ -14,7 +14,7 @@ use crate::error::{Context, Error, Result};
 use crate::{bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv6Addr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -162,7 +162,8 @@ impl Tcp {
         let Launched { world, address, port, .. } = &self.launched;
         // A name of this machine may stand for an address that others cannot reach.
         let loopback = address == "localhost" || address.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
-        let host = if loopback { address.as_str() } else { "0.0.0.0" };
+        let any = if address.parse::<Ipv6Addr>().is_ok() { "::" } else { "0.0.0.0" };
+        let host = if loopback { address.as_str() } else { any };
         let listener = TcpListener::bind((host, *port)).with_context(|| {
             format!("rank 0 cannot listen on {host}, port {port}; give every rank another one by MASQUE_PORT, or start with another --port")
         })?;
