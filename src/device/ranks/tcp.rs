@@ -9,7 +9,7 @@
 
 use super::Collective;
 use super::environment::Launched;
-use super::meeting::{Announced, Call, combine, piece};
+use super::meeting::{Announced, Call, combine, late, piece};
 use crate::error::{Context, Error, Result};
 use crate::{bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -131,6 +131,9 @@ fn receive(stream: &TcpStream, deadline: Instant) -> io::Result<Frame> {
 fn is_late(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
 }
+
+/// What to do about a rank that is gone.
+const ENDED: &str = "look at its own output; a run goes on from its last checkpoint with --resume auto";
 
 /// "ranks 1 and 3"
 fn ranks(missing: &[usize]) -> String {
@@ -304,9 +307,9 @@ impl Tcp {
     /// What goes wrong with another rank, as a sentence.
     fn lost(&self, rank: usize, error: &io::Error, call: &Call) -> String {
         match error.kind() {
-            _ if is_late(error) => format!("rank {rank} has not come to {} for {:.0} s", call.what, self.patience.as_secs_f64()),
+            _ if is_late(error) => late(rank, call.what, self.patience),
             io::ErrorKind::InvalidData => format!("rank {rank} sent what is no frame, at {}: {error}", call.what),
-            _ => format!("rank {rank} has ended without a word, at {}", call.what),
+            _ => format!("rank {rank} has ended without a word, at {}; {ENDED}", call.what),
         }
     }
 
@@ -390,7 +393,7 @@ impl Collective for Tcp {
         let why = match why {
             Some(text) if self.launched.rank == 0 => format!("rank {rank} failed: {text}"),
             Some(text) => text,
-            None => format!("rank {rank} has ended without a word"),
+            None => format!("rank {rank} has ended without a word; {ENDED}"),
         };
         if self.launched.rank == 0 {
             self.tell(&why);
