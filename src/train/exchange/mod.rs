@@ -138,6 +138,10 @@ impl Exchange {
         if self.options.shard {
             self.owners = deal(&trained.iter().map(|&id| (id, params.value(id).numel())).collect::<Vec<_>>(), self.ranks.world());
         }
+        if let Road::Gpus(gpus) = &self.road {
+            gpus.values_of_first(params)?;
+            return self.settle();
+        }
         let all: Vec<ParamId> = params.ids().collect();
         self.from_first(params, &all, "the values that the run begins with")
     }
