@@ -50,7 +50,7 @@ impl Rng {
     }
 
     /// The same generator for batches that begin with this image of a larger one.
-    pub fn from_image(&self, first: usize) -> Self {
+    pub fn starting_at(&self, first: usize) -> Self {
         Self { share: Share { first, ..self.share }, ..self.clone() }
     }
 
@@ -225,10 +225,10 @@ mod tests {
             let expected: Vec<f32> = (0..4).flat_map(|row| whole[(row * 3 + share) * 5..][..5].to_vec()).collect();
             assert_eq!(own, expected, "{share}");
             assert_eq!(rng.of_share(share, 3).uniform("mask", 20).unwrap(), whole[..20]);
-            let later = rng.of_share(share, 3).from_image(6).rows("mask", 2, 5).unwrap();
+            let later = rng.of_share(share, 3).starting_at(6).rows("mask", 2, 5).unwrap();
             assert_eq!(later, expected[10..]);
         }
-        assert_eq!(rng.from_image(6).rows("mask", 6, 5).unwrap(), whole[30..]);
+        assert_eq!(rng.starting_at(6).rows("mask", 6, 5).unwrap(), whole[30..]);
     }
 
     #[test]

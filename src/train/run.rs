@@ -309,7 +309,7 @@ impl Run<'_> {
             let phase = trace::phase("data");
             let loaded = coming.next().ok_or_else(|| Error::new("the epoch ended before its last batch"))??;
             drop(phase);
-            let rng = rng.from_image(number * world * self.loader.batch());
+            let rng = rng.starting_at(number * world * self.loader.batch());
             let phase = trace::phase("feed");
             let mut batch = self.feed.training(loaded, &mut rng.stream("mixing", (number * world + rank) as u64))?;
             drop(phase);

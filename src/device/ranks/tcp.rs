@@ -427,7 +427,7 @@ impl Tcp {
     /// Tells those at the other end why there are no calls any more; who cannot be told finds the connection closed.
     fn tell(&self, why: &str) {
         let soon = Instant::now() + Duration::from_secs(2);
-        let most = why.floor_char_boundary(MOST_TEXT as usize);
-        self.peers.iter().for_each(|peer| drop(send(peer, soon, Letter::Failed, &why[..most], &[])));
+        let text: String = why.chars().take(MOST_TEXT as usize / 4).collect();
+        self.peers.iter().for_each(|peer| drop(send(peer, soon, Letter::Failed, &text, &[])));
     }
 }

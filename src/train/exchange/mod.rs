@@ -143,11 +143,11 @@ impl Exchange {
             return self.settle();
         }
         let all: Vec<ParamId> = params.ids().collect();
-        self.from_first(params, &all, "the values that the run begins with")
+        self.take_from_first(params, &all, "the values that the run begins with")
     }
 
     /// Gives every rank the values that rank 0 has of these.
-    fn from_first(&self, params: &mut Params, ids: &[ParamId], what: &str) -> Result<()> {
+    fn take_from_first(&self, params: &mut Params, ids: &[ParamId], what: &str) -> Result<()> {
         let mut values = Vec::new();
         if self.ranks.is_first() {
             values = packed(ids.iter().map(|&id| params.value(id)))?;
@@ -162,7 +162,7 @@ impl Exchange {
     /// Running statistics become those of rank 0, as they are where one program drives many devices.
     pub fn share_statistics(&self, params: &mut Params) -> Result<()> {
         let buffers: Vec<ParamId> = params.ids().filter(|&id| params.role(id) == Role::Buffer).collect();
-        if buffers.is_empty() { Ok(()) } else { self.from_first(params, &buffers, "running statistics") }
+        if buffers.is_empty() { Ok(()) } else { self.take_from_first(params, &buffers, "running statistics") }
     }
 
     /// Whether buckets are sent while a backward pass on this device goes on: where it is taken as it comes, and where it is recorded.
