@@ -8,20 +8,30 @@ use crate::error::Result;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+/// A part of the images that are drawn for.
+#[derive(Clone, Copy, Debug)]
+struct Share {
+    number: usize,
+    of: usize,
+    first: usize,
+}
+
+const WHOLE: Share = Share { number: 0, of: 1, first: 0 };
+
 #[derive(Clone, Debug)]
 pub struct Rng {
     seed: u64,
     step: u64,
     /// In front of every name.
     within: &'static str,
-    /// Which of how many shares of a batch its rows are drawn for.
-    share: [usize; 2],
+    /// Which of how many shares of a batch its rows are drawn for, and the image of the whole that the share's first batch begins with.
+    share: Share,
     replay: Option<Arc<BTreeMap<String, Vec<f32>>>>,
 }
 
 impl Rng {
     pub fn new(seed: u64) -> Self {
-        Self { seed, step: 0, within: "", share: [0, 1], replay: None }
+        Self { seed, step: 0, within: "", share: WHOLE, replay: None }
     }
 
     /// The same generator at another step: every name gives fresh numbers.
@@ -34,9 +44,14 @@ impl Rng {
         Self { within: whose, ..self.clone() }
     }
 
-    /// The same generator for share `share` of `of` of every batch: see [`Rng::rows`].
-    pub fn of_share(&self, share: usize, of: usize) -> Self {
-        Self { share: [share, of], ..self.clone() }
+    /// The same generator for share `number` of `of` of every batch: see [`Rng::rows`].
+    pub fn of_share(&self, number: usize, of: usize) -> Self {
+        Self { share: Share { number, of, ..self.share }, ..self.clone() }
+    }
+
+    /// The same generator for batches that begin with this image of a larger one.
+    pub fn from_image(&self, first: usize) -> Self {
+        Self { share: Share { first, ..self.share }, ..self.clone() }
     }
 
     /// A name with what stands in front of it.
@@ -46,21 +61,21 @@ impl Rng {
 
     /// Answers with these recorded numbers; a name that was not recorded is an error.
     pub fn replaying(recorded: BTreeMap<String, Vec<f32>>) -> Self {
-        Self { seed: 0, step: 0, within: "", share: [0, 1], replay: Some(Arc::new(recorded)) }
+        Self { seed: 0, step: 0, within: "", share: WHOLE, replay: Some(Arc::new(recorded)) }
     }
 
     /// Uniform in [0, 1), multiples of 2^-24.
     pub fn uniform(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        self.rows_of(name, [n, 1], [0, 1])
+        self.rows_of(name, [n, 1], WHOLE)
     }
 
-    /// The same for each image of a batch so many numbers. Where a batch is shared out, image i of share r of R is image i R + r of the whole, and gets the
-    /// numbers that it would get there.
+    /// The same for each image of a batch so many numbers. Where a batch is a part of a larger one that begins with image f, and is shared out, image i of share
+    /// r of R is image f + i R + r of the whole, and gets the numbers that it would get there.
     pub fn rows(&self, name: &str, rows: usize, columns: usize) -> Result<Vec<f32>> {
         self.rows_of(name, [rows, columns], self.share)
     }
 
-    fn rows_of(&self, name: &str, [rows, columns]: [usize; 2], [share, of]: [usize; 2]) -> Result<Vec<f32>> {
+    fn rows_of(&self, name: &str, [rows, columns]: [usize; 2], Share { number, of, first }: Share) -> Result<Vec<f32>> {
         let (name, n) = (&self.full(name), rows * columns);
         if let Some(recorded) = &self.replay {
             let values = recorded.get(name);
@@ -71,9 +86,9 @@ impl Rng {
         }
         let word = |word: u32| (word >> 8) as f32 * (1.0 / 16_777_216.0);
         if of == 1 {
-            return Ok(self.words(name, 0, n).into_iter().map(word).collect());
+            return Ok(self.words(name, first * columns, n).into_iter().map(word).collect());
         }
-        Ok((0..rows).flat_map(|row| self.words(name, (row * of + share) * columns, columns)).map(word).collect())
+        Ok((0..rows).flat_map(|row| self.words(name, (first + row * of + number) * columns, columns)).map(word).collect())
     }
 
     /// Normal with mean 0 and deviation 1 (Box-Muller, from numbers of 32 bits).
@@ -210,7 +225,10 @@ mod tests {
             let expected: Vec<f32> = (0..4).flat_map(|row| whole[(row * 3 + share) * 5..][..5].to_vec()).collect();
             assert_eq!(own, expected, "{share}");
             assert_eq!(rng.of_share(share, 3).uniform("mask", 20).unwrap(), whole[..20]);
+            let later = rng.of_share(share, 3).from_image(6).rows("mask", 2, 5).unwrap();
+            assert_eq!(later, expected[10..]);
         }
+        assert_eq!(rng.from_image(6).rows("mask", 6, 5).unwrap(), whole[30..]);
     }
 
     #[test]

@@ -24,10 +24,11 @@ const UPDATES: u64 = 5;
 const IMAGES: usize = 4;
 const PIXELS: usize = 3 * 32 * 32;
 
-fn mae(device: &Device) -> Mae {
+/// `seed`: of the weights; ranks begin with those of rank 0.
+fn mae(device: &Device, seed: u64) -> Mae {
     let encoder = VitConfig { drop_path: DropPath::Linear(0.3), ..VitConfig::new(32, 8, 32, 2, 2) };
     let decoder = DecoderConfig { width: 32, depth: 1, heads: 2 };
-    let mut mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio: 0.75, norm_pix: Some(1e-6) }, Dtype::F32, &Rng::new(1)).unwrap();
+    let mut mae = Mae::new(MaeConfig { encoder, decoder, mask_ratio: 0.75, norm_pix: Some(1e-6) }, Dtype::F32, &Rng::new(seed)).unwrap();
     mae.params.move_to(device, Dtype::F32).unwrap();
     mae
 }
@@ -47,7 +48,7 @@ struct Done {
 }
 
 fn train(device: &Device, ranks: &Ranks, options: ExchangeOptions, step: StepOptions) -> Done {
-    let mae = mae(device);
+    let mae = mae(device, ranks.rank() as u64);
     let optimizer = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8).unwrap();
     let made = Step::new(Box::new(mae), Box::new(optimizer), step).with_ranks(ranks, options);
     let mut own = made.unwrap_or_else(|error| panic!("{}", error.chain()));
@@ -150,27 +151,20 @@ fn what_waits_for_a_lost_rank_ends_with_its_name() {
         return;
     }
     let ranks = Ranks::threads(2, Duration::from_secs(60));
+    let join = |ranks: &Ranks| {
+        let device = Device::Gpu(Gpu::cuda(ranks.rank()).unwrap());
+        let mae = mae(&device, 0);
+        let optimizer = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8).unwrap();
+        let step = Step::new(Box::new(mae), Box::new(optimizer), StepOptions::default());
+        step.with_ranks(ranks, options(Wire::F32, false)).map(drop).unwrap_err().chain()
+    };
     std::thread::scope(|scope| {
-        let mut ranks = ranks.into_iter();
-        let (first, second) = (ranks.next().unwrap(), ranks.next().unwrap());
-        let waiting = scope.spawn(move || {
-            let device = Device::Gpu(Gpu::cuda(0).unwrap());
-            let mae = mae(&device);
-            let optimizer = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8).unwrap();
-            let step = Step::new(Box::new(mae), Box::new(optimizer), StepOptions::default());
-            let mut step = step.with_ranks(&first, options(Wire::F32, false)).unwrap();
-            step.add(&batch(0, 0, 2), &Rng::new(7)).unwrap_err().chain()
-        });
-        scope.spawn(move || {
-            let device = Device::Gpu(Gpu::cuda(1).unwrap());
-            let mae = mae(&device);
-            let optimizer = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8).unwrap();
-            let step = Step::new(Box::new(mae), Box::new(optimizer), StepOptions::default()).with_ranks(&second, options(Wire::F32, false));
-            std::thread::sleep(Duration::from_millis(500));
-            second.fail(&masque::error::Error::new("its disk is full"));
-            drop(step);
-        });
-        let said = waiting.join().unwrap();
-        assert!(said.contains("rank 1 failed: its disk is full"), "{said}");
+        let both: Vec<_> = ranks.iter().map(|ranks| scope.spawn(move || join(ranks))).collect();
+        std::thread::sleep(Duration::from_millis(1500));
+        ranks[1].fail(&masque::error::Error::new("its disk is full"));
+        for thread in both {
+            let said = thread.join().unwrap();
+            assert!(said.contains("rank 1 failed: its disk is full"), "{said}");
+        }
     });
 }

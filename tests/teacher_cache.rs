@@ -128,6 +128,7 @@ impl Run {
             seed: self.seed,
             views: self.views,
             precision: self.precision,
+            ranks: Default::default(),
         };
         let mut teacher = self.teacher()?;
         let kept = Kept { what: self.what, block: self.block };

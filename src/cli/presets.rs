@@ -296,7 +296,7 @@ mod tests {
         }
         assert!(left("masque train --world-size 1 --nodes 1", &None).is_ok() && left("masque train --nodes 16", &unknown).is_ok());
         for (line, launched, parts) in [
-            ("--world-size 8", &known, ["--world-size 8: RANK and WORLD_SIZE has started 16 processes", "masque launch --nproc 8"]),
+            ("--world-size 8", &known, ["--world-size 8: whoever set RANK has started 16 processes", "masque launch --nproc 8"]),
             ("--world-size 8", &None, ["--world-size 8: this process was started alone", "masque launch --nproc 8"]),
             ("--world-size 0", &None, ["--world-size 0", "a number from 1"]),
             ("--nodes 3", &known, ["--nodes 3", "8 of them on this machine"]),

@@ -5,7 +5,7 @@ use super::profile::ProfileArgs;
 use super::record::command_line;
 use super::run::{Options, Schedule};
 use crate::device::ranks::{Ranks, Wire};
-use crate::device::{Device, Named, Precision};
+use crate::device::{Device, Named, Precision, parallel};
 use crate::error::{Context, Error, Result};
 use crate::optim::schedule;
 use clap::Args;
@@ -231,11 +231,6 @@ impl RunArgs {
         self.batch_size * self.accum_iter * self.ranks.world()
     }
 
-    /// Which part of every batch is this rank's, and of how many.
-    pub fn part(&self) -> [usize; 2] {
-        [self.ranks.rank(), self.ranks.world()]
-    }
-
     pub fn schedule(&self) -> Schedule {
         let peak = self.lr.unwrap_or_else(|| schedule::peak_per_256(self.blr, self.effective_batch()));
         Schedule::Mae { peak, min: self.min_lr, warmup: self.warmup_epochs, from: 0.0, fixed: false }
@@ -256,8 +251,9 @@ impl RunArgs {
         }
     }
 
+    /// Threads that read images; a rank does not take the others' cores.
     pub fn workers(&self) -> usize {
-        workers(self.num_workers)
+        workers(self.num_workers.or_else(|| (!self.ranks.is_alone()).then(parallel::threads)))
     }
 }
 

@@ -9,11 +9,13 @@
 //! ```
 //!
 //! The file has its whole length from the start, with holes where nothing has been answered yet. A record counts only if its checksum is right: what a
-//! killed process left half written, and what was damaged since, is computed again. One process writes at a time. It is read through a map.
+//! killed process left half written, and what was damaged since, is computed again. One run writes at a time; of several ranks the first makes the file, and the first of
+//! each machine that does not see it. It is read through a map.
 
 use super::teacher::TeacherArgs;
 use crate::data::Dataset;
 use crate::data::transform::Transform;
+use crate::device::ranks::Ranks;
 use crate::device::{Precision, disk};
 use crate::error::{Context, Error, Result};
 use crate::formats::{MappedFile, crc32c, extend_crc32c};
@@ -49,6 +51,8 @@ pub struct Shown {
     pub seed: u64,
     pub views: Option<u64>,
     pub precision: Precision,
+    /// Those that write into the same cache.
+    pub ranks: Ranks,
 }
 
 /// What is kept of a teacher.
@@ -92,9 +96,17 @@ impl TeacherArgs {
         let empty = Tensor::zeros_on(teacher.params.device(), &[1, config.channels, h, w], Dtype::F32)?;
         let example = ask(teacher, &empty)?;
         teacher.forget_cost();
-        let place = Place { folder, records: views * shown.images.len() as u64 };
-        let cache = Cache::open(place, depends_on(teacher, kept, shown, views, &example)?, &example, say)?;
-        teacher.memory = Some(Box::new(cache));
+        let depends = depends_on(teacher, kept, shown, views, &example)?;
+        let records = views * shown.images.len() as u64;
+        let mut open = |lock: bool| Cache::open(Place { folder, records, lock }, depends.clone(), &example, say);
+        let ranks = &shown.ranks;
+        let mut cache = ranks.is_first().then(|| open(true)).transpose()?;
+        ranks.barrier("the teacher cache of rank 0")?;
+        if cache.is_none() && ranks.local() == 0 && !folder.join(NAME).exists() {
+            cache = Some(open(true)?);
+        }
+        ranks.barrier("the teacher caches of all machines")?;
+        teacher.memory = Some(Box::new(cache.map_or_else(|| open(false), Ok)?));
         Ok(())
     }
 }
@@ -164,6 +176,8 @@ fn bytes(count: u64) -> String {
 struct Place<'a> {
     folder: &'a Path,
     records: u64,
+    /// Whether no other run may write into it; false where another rank of this one sees to that.
+    lock: bool,
 }
 
 /// A file of answers that is open.
@@ -179,15 +193,15 @@ struct Cache {
     shape: Vec<usize>,
     dtype: Dtype,
     /// Held for as long as the file is written.
-    _lock: File,
+    _lock: Option<File>,
 }
 
 impl Cache {
     fn open(place: Place, depends: Map<String, Value>, example: &Tensor, say: &mut dyn FnMut(&str)) -> Result<Self> {
-        let Place { folder, records } = place;
+        let Place { folder, records, lock: locks } = place;
         let shown = folder.display();
         fs::create_dir_all(folder).with_context(|| format!("--teacher-cache: cannot make the folder {shown}"))?;
-        let lock = lock(folder)?;
+        let lock = locks.then(|| lock(folder)).transpose()?;
         let path = folder.join(NAME);
         let json = Value::Object(depends.clone()).to_string();
         let start = (FIXED + json.len()).next_multiple_of(BLOCK);

@@ -20,6 +20,7 @@ use crate::param::{ParamId, Params};
 use crate::tensor::{Device, Dtype, Tensor};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 const FORMAT: &str = "1";
@@ -88,6 +89,8 @@ pub fn remembered(params: &Params, optimizer: &dyn Optimizer) -> Result<Vec<Reme
     optimizer.state().memories().map(one).collect()
 }
 
+const CUT: &str = "what the optimiser of another rank remembers came cut short";
+
 /// The same of all ranks, on rank 0, where each remembers a part; elsewhere nothing.
 pub fn remembered_by_all(ranks: &Ranks, params: &Params, optimizer: &dyn Optimizer) -> Result<Vec<Remembered>> {
     let mut own = Vec::new();
@@ -101,25 +104,18 @@ pub fn remembered_by_all(ranks: &Ranks, params: &Params, optimizer: &dyn Optimiz
     let states = optimizer.state().names();
     let mut all = Vec::new();
     for bytes in ranks.collect("what the optimiser remembers", &own)? {
-        let broken = || Error::new("what the optimiser of another rank remembers came cut short");
         let mut rest = &bytes[..];
-        let mut take = |n: usize| {
-            let (taken, others) = rest.split_at_checked(n).ok_or_else(broken)?;
-            rest = others;
-            Ok((taken, others.is_empty()))
-        };
-        let mut over = bytes.is_empty();
-        while !over {
-            let mut number = || Ok(u64::from_le_bytes(take(8)?.0.try_into().unwrap_or_default()));
-            let (at, steps) = (number()?, number()?);
-            let &id = ids.get(at as usize).ok_or_else(broken)?;
+        while !rest.is_empty() {
+            let mut numbers = [0; 2];
+            rest.read_exact(bytemuck::cast_slice_mut(&mut numbers)).context(CUT)?;
+            let [at, steps] = numbers.map(u64::from_le);
+            let &id = ids.get(at as usize).ok_or_else(|| Error::new(CUT))?;
             let shape = params.value(id).shape();
             let mut tensors = Vec::new();
             for state in states {
-                let (taken, last) = take(4 * params.value(id).numel())?;
-                let numbers: Vec<f32> = taken.as_chunks::<4>().0.iter().map(|word| f32::from_le_bytes(*word)).collect();
+                let mut numbers = vec![0f32; params.value(id).numel()];
+                rest.read_exact(bytemuck::cast_slice_mut(&mut numbers)).context(CUT)?;
                 tensors.push((*state, FileTensor::from_f32(&numbers, shape)?));
-                over = last;
             }
             all.push((id, Remembered { name: params.name(id).to_string(), steps, tensors }));
         }

@@ -267,6 +267,7 @@ impl Command<'_> {
             seed: args.run.seed,
             views: self.views,
             precision: args.run.precision,
+            ranks: args.run.ranks.clone(),
         };
         let taught = teaching(&config, &device, shown, say)?;
         if let Some(count) = args.labelled_images.filter(|_| taught.is_none()) {

@@ -5,7 +5,8 @@
 //! | [`pretrain`], [`classify`] and one for each other method | the commands that train, turned into a [`run`] |
 //! | [`args`], [`images`] | the flags that they share |
 //! | [`start`] | where a run writes, what it goes on from |
-//! | [`run`] | the one loop: where a run stands, what it does next, what it does when numbers are not finite |
+//! | [`place`] | where a run stands |
+//! | [`run`] | the one loop: what it does next, what it does when numbers are not finite |
 //! | [`step`] | forward, backward and update, recorded on a GPU and replayed |
 //! | [`exchange`] | one model on many ranks: gradients go round while the backward pass runs |
 //! | [`profile`] | what was done when in a few updates, as a file and a table |
@@ -36,6 +37,7 @@ pub mod maskfeat;
 pub mod model;
 pub mod official;
 pub mod picture;
+pub mod place;
 pub mod predicted;
 pub mod pretrain;
 pub mod profile;

@@ -198,6 +198,7 @@ impl<'a> Job<'a> {
             seed: run.seed,
             views: self.views,
             precision: run.precision,
+            ranks: run.ranks.clone(),
         };
         let mut method = make(Making { device: device.clone(), resumed: start.from.is_some(), say: &mut *say, shown })?;
         let optimizer = AdamW::new(groups::by_decay(method.params(), run.weight_decay, self.no_decay), self.betas, 1e-8)?;

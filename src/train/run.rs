@@ -11,11 +11,12 @@
 use super::checkpoint::{self, Header, Shelf};
 use super::evaluate::{Evaluation, evaluate};
 use super::feed::Feed;
+use super::place::Place;
 use super::profile::Profile;
 use super::progress::{Plan, Progress, Seen};
 use super::record::{Record, Row};
 use super::report;
-use super::signals::{self, Signals};
+use super::signals::{Signals, Wish};
 use super::step::Step;
 use crate::bail;
 use crate::data::loader::Loader;
@@ -28,86 +29,10 @@ use crate::optim::ema::Ema;
 use crate::optim::schedule::{self, TimmCosine};
 use crate::rng::Rng;
 use crate::trace;
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// Where a run stands.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
-pub struct Place {
-    pub epoch: u64,
-    /// Micro-batches of this epoch that are behind.
-    pub micro: u64,
-    /// Windows that are behind, skipped ones among them.
-    pub update: u64,
-    pub skipped: u64,
-    /// Skipped since the last update that was made.
-    pub in_a_row: u64,
-    /// How often the parameters went back to a checkpoint.
-    pub returns: u64,
-    /// The update of that checkpoint, until an update has been made after it.
-    pub back_at: Option<u64>,
-    /// Whether the last evaluation gave no number: then the parameters are not worth keeping.
-    pub spoiled: bool,
-    pub best: Option<f64>,
-    /// Of this epoch.
-    epoch_loss: Mean,
-    epoch_lr: Mean,
-    #[serde(default)]
-    epoch_parts: BTreeMap<String, Mean>,
-    /// Since the last row of `steps.jsonl`.
-    row_loss: Mean,
-}
-
-#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
-struct Mean {
-    sum: f64,
-    count: u64,
-}
-
-impl Mean {
-    fn add(&mut self, x: f64) {
-        self.sum += x;
-        self.count += 1;
-    }
-
-    fn value(&self) -> f64 {
-        self.sum / self.count as f64
-    }
-}
-
-/// How many images make a batch.
-#[derive(Clone, Copy, Debug)]
-pub struct Batching {
-    /// Images of a micro-batch on one rank.
-    pub batch: usize,
-    /// Micro-batches of an update.
-    pub window: usize,
-    pub ranks: usize,
-}
-
-impl Place {
-    /// Where a run stands that goes on with other batches: in front of the first image that it has not seen in this epoch, or of a few that it has, where
-    /// updates do not begin there. Answers what is to be said about it.
-    pub fn rebatch(&mut self, before: Batching, now: Batching) -> Option<String> {
-        let images = |b: Batching| (b.batch * b.ranks) as u64;
-        if images(before) == images(now) && before.window == now.window {
-            return None;
-        }
-        let update = |b: Batching| images(b) * b.window as u64;
-        let seen = self.micro * images(before);
-        self.micro = seen / update(now) * now.window as u64;
-        let again = seen - self.micro * images(now);
-        let twice = if again > 0 { format!(", and {again} images of this epoch are seen again") } else { String::new() };
-        let size = match update(before) == update(now) {
-            true => format!("an update has {} images as before", update(now)),
-            false => format!("an update has {} images from here on, and had {} before", update(now), update(before)),
-        };
-        Some(format!("{} ranks now, {} then: {size}{twice}", now.ranks, before.ranks))
-    }
-}
 
 /// How the learning rate moves.
 #[derive(Clone, Copy, Debug)]
@@ -196,27 +121,6 @@ impl Spent {
     fn text(&self) -> String {
         let [teacher, all] = [self.teacher, self.teacher + self.student].map(|seconds| 1e3 * seconds / self.updates as f64);
         format!("the teacher took {teacher:.2} of {all:.2} ms an update, {:.0} %", 100.0 * teacher / all)
-    }
-}
-
-/// What a rank wishes the run to do after an update.
-#[derive(Clone, Copy, Default)]
-struct Wish {
-    /// It is to stop: the signal that came.
-    signal: Option<(u8, &'static str)>,
-    /// It is time for a checkpoint, by the clock of rank 0.
-    save: bool,
-}
-
-impl Wish {
-    fn word(self) -> f64 {
-        f64::from(self.signal.map_or(0, |(number, _)| number)) + if self.save { 1000.0 } else { 0.0 }
-    }
-
-    /// What is done when each rank has said its word.
-    fn of_all(told: &[f64]) -> Self {
-        let signal = told.iter().map(|word| (word % 1000.0) as u8).find(|&number| number != 0);
-        Self { signal: signal.and_then(signals::named), save: told.first().is_some_and(|word| *word >= 1000.0) }
     }
 }
 
@@ -395,18 +299,19 @@ impl Run<'_> {
         let place = &mut self.place;
         let at = place.epoch as f64 + place.micro as f64 / batches as f64;
         let lr = self.schedule.at(at, self.options.epochs as f64);
-        let rank = self.ranks.rank();
-        let rng = Rng::new(self.options.seed).of_share(rank, self.ranks.world());
+        let (rank, world) = (self.ranks.rank(), self.ranks.world());
+        // Numbers of chance belong to an image's place in its update, however many micro-batches and ranks share it.
+        let rng = Rng::new(self.options.seed).of_share(rank, world).at(place.epoch * (batches / window) + place.micro / window);
         let before = self.step.method().teacher_cost();
         let mut apart = self.feed.device.gpu().is_none();
         let mut seconds = 0.0;
-        for _ in 0..window {
+        for number in 0..window as usize {
             let phase = trace::phase("data");
             let loaded = coming.next().ok_or_else(|| Error::new("the epoch ended before its last batch"))??;
             drop(phase);
-            let rng = rng.at(place.epoch * batches + place.micro);
+            let rng = rng.from_image(number * world * self.loader.batch());
             let phase = trace::phase("feed");
-            let mut batch = self.feed.training(loaded, &mut rng.stream("mixing", rank as u64))?;
+            let mut batch = self.feed.training(loaded, &mut rng.stream("mixing", (number * world + rank) as u64))?;
             drop(phase);
             let started = Instant::now();
             let phase = trace::phase("prepare");

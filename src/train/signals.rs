@@ -38,3 +38,24 @@ pub fn named(number: u8) -> Option<(u8, &'static str)> {
         _ => Some((number, "SIGTERM")),
     }
 }
+
+/// What a rank wishes the run to do after an update.
+#[derive(Clone, Copy, Default)]
+pub struct Wish {
+    /// It is to stop: the signal that came.
+    pub signal: Option<(u8, &'static str)>,
+    /// It is time for a checkpoint, by the clock of rank 0.
+    pub save: bool,
+}
+
+impl Wish {
+    pub fn word(self) -> f64 {
+        f64::from(self.signal.map_or(0, |(number, _)| number)) + if self.save { 1000.0 } else { 0.0 }
+    }
+
+    /// What is done when each rank has said its word.
+    pub fn of_all(told: &[f64]) -> Self {
+        let signal = told.iter().map(|word| (word % 1000.0) as u8).find(|&number| number != 0);
+        Self { signal: signal.and_then(named), save: told.first().is_some_and(|word| *word >= 1000.0) }
+    }
+}

@@ -4,8 +4,9 @@ use super::args::{RunArgs, command as command_of};
 use super::cache::fingerprint;
 use super::checkpoint::{self, Shelf};
 use super::feed::Feed;
+use super::place::{Batching, Place};
 use super::record::{self, Record};
-use super::run::{After, Batching, Ended, Place, Run, Schedule, restore};
+use super::run::{After, Ended, Run, Schedule, restore};
 use super::step::{Step, StepOptions};
 use crate::data::loader::Loader;
 use crate::device::parallel;
@@ -134,6 +135,11 @@ fn size(map: &Map<String, Value>, key: &str) -> usize {
     map.get(key).and_then(Value::as_u64).map_or(1, |size| size.max(1) as usize)
 }
 
+/// FNV-1a.
+fn fnv(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
 /// These may differ from rank to rank.
 const OWN: [&str; 2] = ["num-workers", "device"];
 
@@ -142,7 +148,11 @@ fn same_everywhere(ranks: &Ranks, settings: &Map<String, Value>, data: &Map<Stri
     let own: Map<String, Value> =
         settings.iter().filter(|(name, _)| !OWN.contains(&name.as_str())).map(|(k, v)| (k.clone(), v.clone())).collect();
     let bytes = serde_json::to_vec(&[&own, data]).context("the settings of a run")?;
-    let all = ranks.gather("the settings of the run", &bytes)?;
+    let hashes = ranks.gather("the settings of the run", &fnv(&bytes).to_le_bytes())?;
+    if hashes.iter().all(|hash| *hash == hashes[0]) {
+        return Ok(());
+    }
+    let all = ranks.gather("the settings that differ", &bytes)?;
     let Some(rank) = all.iter().position(|theirs| *theirs != all[0]) else { return Ok(()) };
     let read =
         |rank: usize| serde_json::from_slice::<[Map<String, Value>; 2]>(&all[rank]).with_context(|| format!("the settings of rank {rank}"));

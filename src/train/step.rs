@@ -203,7 +203,7 @@ impl Step {
             let _phase = trace::phase("exchange");
             exchange.finish(params)?;
             exchange.share_statistics(params)?;
-            told = mean_of_all(exchange.ranks(), &mut losses, &mut parts, mine)?;
+            told = mean_of_all(exchange, &mut losses, &mut parts, mine)?;
         }
         let phase = trace::phase("clip");
         let norm = match (self.options.clip, self.exchange.as_ref().filter(|exchange| exchange.is_sharded())) {
@@ -332,10 +332,10 @@ impl Step {
 }
 
 /// Losses and their parts become means over the ranks; answers what each rank tells.
-fn mean_of_all(ranks: &Ranks, losses: &mut [f64], parts: &mut [(Cow<'static, str>, f64)], mine: f64) -> Result<Vec<f64>> {
+fn mean_of_all(exchange: &Exchange, losses: &mut [f64], parts: &mut [(Cow<'static, str>, f64)], mine: f64) -> Result<Vec<f64>> {
     let own = losses.iter().copied().chain(parts.iter().map(|(_, part)| *part)).chain([mine]);
     let bytes: Vec<u8> = own.flat_map(f64::to_le_bytes).collect();
-    let all = ranks.gather("losses", &bytes)?;
+    let all = exchange.ranks().gather(&exchange.losses(), &bytes)?;
     let number = |bytes: &[u8], at: usize| bytes.as_chunks::<8>().0.get(at).map_or(f64::NAN, |word| f64::from_le_bytes(*word));
     let mean = |at: usize| all.iter().map(|bytes| number(bytes, at)).sum::<f64>() / all.len() as f64;
     let count = losses.len();

@@ -7,6 +7,7 @@
 //! handed out meanwhile belongs to the graph. Numbers that differ from replay to replay are drawn by name ([`Gpu::drawn`]) or lie in memory that is
 //! written between replays ([`Gpu::upload`]); an upload inside a recording is refused.
 
+mod recording;
 mod timing;
 
 use super::launch::{Args, KERNELS, Kernel, Launch, Versions, find};
@@ -16,6 +17,8 @@ use super::real;
 use crate::ensure;
 use crate::error::{Context, Error, Result};
 use crate::rng::Rng;
+pub use recording::{Draw, Graph};
+use recording::{Drawn, Notes, Recording};
 use std::any::Any;
 use std::collections::HashMap;
 use std::fmt;
@@ -188,87 +191,6 @@ impl Drop for Block {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("no code that holds this lock panics")
-}
-
-/// A recording that ends with its scope, also when what is recorded panics.
-struct Recording<'a> {
-    gpu: &'a Gpu,
-    /// The arena of before; None once it is over.
-    outer: Option<Arc<Arena>>,
-}
-
-impl Recording<'_> {
-    fn end(mut self) -> (Result<Box<dyn Recorded>>, Notes) {
-        self.over()
-    }
-
-    fn over(&mut self) -> (Result<Box<dyn Recorded>>, Notes) {
-        let recorded = self.gpu.0.backend.end_recording();
-        let mut state = lock(&self.gpu.0.state);
-        if let Some(outer) = self.outer.take() {
-            state.arena = outer;
-        }
-        (recorded, state.notes.take().unwrap_or_default())
-    }
-}
-
-impl Drop for Recording<'_> {
-    fn drop(&mut self) {
-        if self.outer.is_some() {
-            drop(self.over());
-        }
-    }
-}
-
-/// Random numbers by their full name.
-pub struct Draw {
-    pub name: String,
-    pub count: usize,
-    /// For how many images of a batch they are; None: for the whole batch at once.
-    pub rows: Option<usize>,
-}
-
-impl Draw {
-    /// As `rng` gives them.
-    pub fn numbers(&self, rng: &Rng) -> Result<Vec<f32>> {
-        let rng = rng.within("");
-        match self.rows {
-            Some(rows) => rng.rows(&self.name, rows, self.count.checked_div(rows).unwrap_or(0)),
-            None => rng.uniform(&self.name, self.count),
-        }
-    }
-}
-
-/// Numbers that each replay draws afresh.
-struct Drawn {
-    draw: Draw,
-    block: Arc<Block>,
-}
-
-/// What recorded work draws, and what it uses besides memory.
-#[derive(Default)]
-struct Notes {
-    draws: Vec<Drawn>,
-    used: Vec<Arc<dyn Any + Send + Sync>>,
-}
-
-/// Recorded work, its memory, what it draws and uses. The work goes first.
-pub struct Graph {
-    recorded: Box<dyn Recorded>,
-    gpu: Gpu,
-    notes: Notes,
-    _arena: Arc<Arena>,
-}
-
-impl Graph {
-    /// Does the recorded work once more, with the numbers that `rng` gives for the recorded names.
-    pub fn replay(&self, rng: &Rng) -> Result<()> {
-        ensure!(!self.gpu.is_recording(), "{}: recorded work is not replayed inside a recording", self.gpu.name());
-        for Drawn { draw, block } in &self.notes.draws {
-            self.gpu.upload(block, 0, bytemuck::cast_slice(&draw.numbers(rng)?))?;
-        }
-        self.recorded.replay().context("replaying recorded work")
-    }
 }
 
 impl Gpu {

@@ -14,6 +14,7 @@ use crate::{bail, ensure};
 use half::bf16;
 use std::fmt;
 use std::ops::Range;
+use std::time::Duration;
 
 /// Something that all ranks do together.
 pub struct Call<'a> {
@@ -128,6 +129,14 @@ impl Announced {
         );
         Ok(())
     }
+}
+
+/// What is said of a rank that does not come.
+pub fn late(rank: usize, what: &str, patience: Duration) -> String {
+    format!(
+        "rank {rank} has not come to {what} for {:.0} s; see whether it still runs, or give --rank-timeout more",
+        patience.as_secs_f64()
+    )
 }
 
 /// What comes of a call, of which every rank gets its piece.

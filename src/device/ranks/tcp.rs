@@ -9,12 +9,12 @@
 
 use super::Collective;
 use super::environment::Launched;
-use super::meeting::{Announced, Call, combine, piece};
+use super::meeting::{Announced, Call, combine, late, piece};
 use crate::error::{Context, Error, Result};
 use crate::{bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv6Addr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -137,6 +137,9 @@ fn is_late(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
 }
 
+/// What to do about a rank that is gone.
+const ENDED: &str = "look at its own output; a run goes on from its last checkpoint with --resume auto";
+
 /// "ranks 1 and 3"
 fn ranks(missing: &[usize]) -> String {
     let names: Vec<String> = missing.iter().map(usize::to_string).collect();
@@ -167,7 +170,8 @@ impl Tcp {
         let Launched { world, address, port, .. } = &self.launched;
         // A name of this machine may stand for an address that others cannot reach.
         let loopback = address == "localhost" || address.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
-        let host = if loopback { address.as_str() } else { "0.0.0.0" };
+        let any = if address.parse::<Ipv6Addr>().is_ok() { "::" } else { "0.0.0.0" };
+        let host = if loopback { address.as_str() } else { any };
         let listener = TcpListener::bind((host, *port)).with_context(|| {
             format!("rank 0 cannot listen on {host}, port {port}; give every rank another one by MASQUE_PORT, or start with another --port")
         })?;
@@ -307,9 +311,9 @@ impl Tcp {
     /// What goes wrong with another rank, as a sentence.
     fn lost(&self, rank: usize, error: &io::Error, call: &Call) -> String {
         match error.kind() {
-            _ if is_late(error) => format!("rank {rank} has not come to {} for {:.0} s", call.what, self.patience.as_secs_f64()),
+            _ if is_late(error) => late(rank, call.what, self.patience),
             io::ErrorKind::InvalidData => format!("rank {rank} sent what is no frame, at {}: {error}", call.what),
-            _ => format!("rank {rank} has ended without a word, at {}", call.what),
+            _ => format!("rank {rank} has ended without a word, at {}; {ENDED}", call.what),
         }
     }
 
@@ -393,7 +397,7 @@ impl Collective for Tcp {
         let why = match why {
             Some(text) if self.launched.rank == 0 => format!("rank {rank} failed: {text}"),
             Some(text) => text,
-            None => format!("rank {rank} has ended without a word"),
+            None => format!("rank {rank} has ended without a word; {ENDED}"),
         };
         if self.launched.rank == 0 {
             self.tell(&why);

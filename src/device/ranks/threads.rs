@@ -1,7 +1,7 @@
 //! Ranks that are threads of one process. The last to come to a call does its work, the others wait for it.
 
 use super::Collective;
-use super::meeting::{Announced, Call, combine, piece};
+use super::meeting::{Announced, Call, combine, late, piece};
 use crate::error::{Error, Result};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -72,7 +72,7 @@ impl Collective for Threads {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let missing = inside.given.iter().position(Option::is_none).unwrap_or(0);
-                let why = format!("rank {missing} has not come to {} for {:.0} s", call.what, self.patience.as_secs_f64());
+                let why = late(missing, call.what, self.patience);
                 inside.failed = Some((missing, why));
                 self.room.changed.notify_all();
                 break;

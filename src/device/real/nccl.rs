@@ -473,7 +473,7 @@ mod tests {
         let even = |parts: &[Range<usize>], len| even(parts, parts.len().max(1), len).map_err(|error| error.chain());
         assert_eq!(even(&[0..4, 4..8, 8..12], 12), Ok(Some(4)));
         assert_eq!(even(&[2..4, 4..6], 10), Ok(Some(2)));
-        assert_eq!(even(&[3..7], 7), Ok(Some(4)));
+        assert_eq!(even(std::slice::from_ref(&(3..7)), 7), Ok(Some(4)));
         assert_eq!(even(&[5..5, 5..5], 5), Ok(Some(0)));
         for parts in [[0..4, 4..7], [0..4, 5..9], [0..0, 0..9]] {
             assert_eq!(even(&parts, 9), Ok(None), "{parts:?}");

@@ -74,6 +74,16 @@ impl Gpus {
         Ok(Self { nccl, gpu: gpu.clone(), wire: options.wire, patience: options.patience, rounded: BTreeMap::new() })
     }
 
+    /// Every rank gets the values that rank 0 has.
+    pub fn values_of_first(&self, params: &mut Params) -> Result<()> {
+        let mut values = params.flat_values()?;
+        let len = values.len;
+        self.nccl.fork()?;
+        self.nccl.broadcast(Numbers::of(&mut values, Dtype::F32, len), 0)?;
+        self.nccl.join_back()?;
+        params.refresh()
+    }
+
     /// Sums the gradients of a bucket over the ranks, or each rank's part of them.
     pub fn send(&mut self, params: &Params, at: usize, ids: &[ParamId], parts: Option<&[Range<usize>]>) -> Result<()> {
         let mut span = span(params, ids)?;

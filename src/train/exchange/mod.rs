@@ -138,6 +138,10 @@ impl Exchange {
         if self.options.shard {
             self.owners = deal(&trained.iter().map(|&id| (id, params.value(id).numel())).collect::<Vec<_>>(), self.ranks.world());
         }
+        if let Road::Gpus(gpus) = &self.road {
+            gpus.values_of_first(params)?;
+            return self.settle();
+        }
         let all: Vec<ParamId> = params.ids().collect();
         self.from_first(params, &all, "the values that the run begins with")
     }
@@ -214,7 +218,7 @@ impl Exchange {
         let reached: Vec<ParamId> = ids.iter().copied().filter(|&id| params.gradient(id).is_some()).collect();
         let numbers = packed(reached.iter().filter_map(|&id| params.gradient(id)))?;
         let parts = self.options.shard.then(|| self.parts(params, &reached));
-        let what = format!("gradients {} of update {}", at + 1, self.updates + 1);
+        let what = format!("the gradients of update {} (piece {})", self.updates + 1, at + 1);
         if let Road::Host(worker) = &self.road {
             worker.send(Job { what, wire: self.options.wire, numbers, parts });
         }
@@ -274,6 +278,11 @@ impl Exchange {
         }
     }
 
+    /// What the losses of this update are called among the ranks.
+    pub fn losses(&self) -> String {
+        format!("the losses of update {}", self.updates)
+    }
+
     /// The length of the whole gradient, of which a sharded rank has a part.
     pub fn whole_norm(&self, own: f64) -> Result<f64> {
         if !self.options.shard {
@@ -294,7 +303,7 @@ impl Exchange {
         let trained: Vec<ParamId> = params.trained().collect();
         let mut values = packed(trained.iter().map(|&id| params.value(id)))?;
         let parts = self.parts(params, &trained);
-        self.ranks.share_parts(&format!("values after update {}", self.updates), &mut values, &parts)?;
+        self.ranks.share_parts(&format!("the values after update {}", self.updates), &mut values, &parts)?;
         let mut rest = &values[..];
         for id in trained {
             let (value, others) = rest.split_at(params.value(id).numel());
