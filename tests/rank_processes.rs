@@ -135,7 +135,7 @@ fn the_five_systems_as_2_and_4_processes_match_one_process() {
             assert!(said.contains(&format!("{world} ranks, {} images an update", if name == "dmjd" { 16 } else { 8 })), "{said}");
             near(&format!("{name} as {world} processes"), &losses(&own), &losses(&one), 1e-5);
             let apart = apart(&own, &one, "model.");
-            assert!(apart < 1e-3, "{name} as {world} processes: {apart:e}");
+            assert!(apart < 1e-4, "{name} as {world} processes: {apart:e}");
         }
     }
     // Threads and processes sum in the same order.
@@ -284,7 +284,7 @@ fn ranks_that_do_not_fit_together_end_with_a_sentence_each() {
     all_say(&said, &["rank 1 was started as one of 3 and rank 0 as one of 2", "WORLD_SIZE"]);
     let port = free_port();
     let said = refused(2, vec![with(0, 2, port, ""), with(1, 2, port, "--lr 0.5")]);
-    all_say(&said, &["--lr is 0.5 on rank 1 and not given on rank 0"]);
+    all_say(&said, &["--lr is 0.5 on rank 1 and 0.003 on rank 0"]);
     // The same words, where they mean other images.
     let ranks = [40u8, 44].into_iter().enumerate().map(|(own, images)| {
         let here = base.join(format!("machine-{own}"));

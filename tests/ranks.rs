@@ -47,7 +47,7 @@ fn match_one_rank(base: &Path, commands: &[(&str, &str, Taught)]) {
             );
             for beginning in ["model.", "ema."].into_iter().take(if command.contains("ema") { 2 } else { 1 }) {
                 let apart = apart(&own, &one, beginning);
-                assert!(apart < 1e-3, "{name} on {world} ranks: {beginning} {apart:e}");
+                assert!(apart < 1e-4, "{name} on {world} ranks: {beginning} {apart:e}");
             }
         }
     }
@@ -116,6 +116,18 @@ fn an_evaluation_by_ranks_is_to_the_last_bit_that_of_one() {
     }
 }
 
+/// The length of a gradient is worked out from the lengths of the ranks' parts where they are sharded, rounded in other places.
+#[track_caller]
+fn all_near(what: &str, own: &Path, wanted: &Path) {
+    let [own, wanted] = [own, wanted].map(|run| tensors(&checkpoint(run, checkpoints(run).pop().unwrap()), ""));
+    assert!(own.keys().eq(wanted.keys()));
+    for (name, wanted) in &wanted {
+        let size = wanted.iter().fold(0f32, |most, x| most.max(x.abs()));
+        let worst = own[name].iter().zip(wanted).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(worst <= 1e-6 * size.max(1e-3), "{what}: {name} {worst:e} of {size:e}");
+    }
+}
+
 #[test]
 fn a_sharded_optimiser_gives_the_bits_of_a_whole_one() {
     let base = folder("ranks-sharded");
@@ -133,20 +145,14 @@ fn a_sharded_optimiser_gives_the_bits_of_a_whole_one() {
             as_threads(world, &few(&format!("{command} {more}"), world), &run);
             run
         };
-        let (whole, sharded) = (trained("whole", "--clip-grad 1e9"), trained("sharded", "--shard-optimizer"));
+        let (whole, sharded) = (trained("whole", ""), trained("sharded", "--shard-optimizer"));
         assert!(last_tensors(&whole).iter().any(|(name, _)| name.starts_with("optimizer.")), "{command}");
-        assert!(last_tensors(&whole) == last_tensors(&sharded), "{command}");
-        // The length of the gradient is a sum of the ranks' lengths here, rounded in other places.
+        // LAMB clips by itself.
+        assert!(command.contains("lamb") || last_tensors(&whole) == last_tensors(&sharded), "{command}");
+        all_near(command, &sharded, &whole);
         let clipped = ["", "--shard-optimizer"].map(|more| trained(&format!("clipped{more}"), &format!("--clip-grad 0.1 {more}")));
         assert!(last_tensors(&clipped[0]) != last_tensors(&whole), "{command}: nothing was clipped");
-        for beginning in ["model.", "optimizer."] {
-            let [own, wanted] = [1, 0].map(|i| tensors(&checkpoint(&clipped[i], *checkpoints(&clipped[i]).last().unwrap()), beginning));
-            for (name, wanted) in &wanted {
-                let size = wanted.iter().fold(0f32, |most, x| most.max(x.abs()));
-                let worst = own[name].iter().zip(wanted).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
-                assert!(worst <= 1e-6 * size.max(1e-3), "{command}: {name} {worst:e} of {size:e}");
-            }
-        }
+        all_near(command, &clipped[1], &clipped[0]);
     }
 }
 
@@ -172,7 +178,9 @@ fn a_sharded_checkpoint_is_gone_on_with_by_any_number_of_ranks() {
     let run = |world: usize, more: &str| format!("{} {more}", few(command, world).replace("--epochs 1", ""));
     as_threads(4, &run(4, "--shard-optimizer"), &whole);
     assert_eq!(losses(&whole).len(), 12);
-    for (world, more) in [(1, ""), (1, "--shard-optimizer"), (2, "--shard-optimizer"), (2, ""), (4, ""), (4, "--shard-optimizer")] {
+    let ways =
+        [(1, ""), (1, "--shard-optimizer"), (1, "--batch-size 2 --accum-iter 4"), (2, "--batch-size 2 --accum-iter 2 --shard-optimizer")];
+    for (world, more) in ways.into_iter().chain([(2, "--shard-optimizer"), (2, ""), (4, ""), (4, "--shard-optimizer")]) {
         let own = base.join(format!("{world}{more}"));
         std::fs::create_dir_all(&own).unwrap();
         std::fs::copy(checkpoint(&whole, 4), checkpoint(&own, 4)).unwrap();
@@ -205,9 +213,13 @@ fn every_rank_sees_as_many_images_where_they_do_not_divide() {
 #[test]
 fn ranks_on_the_emulated_device_have_the_losses_of_the_cpu() {
     let base = folder("ranks-emulated");
-    for (name, more) in [("plain", ""), ("sharded", "--shard-optimizer --clip-grad 1")] {
+    for (name, method) in [
+        ("plain", "pretrain mae --model glyph_t"),
+        ("sharded", "pretrain mae --model glyph_t --shard-optimizer --clip-grad 1"),
+        ("lamb", "train --opt lamb --mixup 0 --cutmix 0 --shard-optimizer --bucket-mb 0.02"),
+    ] {
         let command = format!(
-            "pretrain mae --model glyph_t --train-images 16 --val-images 4 --batch-size 2 --epochs 1 --log-freq 1 --warmup-epochs 0 --lr 1e-3 --num-workers 0 {more}"
+            "{method} --train-images 16 --val-images 4 --batch-size 2 --epochs 1 --log-freq 1 --warmup-epochs 0 --lr 1e-3 --num-workers 0"
         );
         let [cpu, emulated] = ["cpu", "emulated"].map(|device| {
             let run = base.join(format!("{device}-{name}"));
@@ -358,7 +370,7 @@ fn a_rank_that_was_started_otherwise_ends_all_with_its_flag_and_both_values() {
     let base = folder("ranks-refused");
     let command = few("pretrain mae --model glyph_t", 2);
     for (other, parts) in [
-        ("--lr 0.5", ["--lr is 0.5 on rank 1", "not given on rank 0"]),
+        ("--lr 0.5", ["--lr is 0.5 on rank 1", "0.003 on rank 0"]),
         ("--seed 3", ["--seed is 3 on rank 1", "0 on rank 0"]),
         ("--train-images 40", ["--train-images is 40 on rank 1", "48 on rank 0"]),
         ("--clip-grad 1", ["--clip-grad is 1", "not given on rank 0"]),
