@@ -17,7 +17,7 @@ use crate::device::launch::{Args, Launch};
 use crate::device::simd::{Real, lane_sum};
 use crate::error::Result;
 use crate::param::Params;
-use crate::tensor::{Dtype, Element};
+use crate::tensor::{Dtype, Element, Tensor};
 use crate::{by_real, ensure, vectorised};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -27,6 +27,8 @@ pub struct Lamb {
     eps: f64,
     /// Longest gradient that is taken as it is.
     most: f64,
+    /// Length of the gradient, where a part of it is here.
+    whole: Option<f64>,
     state: State,
 }
 
@@ -39,7 +41,7 @@ impl Lamb {
         ensure!(fraction(betas.0) && fraction(betas.1), "lamb: the betas {betas:?} are not both in [0, 1)");
         ensure!(eps > 0.0 && eps.is_finite(), "lamb: an eps of {eps} is not a positive number");
         ensure!(most > 0.0 && most.is_finite(), "lamb: gradients cannot be clipped to a length of {most}");
-        Ok(Self { betas, eps, most, state: State::new("lamb", &["exp_avg", "exp_avg_sq"], groups)? })
+        Ok(Self { betas, eps, most, whole: None, state: State::new("lamb", &["exp_avg", "exp_avg_sq"], groups)? })
     }
 }
 
@@ -57,6 +59,10 @@ impl Optimizer for Lamb {
             None => by_real!("lamb", params.dtype(), apply(self, params)),
             Some(gpu) => apply_on(&gpu, self, params),
         }
+    }
+
+    fn whole_length(&mut self, length: f64) {
+        self.whole = Some(length);
     }
 
     fn state(&self) -> &State {
@@ -108,7 +114,7 @@ impl<T: Real> Rule<T> {
 }
 
 fn apply<T: Real + Element>(lamb: &mut Lamb, params: &mut Params) -> Result<()> {
-    let norm = clip::norm::<T>(params)?;
+    let norm = lamb.whole.take().map_or_else(|| clip::norm::<T>(params), Ok)?;
     let scale = if norm > lamb.most { lamb.most / norm } else { 1.0 };
     let (mut pieces, mut tensors) = (Vec::new(), Vec::<(Plan, Range<usize>)>::new());
     for update in lamb.state.lend::<2>(params)? {
@@ -129,7 +135,10 @@ fn apply<T: Real + Element>(lamb: &mut Lamb, params: &mut Params) -> Result<()> 
 
 fn apply_on(gpu: &Gpu, lamb: &mut Lamb, params: &mut Params) -> Result<()> {
     let ((b1, b2), eps) = (lamb.betas, lamb.eps);
-    let squares = clip::squares_on(gpu, params)?;
+    let squares = match lamb.whole.take() {
+        Some(length) => Tensor::from_slice(&[1], &[length * length])?.on(params.device())?,
+        None => clip::squares_on(gpu, params)?,
+    };
     let Some(update) = lamb.state.lend_flat::<2>(params)? else { return Ok(()) };
     let FlatUpdate { mut values, mut working, gradients, state: [mut m, mut v], pieces } = update;
     let mut scale = pieces.scalars.alike(&[1], Dtype::F32)?;

@@ -38,6 +38,9 @@ pub trait Optimizer {
         self.apply(params).inspect_err(|_| self.withdraw())
     }
 
+    /// Says how long the whole gradient is where this rank has a part of it, for the next update; rules that look at each parameter alone need not know.
+    fn whole_length(&mut self, _length: f64) {}
+
     /// Takes back what was prepared last: no update was made with it.
     fn withdraw(&mut self) {
         self.state_mut().withdraw();

@@ -563,7 +563,7 @@ impl Run<'_> {
             self.save()?;
         }
         if done == epochs && !self.is_good() && !judged {
-            report::write(self.record.folder())?;
+            self.publish()?;
             bail!(
                 "the run ended with parameters that give no finite numbers, which are not kept; its last good checkpoint is in {}; try a smaller --lr or --clip-grad",
                 self.record.folder().display()

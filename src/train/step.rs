@@ -212,6 +212,7 @@ impl Step {
             (most, Some(exchange)) => {
                 let norm = exchange.whole_norm(clip::gradient_norm(params)?)?;
                 most.map_or(Ok(()), |most| clip::limit(params, norm, most))?;
+                self.optimizer.whole_length(most.map_or(norm, |most| norm * (most / (norm + 1e-6)).min(1.0)));
                 norm
             }
         };

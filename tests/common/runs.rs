@@ -1,4 +1,5 @@
 //! Runs of the program, each in a folder of its own.
+#![allow(dead_code)] // each test program uses a part of it
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};

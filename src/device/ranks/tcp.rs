@@ -27,9 +27,10 @@ const HELLO_TIME: Duration = Duration::from_secs(5);
 const MOST_STRANGERS: usize = 256;
 /// So much longer the others wait for rank 0 than it waits for them: it knows who is missing.
 const MARGIN: Duration = Duration::from_secs(4);
-/// Longest text and bytes of a frame.
+/// Longest text and bytes of a frame, and bytes of one that says who somebody is.
 const MOST_TEXT: u64 = 1 << 16;
 const MOST_BYTES: u64 = 1 << 36;
+const MOST_HELLO: u64 = 1 << 16;
 
 pub struct Tcp {
     launched: Launched,
@@ -109,6 +110,10 @@ fn send(stream: &TcpStream, deadline: Instant, letter: Letter, text: &str, bytes
 }
 
 fn receive(stream: &TcpStream, deadline: Instant) -> io::Result<Frame> {
+    receive_at_most(stream, deadline, MOST_BYTES)
+}
+
+fn receive_at_most(stream: &TcpStream, deadline: Instant, most: u64) -> io::Result<Frame> {
     let broken = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_string());
     let mut from = Until(stream, deadline);
     let mut head = [0; 17];
@@ -116,7 +121,7 @@ fn receive(stream: &TcpStream, deadline: Instant) -> io::Result<Frame> {
     let letter = *LETTERS.get(head[0] as usize).ok_or_else(|| broken("what came is no frame"))?;
     let number = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| head[at + i]));
     let (text, bytes) = (number(1), number(9));
-    if text > MOST_TEXT || bytes > MOST_BYTES {
+    if text > MOST_TEXT || bytes > most {
         return Err(broken("a frame claims to be too long"));
     }
     let mut exactly = |length: u64| {
@@ -179,7 +184,9 @@ impl Tcp {
             if peers.iter().all(Option::is_some) {
                 break Ok(());
             }
-            match listener.accept() {
+            // Where many are listened to, the next wait until some of them have been heard.
+            let crowded = listened.load(Ordering::Relaxed) >= MOST_STRANGERS;
+            match if crowded { Err(io::ErrorKind::WouldBlock.into()) } else { listener.accept() } {
                 Ok((stream, _)) => self.hear(stream, &heard, &listened, &over),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(2)),
                 // One that has gone again.
@@ -214,9 +221,6 @@ impl Tcp {
 
     /// Reads what a new connection says, beside the others.
     fn hear(&self, stream: TcpStream, heard: &mpsc::Sender<(Hello, TcpStream)>, listened: &Arc<AtomicUsize>, over: &Arc<AtomicBool>) {
-        if listened.load(Ordering::Relaxed) >= MOST_STRANGERS {
-            return;
-        }
         listened.fetch_add(1, Ordering::Relaxed);
         let (heard, listened, over) = (heard.clone(), listened.clone(), over.clone());
         std::thread::spawn(move || {
@@ -226,7 +230,7 @@ impl Tcp {
                 stream.set_nodelay(true)?;
                 let mut magic = [0; MAGIC.len()];
                 Until(&stream, deadline).read_exact(&mut magic)?;
-                let hello = if &magic == MAGIC { Some(receive(&stream, deadline)?) } else { None };
+                let hello = if &magic == MAGIC { Some(receive_at_most(&stream, deadline, MOST_HELLO)?) } else { None };
                 io::Result::Ok(hello.filter(|frame| frame.letter == Letter::Hello))
             };
             let frame = read().ok().flatten();
