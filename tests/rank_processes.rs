@@ -217,7 +217,10 @@ fn a_rank_that_hangs_is_named_when_the_patience_is_over() {
         fleet.signal(hung, Signal::STOP);
         for ended in fleet.wait_but_for(&[hung], Duration::from_secs(most)) {
             let said = ended.failed(1);
-            assert!(said.contains(&format!("rank {hung} has not come to ")) && said.contains(" for 3 s; see whether it still runs"), "{said}");
+            assert!(
+                said.contains(&format!("rank {hung} has not come to ")) && said.contains(" for 3 s; see whether it still runs"),
+                "{said}"
+            );
         }
         // When it wakes it finds that it is alone.
         fleet.signal(hung, Signal::CONT);

@@ -5,7 +5,7 @@ use super::profile::ProfileArgs;
 use super::record::command_line;
 use super::run::{Options, Schedule};
 use crate::device::ranks::{Ranks, Wire};
-use crate::device::{Device, Named, Precision, parallel};
+use crate::device::{Device, Named, Precision};
 use crate::error::{Context, Error, Result};
 use crate::optim::schedule;
 use clap::Args;
@@ -212,16 +212,7 @@ impl RunArgs {
 
     /// The device of this rank: of several GPUs, the one with its number on this machine.
     pub fn open_device(&self) -> Result<Device> {
-        let device = match self.device {
-            Named::Gpu(0) => Named::Gpu(self.ranks.local()),
-            Named::Gpu(other) if !self.ranks.is_alone() => {
-                return Err(Error::usage(format!(
-                    "--device gpu:{other}: of several ranks each takes the GPU with its number on its machine; give --device gpu, and name the GPUs by CUDA_VISIBLE_DEVICES"
-                )));
-            }
-            other => other,
-        };
-        let device = device.open()?;
+        let device = self.ranks.device(self.device)?.open()?;
         device.compute_in(self.precision)?;
         Ok(device)
     }
@@ -253,7 +244,7 @@ impl RunArgs {
 
     /// Threads that read images; a rank does not take the others' cores.
     pub fn workers(&self) -> usize {
-        workers(self.num_workers.or_else(|| (!self.ranks.is_alone()).then(parallel::threads)))
+        workers(self.ranks.own_threads(self.num_workers))
     }
 }
 

@@ -3,6 +3,7 @@
 use super::args::{RunArgs, settings};
 use super::augment::AugmentArgs;
 use super::evaluate::{Evaluation, evaluate, say_skipped};
+use super::exchange;
 use super::feed::{Feed, Labels};
 use super::images::{CropArgs, ImagesArgs, Part};
 use super::knn;
@@ -426,8 +427,9 @@ impl Job<'_> {
         let feed = self.feed(self.run.open_device()?, None);
         model.params.move_to(&feed.device, self.run.precision.dtype())?;
         let loader = self.sets.in_order(false, self.crop.evaluation(self.images.input_size)?);
+        exchange::compare(&self.run.ranks, &model.params, "before the evaluation")?;
         let found = evaluate(&model, &loader, &feed, &self.run.ranks)?;
-        say_skipped(&loader, say);
+        say_skipped(&loader, &self.run.ranks, say)?;
         say(&found.to_string());
         Ok(Ended { last: Some(found), ..Ended::nothing() })
     }

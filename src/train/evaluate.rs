@@ -1,13 +1,14 @@
 //! How good a model is on a set of images.
 
 use super::args::workers;
+use super::exchange;
 use super::feed::Feed;
 use super::images::{ImagesArgs, Part, evaluation};
 use super::model::{Model, ModelArgs};
 use crate::data::loader::{Loader, LoaderOptions};
 use crate::device::ranks::Ranks;
 use crate::ensure;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::methods::Method;
 use crate::rng::Rng;
 use clap::Args;
@@ -55,7 +56,7 @@ impl EvaluateArgs {
         if self.batch_size == 0 {
             return Err(Error::usage("--batch-size 0: at least one image is needed"));
         }
-        let opened = self.model.open()?;
+        let opened = self.model.open_for(&self.ranks)?;
         say(&opened.report);
         let images = opened.images(self.data_path.as_ref(), [&self.mean, &self.std])?;
         if images.data_path.as_os_str().is_empty() {
@@ -98,7 +99,7 @@ impl EvaluateArgs {
         let ratio = self.eval_crop_ratio.or_else(|| opened.setting("eval-crop-ratio")?.as_f64());
         let options = LoaderOptions {
             batch: self.batch_size,
-            workers: workers(self.num_workers),
+            workers: workers(self.ranks.own_threads(self.num_workers)),
             strict: self.strict_data,
             rank: self.ranks.rank(),
             ranks: self.ranks.world(),
@@ -107,8 +108,9 @@ impl EvaluateArgs {
         let loader = Loader::new(dataset, evaluation(opened.side(), ratio)?, options);
         let [mean, std] = images.statistics();
         let feed = Feed { device: opened.params().device().clone(), mean, std, labels: None, bytes: method.needs_bytes() };
+        exchange::compare(&self.ranks, opened.params(), "before the evaluation")?;
         let found = evaluate(method, &loader, &feed, &self.ranks)?;
-        say_skipped(&loader, say);
+        say_skipped(&loader, &self.ranks, say)?;
         say(&found.to_string());
         Ok(found)
     }
@@ -146,12 +148,20 @@ impl Evaluation {
     }
 }
 
-/// Says how many images could not be read.
-pub fn say_skipped(loader: &Loader, say: &mut dyn FnMut(&str)) {
+/// Says how many images could not be read, on any rank.
+pub fn say_skipped(loader: &Loader, ranks: &Ranks, say: &mut dyn FnMut(&str)) -> Result<()> {
     let skipped = loader.skipped();
-    if skipped.count > 0 {
-        say(&format!("{} images could not be read and are left out, the first: {}", skipped.count, skipped.names.join("; ")));
+    let own = serde_json::to_vec(&(skipped.count, skipped.names)).context("images that could not be read")?;
+    let (mut count, mut names) = (0, Vec::new());
+    for bytes in ranks.gather("images that could not be read", &own)? {
+        let (more, others): (usize, Vec<String>) = serde_json::from_slice(&bytes).context("images that could not be read")?;
+        count += more;
+        names.extend(others);
     }
+    if count > 0 {
+        say(&format!("{count} images could not be read and are left out, the first: {}", names.join("; ")));
+    }
+    Ok(())
 }
 
 /// What came of one batch.
@@ -179,6 +189,13 @@ impl Judged {
 /// gets what one rank would have found, to the last bit.
 pub fn evaluate(method: &dyn Method, loader: &Loader, feed: &Feed, ranks: &Ranks) -> Result<Evaluation> {
     const SEED: u64 = 0;
+    let what = format!("{} images in batches of {}, {}", loader.dataset().len(), loader.batch(), loader.transform());
+    if let Some((rank, all)) = ranks.differing("what is evaluated", what.as_bytes())? {
+        let [theirs, first] = [rank, 0].map(|rank| String::from_utf8_lossy(&all[rank]).into_owned());
+        crate::bail!(
+            "rank {rank} evaluates {theirs} and rank 0 {first}; start all ranks with the same command, where they see the same files"
+        );
+    }
     let mut own = Vec::new();
     for (place, loaded) in loader.epoch(0, 0).enumerate() {
         let number = (ranks.rank() + place * ranks.world()) as u64;

@@ -6,6 +6,7 @@
 use super::evaluate::say_skipped;
 use super::feed::Feed;
 use crate::data::loader::Loader;
+use crate::device::ranks::Ranks;
 use crate::ensure;
 use crate::error::{Error, Result};
 use crate::methods::supervised::Supervised;
@@ -38,7 +39,7 @@ pub fn features(model: &Supervised, loader: &Loader, feed: &Feed, say: &mut dyn 
         all.labels.extend(&batch.labels);
     }
     ensure!(!all.labels.is_empty(), "there is no image to take features of");
-    say_skipped(loader, say);
+    say_skipped(loader, &Ranks::alone(), say)?;
     Ok(all)
 }
 

@@ -4,6 +4,7 @@ use super::checkpoint;
 use super::dmjd::DmjdPretrainArgs;
 use super::images::ImagesArgs;
 use super::maskfeat::MaskFeatPretrainArgs;
+use crate::device::ranks::Ranks;
 use crate::device::{Named, Precision};
 use crate::error::{Context, Error, Result};
 use crate::formats::{self, Checkpoint, TensorFile};
@@ -132,7 +133,12 @@ impl Opened {
 
 impl ModelArgs {
     pub fn open(&self) -> Result<Opened> {
-        let device = self.device.open()?;
+        self.open_for(&Ranks::alone())
+    }
+
+    /// The same on the device of one of several ranks.
+    pub fn open_for(&self, ranks: &Ranks) -> Result<Opened> {
+        let device = ranks.device(self.device)?.open()?;
         device.compute_in(self.precision)?;
         let shown = || self.checkpoint.display().to_string();
         let stored = weights::open(&self.checkpoint, if self.ema { Which::Averages } else { Which::Trained })?;

@@ -163,9 +163,11 @@ impl Run<'_> {
         self.step.options().accumulate as u64
     }
 
-    /// Updates of a whole run.
+    /// Updates of a whole run: those that are behind, and those that are left of it.
     pub fn updates(&self) -> u64 {
-        self.batches() / self.window() * self.options.epochs
+        let (an_epoch, place) = (self.batches() / self.window(), &self.place);
+        let left = self.options.epochs.saturating_sub(place.epoch) * an_epoch;
+        place.update + left.saturating_sub(place.micro / self.window())
     }
 
     fn shelf(&self) -> Shelf {
@@ -174,6 +176,16 @@ impl Run<'_> {
 
     /// Trains to the end, or until a signal asks to stop.
     pub fn run(mut self) -> Result<Ended> {
+        self.train().inspect_err(|error| {
+            // The others hear of it before anything here is taken down, which may take a while.
+            self.ranks.fail(error);
+            if let Some(exchange) = self.step.exchange() {
+                exchange.give_up(&error.chain());
+            }
+        })
+    }
+
+    fn train(&mut self) -> Result<Ended> {
         let (batches, window) = (self.batches(), self.window());
         self.step.set_eager(self.profile.is_some());
         let signals = Signals::listen()?;
@@ -244,7 +256,7 @@ impl Run<'_> {
     }
 
     fn end(
-        mut self,
+        &mut self,
         mut progress: Progress,
         last: Option<Evaluation>,
         signal: Option<(u8, &'static str)>,
@@ -258,7 +270,7 @@ impl Run<'_> {
             self.record.note(self.place.update, &format!("stopped by {name} after update {}", self.place.update))?;
         }
         self.publish()?;
-        Ok(Ended { place: self.place, last, signal, seconds: started.elapsed().as_secs_f64() })
+        Ok(Ended { place: self.place.clone(), last, signal, seconds: started.elapsed().as_secs_f64() })
     }
 
     /// One window, which the profile may be about.

@@ -135,11 +135,6 @@ fn size(map: &Map<String, Value>, key: &str) -> usize {
     map.get(key).and_then(Value::as_u64).map_or(1, |size| size.max(1) as usize)
 }
 
-/// FNV-1a.
-fn fnv(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
-}
-
 /// These may differ from rank to rank.
 const OWN: [&str; 2] = ["num-workers", "device"];
 
@@ -148,12 +143,7 @@ fn same_everywhere(ranks: &Ranks, settings: &Map<String, Value>, data: &Map<Stri
     let own: Map<String, Value> =
         settings.iter().filter(|(name, _)| !OWN.contains(&name.as_str())).map(|(k, v)| (k.clone(), v.clone())).collect();
     let bytes = serde_json::to_vec(&[&own, data]).context("the settings of a run")?;
-    let hashes = ranks.gather("the settings of the run", &fnv(&bytes).to_le_bytes())?;
-    if hashes.iter().all(|hash| *hash == hashes[0]) {
-        return Ok(());
-    }
-    let all = ranks.gather("the settings that differ", &bytes)?;
-    let Some(rank) = all.iter().position(|theirs| *theirs != all[0]) else { return Ok(()) };
+    let Some((rank, all)) = ranks.differing("the settings of the run", &bytes)? else { return Ok(()) };
     let read =
         |rank: usize| serde_json::from_slice::<[Map<String, Value>; 2]>(&all[rank]).with_context(|| format!("the settings of rank {rank}"));
     let ([settings, data], [others, seen]) = (read(0)?, read(rank)?);
@@ -265,7 +255,10 @@ impl Start {
         ];
         let teacher = method.teacher().map(fingerprint).transpose()?.map(|known| ("teacher", json!(known)));
         let data = data.into_iter().chain(teacher).map(|(key, value)| (key.to_string(), value)).collect();
-        same_everywhere(ranks, &settings, &data)?;
+        // A pass that is profiled is not recorded: all ranks do the same.
+        let typed = serde_json::to_value(&run.profile).context("the settings of the profile")?;
+        let typed = typed.as_object().into_iter().flatten().map(|(name, value)| (name.clone(), value.clone()));
+        same_everywhere(ranks, &settings.clone().into_iter().chain(typed).collect(), &data)?;
         self.check(&settings, &data, say)?;
         // Nothing in the folder is read or changed while another process writes into it.
         let _lock = ranks.is_first().then(|| record::lock(&self.folder)).transpose()?;

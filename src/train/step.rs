@@ -5,7 +5,7 @@
 //! parameters get gradients each time. Clip and update are a handful of launches and stay outside: between them and the backward pass the host looks at the
 //! loss and at the length of the gradient, and leaves the update out where one of them is not finite.
 
-use super::exchange::{Exchange, ExchangeOptions};
+use super::exchange::{self, Exchange, ExchangeOptions};
 use crate::device::gpu::{Gpu, Graph};
 use crate::device::ranks::Ranks;
 use crate::ensure;
@@ -107,7 +107,8 @@ impl Step {
     /// Compares the parameters of all ranks after so many updates.
     pub fn check_sync(&mut self, update: u64) -> Result<()> {
         let _phase = trace::phase("compare");
-        self.exchange.as_ref().map_or(Ok(()), |exchange| exchange.check(self.method.params(), update))
+        let Some(exchange) = &self.exchange else { return Ok(()) };
+        exchange::compare(exchange.ranks(), self.method.params(), &format!("after update {update}"))
     }
 
     /// Between steps. A recorded pass works on the memory that the parameters have: they must stay on their device, and no others may be trained.

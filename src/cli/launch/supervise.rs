@@ -4,6 +4,7 @@
 //! passed on once; a second one kills. Nobody is left behind: what a rank had started goes with it, and a rank ends with its launcher.
 
 use super::output::Printer;
+use crate::device::ranks::named;
 use crate::error::{Context, Result};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use signal_hook::low_level::signal_name;
@@ -236,8 +237,8 @@ impl Story {
             let grace = self.grace.as_secs_f64();
             let others = match (self.asked.as_slice(), self.forced.as_slice()) {
                 ([], _) => String::new(),
-                (asked, []) => format!("; {} went on for {grace} s and had to be ended", ranks_text(asked)),
-                (_, forced) => format!("; {} went on for {grace} s and had to be killed", ranks_text(forced)),
+                (asked, []) => format!("; {} went on for {grace} s and had to be ended", named(asked)),
+                (_, forced) => format!("; {} went on for {grace} s and had to be killed", named(forced)),
             };
             let first = if self.ranks > 1 { "was the first to fail" } else { "failed" };
             return Ended { code: exit.code(), sentence: Some(format!("rank {rank} of {} {first}: {}{others}", self.ranks, exit.text())) };
@@ -249,15 +250,5 @@ impl Story {
             }
             None => Ended { code: 0, sentence: None },
         }
-    }
-}
-
-/// "rank 1", "ranks 1, 2 and 3", and of many only the first.
-fn ranks_text(ranks: &[usize]) -> String {
-    let names: Vec<String> = ranks.iter().take(8).map(ToString::to_string).collect();
-    match (names.as_slice(), ranks.len() - names.len()) {
-        ([one], 0) => format!("rank {one}"),
-        ([before @ .., last], 0) => format!("ranks {} and {last}", before.join(", ")),
-        (some, more) => format!("ranks {} and {more} more", some.join(", ")),
     }
 }

@@ -143,8 +143,10 @@ pub fn late(rank: usize, what: &str, patience: Duration) -> String {
 pub fn combine(kind: Kind, given: &[&[u8]]) -> Result<Vec<u8>> {
     match kind {
         Kind::Gather | Kind::Collect => {
-            let lengths = given.iter().flat_map(|bytes| (bytes.len() as u64).to_le_bytes());
-            Ok(lengths.chain(given.iter().flat_map(|bytes| bytes.iter().copied())).collect())
+            let mut all = Vec::with_capacity(given.iter().map(|bytes| 8 + bytes.len()).sum());
+            given.iter().for_each(|bytes| all.extend_from_slice(&(bytes.len() as u64).to_le_bytes()));
+            given.iter().for_each(|bytes| all.extend_from_slice(bytes));
+            Ok(all)
         }
         Kind::Broadcast => Ok(given[0].to_vec()),
         Kind::Share => Ok(given.concat()),

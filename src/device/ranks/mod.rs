@@ -19,6 +19,7 @@ pub mod meeting;
 pub mod tcp;
 pub mod threads;
 
+use super::{Named, parallel};
 use crate::error::{Error, Result};
 use environment::Launched;
 pub use meeting::Wire;
@@ -113,6 +114,22 @@ impl Ranks {
         }
     }
 
+    /// The device of this rank: of several GPUs, the one with its number on this machine.
+    pub fn device(&self, named: Named) -> Result<Named> {
+        match named {
+            Named::Gpu(0) => Ok(Named::Gpu(self.local())),
+            Named::Gpu(other) if !self.is_alone() => Err(Error::usage(format!(
+                "--device gpu:{other}: of several ranks each takes the GPU with its number on its machine; give --device gpu, and name the GPUs by CUDA_VISIBLE_DEVICES"
+            ))),
+            other => Ok(other),
+        }
+    }
+
+    /// Threads of this rank's share of the machine, unless a number was typed; None where there are no others.
+    pub fn own_threads(&self, typed: Option<usize>) -> Option<usize> {
+        typed.or_else(|| (!self.is_alone()).then(parallel::threads))
+    }
+
     /// What every rank gives, in the order of the ranks.
     pub fn gather(&self, what: &str, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
         match &self.0 {
@@ -150,6 +167,14 @@ impl Ranks {
                 _ => Ok(Vec::new()),
             },
         }
+    }
+
+    /// The first rank that gives other bytes than rank 0, and what every rank gave; None where all give the same. Hashes are compared first.
+    pub fn differing(&self, what: &str, mine: &[u8]) -> Result<Option<(usize, Vec<Vec<u8>>)>> {
+        let hash = mine.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        let hashes = self.gather(what, &hash.to_le_bytes())?;
+        let Some(rank) = hashes.iter().position(|hash| *hash != hashes[0]) else { return Ok(None) };
+        Ok(Some((rank, self.gather(what, mine)?)))
     }
 
     /// Waits until every rank is here.
@@ -202,6 +227,16 @@ impl Group {
 
     fn meet(&self, what: &str, kind: Kind, mine: &[u8]) -> Result<Vec<u8>> {
         self.body().meet(&Call { what, kind }, mine)
+    }
+}
+
+/// "rank 1", "ranks 1, 2 and 3", and of many only the first.
+pub fn named(ranks: &[usize]) -> String {
+    let names: Vec<String> = ranks.iter().take(8).map(ToString::to_string).collect();
+    match (names.as_slice(), ranks.len() - names.len()) {
+        ([one], 0) => format!("rank {one}"),
+        ([before @ .., last], 0) => format!("ranks {} and {last}", before.join(", ")),
+        (some, more) => format!("ranks {} and {more} more", some.join(", ")),
     }
 }
 

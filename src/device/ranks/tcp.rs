@@ -7,9 +7,9 @@
 //! A rank that ends closes its connection, which rank 0 sees at its next call; a rank that hangs is not waited for longer than the patience. Rank 0 then tells
 //! all others who it was, so that all end with one sentence. What connects and is no rank of this run is answered, or left alone, and does no harm.
 
-use super::Collective;
 use super::environment::Launched;
 use super::meeting::{Announced, Call, combine, late, piece};
+use super::{Collective, named};
 use crate::error::{Context, Error, Result};
 use crate::{bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -25,12 +25,15 @@ const MAGIC: &[u8; 8] = b"masque\x01\n";
 const HELLO_TIME: Duration = Duration::from_secs(5);
 /// Connections that are being listened to at once.
 const MOST_STRANGERS: usize = 256;
-/// So much longer the others wait for rank 0 than it waits for them: it knows who is missing.
+/// Rank 0 may come last of all and then wait for another: so much longer than twice the patience the others wait for what it says.
 const MARGIN: Duration = Duration::from_secs(4);
 /// Longest text and bytes of a frame, and bytes of one that says who somebody is.
 const MOST_TEXT: u64 = 1 << 16;
 const MOST_BYTES: u64 = 1 << 36;
 const MOST_HELLO: u64 = 1 << 16;
+
+/// So long after a deadline what is there already may still be read.
+const LOOK: Duration = Duration::from_secs(1);
 
 pub struct Tcp {
     launched: Launched,
@@ -69,10 +72,12 @@ struct Frame {
 
 /// Until when reads and writes of a stream may take.
 fn limit(stream: &TcpStream, deadline: Instant) -> io::Result<()> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
+    let (now, last) = (Instant::now(), deadline + LOOK);
+    if now >= last {
         return Err(io::ErrorKind::TimedOut.into());
     }
+    // What has come by now is read, however long others were waited for.
+    let left = deadline.saturating_duration_since(now).max(Duration::from_millis(5));
     stream.set_read_timeout(Some(left))?;
     stream.set_write_timeout(Some(left))
 }
@@ -140,17 +145,6 @@ fn is_late(error: &io::Error) -> bool {
 /// What to do about a rank that is gone.
 const ENDED: &str = "look at its own output; a run goes on from its last checkpoint with --resume auto";
 
-/// "ranks 1 and 3"
-fn ranks(missing: &[usize]) -> String {
-    let names: Vec<String> = missing.iter().map(usize::to_string).collect();
-    match &names[..] {
-        [one] => format!("rank {one}"),
-        [first @ .., last] if first.len() < 8 => format!("ranks {} and {last}", first.join(", ")),
-        [first @ .., _] => format!("ranks {} and {} more", first[..8].join(", "), names.len() - 8),
-        [] => "no rank".to_string(),
-    }
-}
-
 impl Tcp {
     /// Waits for the other processes of a launch.
     pub fn join(launched: &Launched, patience: Duration) -> Result<Self> {
@@ -200,7 +194,7 @@ impl Tcp {
                 let missing: Vec<usize> = (1..*world).filter(|rank| peers[rank - 1].is_none()).collect();
                 break Err(Error::new(format!(
                     "{} of {world} did not come to {host}:{port} within {:.0} s; were they started, and can they reach this machine?",
-                    ranks(&missing),
+                    named(&missing),
                     self.patience.as_secs_f64()
                 )));
             }
@@ -277,7 +271,12 @@ impl Tcp {
         let seconds = self.patience.as_secs_f64();
         let mut pause = Duration::from_millis(5);
         let stream = loop {
-            let error = match found().and_then(|found| TcpStream::connect(&found[..])) {
+            let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(5));
+            let tried = found().and_then(|found| {
+                let none = Err(io::Error::from(io::ErrorKind::AddrNotAvailable));
+                found.iter().fold(none, |done, place| done.or_else(|_| TcpStream::connect_timeout(place, left)))
+            });
+            let error = match tried {
                 Ok(stream) => break stream,
                 Err(error) => error,
             };
@@ -311,6 +310,7 @@ impl Tcp {
     /// What goes wrong with another rank, as a sentence.
     fn lost(&self, rank: usize, error: &io::Error, call: &Call) -> String {
         match error.kind() {
+            _ if is_late(error) && rank == 0 => late(rank, call.what, 2 * self.patience + MARGIN),
             _ if is_late(error) => late(rank, call.what, self.patience),
             io::ErrorKind::InvalidData => format!("rank {rank} sent what is no frame, at {}: {error}", call.what),
             _ => format!("rank {rank} has ended without a word, at {}; {ENDED}", call.what),
@@ -340,14 +340,15 @@ impl Tcp {
             let sent = send(peer, deadline, Letter::Answer, "", piece(call.kind, rank, &whole));
             sent.map_err(|error| Error::new(self.lost(rank, &error, call)))?;
         }
-        Ok(piece(call.kind, 0, &whole).to_vec())
+        let own = piece(call.kind, 0, &whole).len();
+        Ok(if own == whole.len() { whole } else { piece(call.kind, 0, &whole).to_vec() })
     }
 
     /// Of any other rank.
     fn follow(&self, call: &Call, announced: &Announced, mine: &[u8]) -> Result<Vec<u8>> {
         let hub = &self.peers[0];
         let text = serde_json::to_string(&(announced.number, &announced.text)).context("announcing a call")?;
-        let deadline = Instant::now() + self.patience + MARGIN;
+        let deadline = Instant::now() + 2 * self.patience + MARGIN;
         let sent = send(hub, deadline, Letter::Call, &text, mine);
         // Where it could not be sent, rank 0 may have said why before.
         let frame = receive(hub, deadline).map_err(|error| Error::new(self.lost(0, sent.as_ref().err().unwrap_or(&error), call)))?;

@@ -16,7 +16,7 @@
 //!
 //! **Failure.** A collective waits for all ranks, if need be for ever. [`Nccl::settle`] looks at what is under way instead of waiting for it, and after an
 //! error, or when time is up, gives the exchange up: NCCL then stops what runs on the device, so that nothing that is dropped later waits for it. A call whose
-//! connections are made when they are first used may wait inside NCCL; what keeps time for that must be another thread, which ends the process.
+//! connections are made when they are first used may wait inside NCCL; another thread keeps time for that, and ends the process (`train/exchange/gpus.rs`).
 
 use super::super::gpu::Gpu;
 use super::super::launch::Operand;

@@ -14,9 +14,12 @@ use crate::param::{ParamId, Params};
 use crate::tensor::{Device, Dtype, Flat, Tensor};
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 pub struct Gpus {
+    watch: Watch,
     nccl: Nccl,
     gpu: Gpu,
     wire: Wire,
@@ -71,7 +74,8 @@ impl Gpus {
         let id = <[u8; 128]>::try_from(ranks.broadcast("the id of NCCL's group", id)?);
         let id = id.map_err(|id| Error::new(format!("the id of NCCL's group came as {} bytes", id.len())))?;
         let nccl = Nccl::join(gpu, &id, ranks.rank(), ranks.world(), options.patience, &mut || ranks.look())?;
-        Ok(Self { nccl, gpu: gpu.clone(), wire: options.wire, patience: options.patience, rounded: BTreeMap::new() })
+        let watch = Watch::start(ranks.clone(), options.patience);
+        Ok(Self { watch, nccl, gpu: gpu.clone(), wire: options.wire, patience: options.patience, rounded: BTreeMap::new() })
     }
 
     /// Every rank gets the values that rank 0 has.
@@ -79,7 +83,7 @@ impl Gpus {
         let mut values = params.flat_values()?;
         let len = values.len;
         self.nccl.fork()?;
-        self.nccl.broadcast(Numbers::of(&mut values, Dtype::F32, len), 0)?;
+        self.watch.over(|| self.nccl.broadcast(Numbers::of(&mut values, Dtype::F32, len), 0))?;
         self.nccl.join_back()?;
         params.refresh()
     }
@@ -107,10 +111,10 @@ impl Gpus {
     }
 
     fn sum(&self, numbers: Numbers, parts: Option<&[Range<usize>]>) -> Result<()> {
-        match parts {
+        self.watch.over(|| match parts {
             Some(parts) => self.nccl.reduce_scatter(numbers, parts),
             None => self.nccl.all_reduce(numbers),
-        }
+        })
     }
 
     /// What the device is given from here on comes behind the sums.
@@ -135,14 +139,68 @@ impl Gpus {
         let mut values = params.flat_values()?;
         let len = values.len;
         self.nccl.fork()?;
-        self.nccl.all_gather(Numbers::of(&mut values, Dtype::F32, len), &dealt(starts.into_iter(), len, world))?;
+        let parts = dealt(starts.into_iter(), len, world);
+        self.watch.over(|| self.nccl.all_gather(Numbers::of(&mut values, Dtype::F32, len), &parts))?;
         self.nccl.join_back()?;
         params.refresh()
+    }
+
+    /// Stops what is under way and refuses everything from now on.
+    pub fn give_up(&self, why: &str) {
+        self.nccl.give_up(why);
     }
 
     /// Waits for what is under way, with an eye on the other ranks.
     pub fn settle(&self, ranks: &Ranks) -> Result<()> {
         self.nccl.settle(self.patience, &mut || ranks.look())
+    }
+}
+
+/// Looks after calls into NCCL, which makes connections inside the first call of a kind and may wait there for a rank that is gone. Nothing but the end of the
+/// process helps then.
+struct Watch {
+    /// When the call that goes on began.
+    inside: Arc<Mutex<Option<Instant>>>,
+    over: Arc<AtomicBool>,
+}
+
+/// Between two looks, and how long a call may take that another rank's failure should have ended.
+const BETWEEN: Duration = Duration::from_millis(200);
+const LEFT: Duration = Duration::from_secs(5);
+
+impl Watch {
+    fn start(ranks: Ranks, patience: Duration) -> Self {
+        let watch = Self { inside: Arc::default(), over: Arc::default() };
+        let (inside, over) = (watch.inside.clone(), watch.over.clone());
+        std::thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                std::thread::sleep(BETWEEN);
+                let since = *inside.lock().unwrap_or_else(PoisonError::into_inner);
+                let Some(waited) = since.map(|since| since.elapsed()).filter(|waited| *waited > LEFT) else { continue };
+                let why = match ranks.look() {
+                    Err(error) => error.chain(),
+                    Ok(()) if waited < patience => continue,
+                    Ok(()) => format!("rank {} waited {:.0} s inside NCCL for the others", ranks.rank(), waited.as_secs_f64()),
+                };
+                eprintln!("masque: {why}");
+                std::process::exit(1);
+            }
+        });
+        watch
+    }
+
+    fn over<R>(&self, call: impl FnOnce() -> R) -> R {
+        let set = |since: Option<Instant>| *self.inside.lock().unwrap_or_else(PoisonError::into_inner) = since;
+        set(Some(Instant::now()));
+        let done = call();
+        set(None);
+        done
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
     }
 }
 

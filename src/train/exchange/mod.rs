@@ -72,7 +72,7 @@ struct Bucket {
 pub struct Exchange {
     ranks: Ranks,
     options: ExchangeOptions,
-    /// From the last parameter to the first; made at the first update.
+    /// From the last parameter to the first.
     buckets: Vec<Bucket>,
     bucket_of: HashMap<ParamId, usize>,
     /// Of each trained parameter, if the optimiser is sharded.
@@ -100,6 +100,7 @@ impl Exchange {
         let (bucket_of, owners) = (HashMap::new(), HashMap::new());
         let mut own = Self { ranks, options, buckets: Vec::new(), bucket_of, owners, updates: 0, sent: 0, road };
         own.deal_out(params)?;
+        own.begin(params)?;
         Ok(own)
     }
 
@@ -138,6 +139,11 @@ impl Exchange {
         if self.options.shard {
             self.owners = deal(&trained.iter().map(|&id| (id, params.value(id).numel())).collect::<Vec<_>>(), self.ranks.world());
         }
+        Ok(())
+    }
+
+    /// Gives every rank the values of rank 0.
+    fn begin(&self, params: &mut Params) -> Result<()> {
         if let Road::Gpus(gpus) = &self.road {
             gpus.values_of_first(params)?;
             return self.settle();
@@ -298,7 +304,9 @@ impl Exchange {
             return Ok(());
         }
         if let Road::Gpus(gpus) = &self.road {
-            return gpus.share_values(params, &self.owners, self.ranks.world());
+            gpus.share_values(params, &self.owners, self.ranks.world())?;
+            // Whatever asks the device next, the checkpoint or the evaluation, would wait for the others unwatched.
+            return self.settle();
         }
         let trained: Vec<ParamId> = params.trained().collect();
         let mut values = packed(trained.iter().map(|&id| params.value(id)))?;
@@ -316,21 +324,30 @@ impl Exchange {
         Ok(())
     }
 
-    /// Compares the parameters of all ranks; one that has others is named.
-    pub fn check(&self, params: &Params, update: u64) -> Result<()> {
-        let mut sum = 0;
-        for id in params.ids().filter(|&id| params.role(id) != Role::Buffer) {
-            sum = extend_crc32c(sum, params.value(id).on(&Device::Cpu)?.bytes());
+    /// Gives up what is exchanged between GPUs, for a rank that fails: nothing that it drops waits for the others.
+    pub fn give_up(&self, why: &str) {
+        if let Road::Gpus(gpus) = &self.road {
+            gpus.give_up(why);
         }
-        let sums = self.ranks.gather_numbers("the checksum of the parameters", [f64::from(sum)])?;
-        let sums: Vec<u32> = sums.into_iter().map(|[sum]| sum as u32).collect();
-        let Some((rank, theirs, first)) = odd_one(&sums) else { return Ok(()) };
-        Err(Error::new(format!(
-            "after update {update} the parameters of rank {rank} are not those of the others (checksum {:08x} and not {:08x}); --resume auto goes on from the last checkpoint; \
-             look for a failing device or another build of the program on that rank",
-            theirs, first
-        )))
     }
+}
+
+/// Compares the parameters of all ranks, `when` it is asked; one that has others is named.
+pub fn compare(ranks: &Ranks, params: &Params, when: &str) -> Result<()> {
+    if ranks.is_alone() {
+        return Ok(());
+    }
+    let mut sum = 0;
+    for id in params.ids().filter(|&id| params.role(id) != Role::Buffer) {
+        sum = extend_crc32c(sum, params.value(id).on(&Device::Cpu)?.bytes());
+    }
+    let sums = ranks.gather_numbers("the checksum of the parameters", [f64::from(sum)])?;
+    let sums: Vec<u32> = sums.into_iter().map(|[sum]| sum as u32).collect();
+    let Some((rank, theirs, most)) = odd_one(&sums) else { return Ok(()) };
+    Err(Error::new(format!(
+        "{when} the parameters of rank {rank} are not those of the others (checksum {theirs:08x} and not {most:08x}); look for another checkpoint, a failing device or \
+         another build of the program there; a run goes on from its last checkpoint with --resume auto"
+    )))
 }
 
 /// The first rank that has not what most have (or rank 0, where there is no most), with its sum and theirs.
@@ -366,7 +383,8 @@ fn unpacked(bytes: &[u8], params: &mut Params, ids: &[ParamId], what: &str) -> R
     let mut rest = bytes;
     for &id in ids {
         let own = params.value(id);
-        let (mine, others) = rest.split_at_checked(4 * own.numel()).with_what(what)?;
+        let mine_and_others = rest.split_at_checked(4 * own.numel());
+        let (mine, others) = mine_and_others.ok_or_else(|| Error::new(format!("{what}: rank 0 has a smaller model than this rank")))?;
         rest = others;
         let numbers: Vec<f32> = mine.as_chunks::<4>().0.iter().map(|bytes| f32::from_ne_bytes(*bytes)).collect();
         let value = Tensor::from_slice(own.shape(), &numbers)?;
@@ -374,16 +392,6 @@ fn unpacked(bytes: &[u8], params: &mut Params, ids: &[ParamId], what: &str) -> R
     }
     ensure!(rest.is_empty(), "{what}: rank 0 has a larger model than this rank");
     Ok(())
-}
-
-trait WithWhat<T> {
-    fn with_what(self, what: &str) -> Result<T>;
-}
-
-impl<T> WithWhat<T> for Option<T> {
-    fn with_what(self, what: &str) -> Result<T> {
-        self.ok_or_else(|| Error::new(format!("{what}: rank 0 has a smaller model than this rank")))
-    }
 }
 
 #[cfg(test)]
