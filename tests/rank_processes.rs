@@ -292,10 +292,13 @@ fn ranks_that_do_not_fit_together_end_with_a_sentence_each() {
     let ranks = [40u8, 44].into_iter().enumerate().map(|(own, images)| {
         let here = base.join(format!("machine-{own}"));
         std::fs::create_dir_all(here.join("images")).unwrap();
-        for (name, images) in [("data_batch_1.bin", images), ("test_batch.bin", 8)] {
+        let [b, c, d, e] = [2, 3, 4, 5].map(|number| (format!("data_batch_{number}.bin"), 8));
+        for (name, images) in [("data_batch_1.bin".to_string(), images - 32), b, c, d, e, ("test_batch.bin".to_string(), 8)] {
             let rows = (0..images).flat_map(|row| (0..3073u32).map(move |at| if at == 0 { row % 10 } else { (at % 251) as u8 ^ row }));
             std::fs::write(here.join("images").join(name), rows.collect::<Vec<u8>>()).unwrap();
         }
+        let names: String = (0..10).map(|class| format!("class {class}\n")).collect();
+        std::fs::write(here.join("images/batches.meta.txt"), names).unwrap();
         let command = "pretrain mae --model glyph_t --input-size 48 --data-path images --batch-size 4 --epochs 1 --num-workers 0";
         (command, own, here)
     });

@@ -362,7 +362,10 @@ fn a_rank_that_fails_ends_or_hangs_is_named_by_the_others() {
         assert!(started.elapsed() < Duration::from_secs(10));
         said
     });
-    assert_eq!(said, ["rank 0 has not come to the end for 2 s"; 3]);
+    assert!(
+        said.iter().all(|said| said.starts_with("rank 0 has not come to the end for 2 s; ") && said.contains("--rank-timeout")),
+        "{said:?}"
+    );
 }
 
 #[test]

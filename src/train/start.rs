@@ -148,7 +148,8 @@ fn same_everywhere(ranks: &Ranks, settings: &Map<String, Value>, data: &Map<Stri
         |rank: usize| serde_json::from_slice::<[Map<String, Value>; 2]>(&all[rank]).with_context(|| format!("the settings of rank {rank}"));
     let ([settings, data], [others, seen]) = (read(0)?, read(rank)?);
     let shown = |value: Option<&Value>| {
-        value.map_or("not given".to_string(), |value| value.as_str().map_or_else(|| value.to_string(), String::from))
+        let given = value.filter(|value| !value.is_null());
+        given.map_or("not given".to_string(), |value| value.as_str().map_or_else(|| value.to_string(), String::from))
     };
     let differs = |here: &Map<String, Value>, there: &Map<String, Value>| {
         let names = here.keys().chain(there.keys());
