@@ -123,6 +123,8 @@ enum Measure {
     Kernels(kernels::KernelsArgs),
     /// What masking saves: steps of the five systems that see more or less of each image, beside what arithmetic promises
     Masking(Box<measure::masking::MaskingArgs>),
+    /// What many ranks would cost, from a step measured here and the rates that join them; on CPU ranks beside what is measured
+    Scaling(Box<measure::scaling::ScalingArgs>),
     /// Images a core decodes, cuts, augments and normalises, from JPEG files
     Loading {
         #[command(flatten)]
@@ -375,6 +377,7 @@ fn execute(command: Command, ranks: Option<&Ranks>) -> Result<ExitCode> {
         }
         Command::Measure(Measure::Kernels(args)) => kernels::run(&args, &mut |line| say(line))?,
         Command::Measure(Measure::Masking(args)) => measure::masking::run(&args, &mut |line| say(line))?,
+        Command::Measure(Measure::Scaling(args)) => measure::scaling::run(&args, &mut |line| say(line))?,
         Command::Measure(Measure::Loading { loading: args, json }) => {
             loading::run(&args, |row| say(&if json { row.json().to_string() } else { row.text() }))?;
         }
