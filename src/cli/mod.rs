@@ -260,6 +260,7 @@ fn command() -> clap::Command {
                     named(defaults(defaults(c, images), &[("model", "convmae_convvit_base_patch16"), ("save_freq", "40")]))
                 })
         })
+        .mut_subcommand("measure", |c| c.mut_subcommand("scaling", |c| defaults(c, &[("batch", "8")])))
         .mut_subcommand("finetune", |c| {
             named(defaults(c, &[("epochs", "50"), ("warmup_epochs", "5"), ("min_lr", "1e-6"), ("save_freq", "1")]))
         })

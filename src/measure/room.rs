@@ -67,7 +67,11 @@ impl SubjectArgs {
             )));
         }
         if self.classes != 1000 && self.method != System::MaskedKd {
-            return Err(Error::usage(format!("--classes {} is for --method maskedkd, not {}; leave it out", self.classes, self.method.name())));
+            return Err(Error::usage(format!(
+                "--classes {} is for --method maskedkd, not {}; leave it out",
+                self.classes,
+                self.method.name()
+            )));
         }
         Ok(())
     }

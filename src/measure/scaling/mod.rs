@@ -16,8 +16,8 @@ pub mod together;
 
 use super::page::{machine, try_folder};
 use super::subject::{Point, SubjectArgs};
-use crate::device::ranks::Wire;
 use crate::device::Named;
+use crate::device::ranks::Wire;
 use crate::error::{Context, Error, Result};
 use crate::formats;
 use alone::Profile;
@@ -91,7 +91,8 @@ impl std::str::FromStr for Numbers {
         if text == "none" {
             return Ok(Self(Vec::new()));
         }
-        let number = |part: &str| part.parse().map_err(|_| Error::usage(format!("{part:?} is no number of ranks; numbers as in 1,2, or none")));
+        let number =
+            |part: &str| part.parse().map_err(|_| Error::usage(format!("{part:?} is no number of ranks; numbers as in 1,2, or none")));
         text.split(',').map(number).collect::<Result<_>>().map(Self)
     }
 }
@@ -162,9 +163,11 @@ impl ScalingArgs {
 
     fn check(&self) -> Result<()> {
         let usage = |text: String| Err(Error::usage(text));
-        for (flag, value, least, most) in
-            [("--steps", self.steps, 1, 1_000_000), ("--warmup", self.warmup, 0, 1_000_000), ("--gpus-per-node", self.gpus_per_node, 1, 1024)]
-        {
+        for (flag, value, least, most) in [
+            ("--steps", self.steps, 1, 1_000_000),
+            ("--warmup", self.warmup, 0, 1_000_000),
+            ("--gpus-per-node", self.gpus_per_node, 1, 1024),
+        ] {
             if !(least..=most).contains(&value) {
                 return usage(format!("{flag} {value} is not from {least} to {most}"));
             }
@@ -184,7 +187,9 @@ impl ScalingArgs {
             let each = |ms: &f64| ms.is_finite() && (0.0..=1e9).contains(ms);
             if times.len() != 3 || !times.iter().all(each) || times.iter().sum::<f64>() <= 0.0 {
                 let typed = times.iter().map(f64::to_string).collect::<Vec<_>>().join(",");
-                return usage(format!("--step-ms {typed}: three times in milliseconds are wanted, forward, backward and update, as in 40,80,5"));
+                return usage(format!(
+                    "--step-ms {typed}: three times in milliseconds are wanted, forward, backward and update, as in 40,80,5"
+                ));
             }
         }
         let measured = self.measured_ranks();
@@ -198,17 +203,23 @@ impl ScalingArgs {
         }
         let per_node = self.gpus_per_node;
         if let Some(ranks) = self.ranks.iter().find(|&&ranks| ranks > per_node && ranks % per_node != 0) {
-            return usage(format!("--ranks {ranks}: machines of {per_node} GPUs are not filled by them; take a multiple, or another --gpus-per-node"));
+            return usage(format!(
+                "--ranks {ranks}: machines of {per_node} GPUs are not filled by them; take a multiple, or another --gpus-per-node"
+            ));
         }
         if let (Some(ranks), false) = (measured.first(), self.subject.device == Named::Cpu) {
-            return usage(format!("--measure-ranks {ranks}: ranks are measured on the CPU alone, not on {}; leave it out", self.subject.device));
+            return usage(format!(
+                "--measure-ranks {ranks}: ranks are measured on the CPU alone, not on {}; leave it out",
+                self.subject.device
+            ));
         }
         self.subject.check_read()?;
         self.subject.check(&self.point)?;
         self.subject.check_point(&self.point)?;
         self.looked_at().fits(&self.point)?;
         let most = measured.iter().copied().max().unwrap_or(0);
-        let (needed, there) = (self.subject.least_bytes(&self.point)?.saturating_mul(MODELS * most as u128), crate::device::memory::of_the_machine());
+        let (needed, there) =
+            (self.subject.least_bytes(&self.point)?.saturating_mul(MODELS * most as u128), crate::device::memory::of_the_machine());
         if needed > u128::from(there) {
             return usage(format!(
                 "--measure-ranks {most}: {MODELS} models a rank need at least {} GB of memory but the machine has {}; take fewer ranks, or none",
@@ -284,4 +295,3 @@ fn write(folder: &Path, scaling: &Scaling) -> Result<()> {
     text("scaling.json", format!("{:#}\n", Value::Object(whole)))?;
     scaling.page(facts).write(&folder.join("scaling.html"))
 }
-

@@ -44,7 +44,14 @@ impl Scaling {
         let s = &self.args.subject;
         let teacher = s.teacher().ok().flatten().map(|teacher| format!(" beside {teacher}")).unwrap_or_default();
         let decoder = if s.decodes() { format!(", decoder {} x {}", s.decoder_dim, s.decoder_depth) } else { String::new() };
-        format!("{}: {}{teacher}, images {} x {}{decoder}, batch {} a rank", s.method.name(), s.model(), s.image_size, s.image_size, s.batch)
+        format!(
+            "{}: {}{teacher}, images {} x {}{decoder}, batch {} a rank",
+            s.method.name(),
+            s.model(),
+            s.image_size,
+            s.image_size,
+            s.batch
+        )
     }
 
     fn numbers(&self) -> usize {
@@ -88,7 +95,8 @@ impl Scaling {
         let a = &self.args;
         format!(
             "Taken as given: machines of {} GPUs, {} GB/s of a GPU inside, {} GB/s of a GPU between them, {} us for each step round a ring. Not run on many GPUs: the rows for \
-             many ranks are computed by the formulas of docs/many-gpus-scaling.md. ZeRO-1 sends values in f32 whatever the gradients are sent in.",
+             many ranks are computed by the formulas of docs/many-gpus-scaling.md. ZeRO-1 sends values in f32 whatever the gradients are sent in, and its optimiser's memory is that \
+             of the rank that has most: parameters are dealt out whole.",
             a.gpus_per_node, a.link_gbs, a.network_gbs, a.latency_us
         )
     }
@@ -110,7 +118,18 @@ impl Scaling {
     }
 
     fn model_table(&self, wire: Wire) -> Table {
-        let head = ["ranks", "form", "exchange ms", "exposed ms", "step ms", "efficiency", "images/s", "values MB", "gradients MB", "optimiser MB"];
+        let head = [
+            "ranks",
+            "form",
+            "exchange ms",
+            "exposed ms",
+            "step ms",
+            "efficiency",
+            "images/s",
+            "values MB",
+            "gradients MB",
+            "optimiser MB",
+        ];
         let row = |row: &Row| {
             let Cost { exchange, exposed, step } = row.cost;
             let mut cells = vec![row.ranks.to_string(), row.form.name().to_string(), ms(exchange), ms(exposed), ms(step)];
@@ -122,18 +141,31 @@ impl Scaling {
     }
 
     fn calls_table(&self) -> Table {
-        let head = ["ranks", "all-reduce us", "GB/s", "reduce-scatter us", "GB/s", "all-gather us", "GB/s", "largest error %"];
+        let head = [
+            "ranks",
+            "all-reduce us",
+            "GB/s",
+            "reduce-scatter us",
+            "GB/s",
+            "all-gather us",
+            "GB/s",
+            "copies us",
+            "GB/s",
+            "largest error %",
+        ];
         let row = |t: &Together| {
             let mut cells = vec![t.ranks.to_string()];
-            cells.extend(t.fits.0.iter().flat_map(|fit| [format!("{:.0}", 1e3 * fit.start), rate(fit)]));
-            cells.push(format!("{:.0}", 100.0 * t.fits.0.iter().map(|fit| fit.error).fold(0.0, f64::max)));
+            let fits = || t.fits.0.iter().chain([&t.copies]);
+            cells.extend(fits().flat_map(|fit| [format!("{:.0}", 1e3 * fit.start), rate(fit)]));
+            cells.push(format!("{:.0}", 100.0 * fits().map(|fit| fit.error).fold(0.0, f64::max)));
             cells
         };
         Table { head: texts(head), rows: self.together.iter().map(row).collect() }
     }
 
     fn measured_table(&self) -> Table {
-        let head = ["ranks", "form", "predicted", "all busy", "measured", "least..most", "ratio", "least..most", "exposed: predicted", "measured"];
+        let head =
+            ["ranks", "form", "predicted", "all busy", "measured", "least..most", "ratio", "least..most", "exposed: predicted", "measured"];
         let mut rows = Vec::new();
         for t in &self.together {
             for (name, times) in [("one alone", &t.alone), ("no exchange", &t.busy)] {
@@ -163,7 +195,7 @@ impl Scaling {
                 self.args.wire.unwrap_or_default(),
                 self.together.first().map_or(0, |t| t.alone.runs)
             ),
-            "Predicted from a step that one rank takes while the others wait, and from steps of all at once (all busy); ratio is measured over the second. Each sum is made by \
+            "Predicted from a step that one rank takes while the others wait, and from steps of all at once (all busy); ratio is measured over the second. The copies of gradients out and back, which a rank makes itself, count as exposed. Each sum is made by \
              the last rank to come, on the cores that compute: what the formulas hide behind the backward pass takes its time from it where no core is idle."
                 .to_string(),
         ];
@@ -217,13 +249,11 @@ impl Scaling {
             }
             fields
         };
-        let computed = self.rows.iter().map(|row| {
-            fields("computed", row.form, row.ranks, row.cost, &Either { computed: Some(row), measured: None })
-        });
+        let computed =
+            self.rows.iter().map(|row| fields("computed", row.form, row.ranks, row.cost, &Either { computed: Some(row), measured: None }));
         let measured = self.together.iter().flat_map(|t| t.rows.iter().map(move |row| (t, row)));
-        let measured = measured.map(|(t, row)| {
-            fields("measured", row.form, t.ranks, row.predicted[1], &Either { computed: None, measured: Some(row) })
-        });
+        let measured = measured
+            .map(|(t, row)| fields("measured", row.form, t.ranks, row.predicted[1], &Either { computed: None, measured: Some(row) }));
         computed.chain(measured).collect()
     }
 
@@ -238,7 +268,7 @@ impl Scaling {
         let together = |t: &Together| {
             json!({
                 "ranks": t.ranks, "threads": t.threads, "bytes": t.bytes, "buckets": t.buckets, "alone": times(&t.alone), "busy": times(&t.busy),
-                "all_reduce": fit(&t.fits.0[0]), "reduce_scatter": fit(&t.fits.0[1]), "all_gather": fit(&t.fits.0[2]),
+                "all_reduce": fit(&t.fits.0[0]), "reduce_scatter": fit(&t.fits.0[1]), "all_gather": fit(&t.fits.0[2]), "copies": fit(&t.copies),
             })
         };
         json!({
@@ -274,7 +304,10 @@ impl Scaling {
                 title: format!("Efficiency, gradients in {wire}"),
                 unit: String::new(),
                 names: Form::all(wire).map(|form| form.name().to_string()).to_vec(),
-                rows: counts.iter().map(|&count| (ranks(count), of(count).map(|row| Some([row.efficiency; 3])).take(4).collect())).collect(),
+                rows: counts
+                    .iter()
+                    .map(|&count| (ranks(count), of(count).map(|row| Some([row.efficiency; 3])).take(4).collect()))
+                    .collect(),
                 mark: Some(1.0),
             };
             let parts = |row: &&&Row| {
@@ -298,9 +331,8 @@ impl Scaling {
             let spread = |times: &Times| Some([times.median, times.min, times.max]);
             let rows = |t: &Together| {
                 let name = format!("{}, ", ranks(t.ranks));
-                let row = |row: &together::Row| {
-                    (name.clone() + row.form.name(), vec![Some([row.predicted[1].step; 3]), spread(&row.measured)])
-                };
+                let row =
+                    |row: &together::Row| (name.clone() + row.form.name(), vec![Some([row.predicted[1].step; 3]), spread(&row.measured)]);
                 t.rows.iter().map(row).collect::<Vec<_>>()
             };
             let figure = Grouped {

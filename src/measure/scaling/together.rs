@@ -1,10 +1,12 @@
 //! Ranks that are threads of this program, each with its share of the cores: what their exchange costs, predicted and measured.
 //!
-//! First the collective by itself, at four sizes up to that of all gradients, which gives the two numbers of a [`Fit`] for each of its calls. Then steps in
+//! First the collective by itself, at four sizes from a quarter of a bucket to all gradients, which gives the two numbers of a [`Fit`] for each of its calls, and for
+//! copying numbers out and back, which a rank does before and after a call. Then steps in
 //! turns, in reverse order every other round: one rank computing alone, all at once without an exchange, and with one in each form. A time of several ranks is that
 //! of the slowest.
 //!
-//! The prediction is [`cost`] over the fitted calls, from the parts of a step alone and of one taken while the others are busy. It takes the exchange to hide behind
+//! The prediction is [`cost`] over the fitted calls, and the copies of all gradients (half as much again where values are gathered too) and one call without
+//! numbers, for the losses, on top; from the parts of a step alone and of one taken while the others are busy. It takes the exchange to hide behind
 //! the backward pass; where every core computes, summing takes its time from computing, and less is hidden than that.
 
 use super::alone::{Alone, LEARNING_RATE, Taken, medians, numbers, share};
@@ -21,6 +23,7 @@ use crate::rng::Rng;
 use crate::train::exchange::{ExchangeOptions, Way};
 use crate::train::step::{Step, StepOptions};
 use std::collections::BTreeSet;
+use std::hint::black_box;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -52,6 +55,8 @@ pub struct Together {
     pub threads: usize,
     /// All-reduce, reduce-scatter, all-gather.
     pub fits: Fits,
+    /// Numbers that are copied out of where they lie, and back.
+    pub copies: Fit,
     /// Bytes of all gradients as they are sent, and in how many buckets.
     pub bytes: usize,
     pub buckets: usize,
@@ -135,10 +140,11 @@ impl Rank {
     }
 
     /// The calls of an exchange by themselves.
-    fn fits(&self, numbers: usize) -> Result<Fits> {
+    fn fits(&self, numbers: usize) -> Result<(Fits, Fit)> {
         let (world, wire) = (self.ranks.world(), self.plan.wire);
-        let sizes: BTreeSet<usize> = [64, 16, 4, 1].map(|part| (numbers / part).max(world)).into();
-        let mut points: [Vec<(f64, f64)>; 3] = Default::default();
+        let bucket = (self.plan.bucket / Wire::F32.bytes()).min(numbers);
+        let sizes: BTreeSet<usize> = [bucket / 4, bucket, bucket.midpoint(numbers), numbers].map(|size| size.max(world)).into();
+        let mut points: [Vec<(f64, f64)>; 4] = Default::default();
         for size in sizes {
             let parts: Vec<Range<usize>> = (0..world).map(|rank| size * rank / world..size * (rank + 1) / world).collect();
             let mut data = vec![1.0; size];
@@ -149,16 +155,22 @@ impl Rank {
                     let (ms, done) = timed(|| match call {
                         0 => self.ranks.sum("numbers", &mut data, wire),
                         1 => self.ranks.sum_parts("numbers", &mut data, &parts, wire),
-                        _ => self.ranks.share_parts("numbers", &mut data, &parts),
+                        2 => self.ranks.share_parts("numbers", &mut data, &parts),
+                        _ => {
+                            let out = black_box(data.to_vec());
+                            data.copy_from_slice(&out);
+                            Ok(())
+                        }
                     });
                     done?;
                     times.push(self.slowest(ms)?);
                 }
-                let bytes = size * if call == 2 { Wire::F32.bytes() } else { wire.bytes() };
+                let bytes = size * if call < 2 { wire.bytes() } else { Wire::F32.bytes() };
                 points.push((bytes as f64, Times::of(times.split_off(1)).median));
             }
         }
-        Ok(Fits(points.each_ref().map(|points| Fit::of(points))))
+        let [sum, parts, share, copies] = points.each_ref().map(|points| Fit::of(points));
+        Ok((Fits([sum, parts, share]), copies))
     }
 
     /// A step without an exchange, of one rank or of all.
@@ -213,7 +225,7 @@ impl Rank {
     fn measure(mut self) -> Result<Option<Together>> {
         let (buckets, sizes) = (self.alone.buckets(self.plan.bucket)?, self.alone.sizes());
         let all: usize = sizes.iter().map(|(_, size)| size).sum();
-        let fits = self.fits(all)?;
+        let (fits, copies) = self.fits(all)?;
         let mut rounds = Vec::new();
         for round in 0..self.plan.warmup + self.plan.rounds {
             let taken = self.round(round % 2 == 1, &buckets)?;
@@ -226,11 +238,16 @@ impl Rank {
         }
         let times = |f: &dyn Fn(&Round) -> f64| Times::of(rounds.iter().map(f).collect());
         let sizes_of = numbers(&buckets, &sizes);
-        let works = [medians(rounds.iter().map(|round| &round.alone), &sizes_of), medians(rounds.iter().map(|round| &round.busy), &sizes_of)];
+        let works =
+            [medians(rounds.iter().map(|round| &round.alone), &sizes_of), medians(rounds.iter().map(|round| &round.busy), &sizes_of)];
         let share = share(&sizes, self.ranks.world());
         let row = |(at, &which): (usize, &(bool, bool))| {
             let form = Form { overlap: which.0, sharded: which.1, wire: self.plan.wire };
-            let predicted = works.each_ref().map(|work| cost(&as_sent(work, form), &fits, form, share));
+            let more = copies.at((all * Wire::F32.bytes()) as f64) * if form.sharded { 1.5 } else { 1.0 } + fits.0[0].start;
+            let predicted = works.each_ref().map(|work| {
+                let Cost { exchange, exposed, step } = cost(&as_sent(work, form), &fits, form, share);
+                Cost { exchange: exchange + more, exposed: exposed + more, step: step + more }
+            });
             Row {
                 form,
                 predicted,
@@ -243,6 +260,7 @@ impl Rank {
             ranks: self.ranks.world(),
             threads: self.threads,
             fits,
+            copies,
             bytes: all * self.plan.wire.bytes(),
             buckets: buckets.len(),
             alone: times(&|round| round.alone.step()),
