@@ -123,6 +123,8 @@ enum Measure {
     Kernels(kernels::KernelsArgs),
     /// What masking saves: steps of the five systems that see more or less of each image, beside what arithmetic promises
     Masking(Box<measure::masking::MaskingArgs>),
+    /// What many ranks would cost, from a step measured here and the rates that join them; on CPU ranks beside what is measured
+    Scaling(Box<measure::scaling::ScalingArgs>),
     /// Images a core decodes, cuts, augments and normalises, from JPEG files
     Loading {
         #[command(flatten)]
@@ -258,6 +260,7 @@ fn command() -> clap::Command {
                     named(defaults(defaults(c, images), &[("model", "convmae_convvit_base_patch16"), ("save_freq", "40")]))
                 })
         })
+        .mut_subcommand("measure", |c| c.mut_subcommand("scaling", |c| defaults(c, &[("batch", "8")])))
         .mut_subcommand("finetune", |c| {
             named(defaults(c, &[("epochs", "50"), ("warmup_epochs", "5"), ("min_lr", "1e-6"), ("save_freq", "1")]))
         })
@@ -375,6 +378,7 @@ fn execute(command: Command, ranks: Option<&Ranks>) -> Result<ExitCode> {
         }
         Command::Measure(Measure::Kernels(args)) => kernels::run(&args, &mut |line| say(line))?,
         Command::Measure(Measure::Masking(args)) => measure::masking::run(&args, &mut |line| say(line))?,
+        Command::Measure(Measure::Scaling(args)) => measure::scaling::run(&args, &mut |line| say(line))?,
         Command::Measure(Measure::Loading { loading: args, json }) => {
             loading::run(&args, |row| say(&if json { row.json().to_string() } else { row.text() }))?;
         }

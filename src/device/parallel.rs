@@ -23,7 +23,12 @@ pub fn check(threads: usize) -> Result<()> {
 
 /// Runs `f` with one thread for its parallel loops: what one core can do.
 pub fn alone<R: Send>(f: impl FnOnce() -> R + Send) -> Result<R> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).stack_size(STACK).build();
+    on_threads(1, f)
+}
+
+/// Runs `f` with so many threads of its own for its parallel loops, beside those of the program.
+pub fn on_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> Result<R> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).stack_size(STACK).build();
     Ok(pool.context("starting a thread")?.install(f))
 }
 

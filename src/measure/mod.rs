@@ -9,6 +9,7 @@ pub mod ops;
 pub mod page;
 pub mod parity;
 pub mod room;
+pub mod scaling;
 pub mod stages;
 pub mod step;
 pub mod subject;

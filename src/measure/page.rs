@@ -9,6 +9,7 @@ use crate::error::{Context, Error, Result};
 use crate::formats;
 use crate::train::record::command_line;
 use crate::train::report::escaped;
+use serde_json::{Map, Value};
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::Path;
@@ -40,6 +41,19 @@ impl Table {
         };
         lines().map(line).collect()
     }
+}
+
+/// One row a line under the names of the first one's fields, which all have.
+pub fn csv(rows: &[Map<String, Value>]) -> String {
+    let cell = |value: &Value| match value {
+        Value::Null => String::new(),
+        Value::String(text) if text.contains([',', '"', '\n']) => format!("\"{}\"", text.replace('"', "\"\"")),
+        Value::String(text) => text.clone(),
+        value => value.to_string(),
+    };
+    let head = rows.first().map(|row| row.keys().cloned().collect::<Vec<_>>().join(",")).unwrap_or_default();
+    let lines = rows.iter().map(|row| row.values().map(cell).collect::<Vec<_>>().join(","));
+    std::iter::once(head).chain(lines).map(|line| line + "\n").collect()
 }
 
 /// The command as it was typed, fit to be typed again.

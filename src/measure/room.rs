@@ -57,6 +57,25 @@ impl SubjectArgs {
         }
     }
 
+    /// Refuses flags that say nothing of this method.
+    pub fn check_read(&self) -> Result<()> {
+        let decoder = (self.decoder_dim, self.decoder_depth, self.decoder_heads) != (512, 8, 16);
+        if decoder && !self.decodes() {
+            let of = if self.method == System::Dmjd { "dmjd with --baseline maskfeat" } else { self.method.name() };
+            return Err(Error::usage(format!(
+                "--decoder-dim, --decoder-depth and --decoder-heads are for --method mae, dmae or dmjd; {of} has no decoder; leave them out"
+            )));
+        }
+        if self.classes != 1000 && self.method != System::MaskedKd {
+            return Err(Error::usage(format!(
+                "--classes {} is for --method maskedkd, not {}; leave it out",
+                self.classes,
+                self.method.name()
+            )));
+        }
+        Ok(())
+    }
+
     /// Refuses a point that cannot be meant of these networks.
     pub fn check_point(&self, point: &Point) -> Result<()> {
         let usage = |text: String| Err(Error::usage(text));

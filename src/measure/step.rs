@@ -90,15 +90,8 @@ fn check(args: &StepArgs) -> Result<()> {
         }
     }
     let s = &args.subject;
-    let decoder = (s.decoder_dim, s.decoder_depth, s.decoder_heads) != (512, 8, 16);
-    if decoder && !s.decodes() && !args.all {
-        let of = if s.method == System::Dmjd { "dmjd with --baseline maskfeat" } else { s.method.name() };
-        return Err(Error::usage(format!(
-            "--decoder-dim, --decoder-depth and --decoder-heads are for --method mae, dmae or dmjd; {of} has no decoder; leave them out"
-        )));
-    }
-    if s.classes != 1000 && s.method != System::MaskedKd && !args.all {
-        return Err(Error::usage(format!("--classes {} is for --method maskedkd, not {}; leave it out", s.classes, s.method.name())));
+    if !args.all {
+        s.check_read()?;
     }
     s.check(&args.point)?;
     s.check_point(&args.point)?;

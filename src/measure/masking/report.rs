@@ -4,7 +4,7 @@ use super::sweep::{PARTS, Row, Saving, Swept};
 use crate::device::{Named, parallel};
 use crate::measure::Times;
 use crate::measure::figure::{Grouped, Stacked};
-use crate::measure::page::{Page, Table};
+use crate::measure::page::{self, Page, Table};
 use crate::measure::subject::System;
 use crate::train::chart::short;
 use serde_json::{Map, Value, json};
@@ -266,16 +266,8 @@ impl Swept {
     }
 }
 
-/// All rows of all systems, one a line under the names of the first one's fields, which all have.
+/// All rows of all systems.
 pub fn csv(all: &[Swept]) -> String {
-    let cell = |value: &Value| match value {
-        Value::Null => String::new(),
-        Value::String(text) if text.contains([',', '"', '\n']) => format!("\"{}\"", text.replace('"', "\"\"")),
-        Value::String(text) => text.clone(),
-        value => value.to_string(),
-    };
     let rows: Vec<Map<String, Value>> = all.iter().flat_map(|swept| swept.rows.iter().map(|row| swept.fields(row))).collect();
-    let head = rows.first().map(|row| row.keys().cloned().collect::<Vec<_>>().join(",")).unwrap_or_default();
-    let lines = rows.iter().map(|row| row.values().map(cell).collect::<Vec<_>>().join(","));
-    std::iter::once(head).chain(lines).map(|line| line + "\n").collect()
+    page::csv(&rows)
 }

@@ -108,6 +108,11 @@ impl Exchange {
         &self.ranks
     }
 
+    /// What is sent together, from the last parameters to the first.
+    pub fn buckets(&self) -> impl Iterator<Item = &[ParamId]> {
+        self.buckets.iter().map(|bucket| &bucket.ids[..])
+    }
+
     pub fn is_sharded(&self) -> bool {
         self.options.shard
     }
@@ -358,7 +363,7 @@ fn odd_one(sums: &[u32]) -> Option<(usize, u32, u32)> {
 }
 
 /// Deals parameters out in ranges of about as many numbers: the rank of each.
-fn deal(sizes: &[(ParamId, usize)], world: usize) -> HashMap<ParamId, usize> {
+pub fn deal(sizes: &[(ParamId, usize)], world: usize) -> HashMap<ParamId, usize> {
     let all: usize = sizes.iter().map(|(_, size)| size).sum();
     let mut before = 0;
     let owner = |&(id, size): &(ParamId, usize)| {
