@@ -68,6 +68,27 @@ impl Appender {
     }
 }
 
+/// Time that updates took, the teacher's apart.
+#[derive(Clone, Copy, Default)]
+pub struct Spent {
+    pub updates: u64,
+    pub student: f64,
+    pub teacher: f64,
+}
+
+impl Spent {
+    pub fn add(&mut self, all: f64, teacher: f64) {
+        self.updates += 1;
+        self.teacher += teacher;
+        self.student += all - teacher;
+    }
+
+    pub fn text(&self) -> String {
+        let [teacher, all] = [self.teacher, self.teacher + self.student].map(|seconds| 1e3 * seconds / self.updates as f64);
+        format!("the teacher took {teacher:.2} of {all:.2} ms an update, {:.0} %", 100.0 * teacher / all)
+    }
+}
+
 pub struct Record {
     folder: PathBuf,
     /// None where another rank writes.

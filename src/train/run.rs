@@ -14,7 +14,7 @@ use super::feed::Feed;
 use super::place::Place;
 use super::profile::Profile;
 use super::progress::{Plan, Progress, Seen};
-use super::record::{Record, Row};
+use super::record::{Record, Row, Spent};
 use super::report;
 use super::signals::{Signals, Wish};
 use super::step::Step;
@@ -101,27 +101,6 @@ pub struct Run<'a> {
     pub cost: Option<Cost>,
     /// Until it is written.
     pub profile: Option<Profile>,
-}
-
-/// Time that updates took, the teacher's apart.
-#[derive(Clone, Copy, Default)]
-pub struct Spent {
-    updates: u64,
-    student: f64,
-    teacher: f64,
-}
-
-impl Spent {
-    fn add(&mut self, all: f64, teacher: f64) {
-        self.updates += 1;
-        self.teacher += teacher;
-        self.student += all - teacher;
-    }
-
-    fn text(&self) -> String {
-        let [teacher, all] = [self.teacher, self.teacher + self.student].map(|seconds| 1e3 * seconds / self.updates as f64);
-        format!("the teacher took {teacher:.2} of {all:.2} ms an update, {:.0} %", 100.0 * teacher / all)
-    }
 }
 
 /// How a run ended.
