@@ -135,7 +135,7 @@ fn counted(flag: &str, value: &str, launched: Option<&Launched>) -> Result<()> {
         ("--world-size", _) => (number == world, format!("masque launch --nproc {number} -- ... starts {number} on this machine")),
         (_, None) => (number == 1, "torchrun, srun or mpirun start a run on several machines".into()),
         (_, Some(Some(each))) => (number == world.div_ceil(each), format!("{each} of them on this machine")),
-        (_, Some(None)) => (number <= world, "which are not on more machines than that".into()),
+        (_, Some(None)) => (number <= world, "they are not on more machines than that".into()),
     };
     if fits { Ok(()) } else { Err(Error::usage(format!("{flag} {value}: {started}; {next}"))) }
 }
