@@ -91,7 +91,8 @@ fn every_rank_is_told_who_it_is_and_its_lines_bear_its_name() {
     let wanted = |text: &dyn Fn(usize) -> String| (0..11).map(|rank| format!("[rank {rank:>2}] {}", text(rank))).collect::<Vec<_>>();
     let mut said = wanted(&|rank| format!("{rank}/11 {rank}/11 127.0.0.1:12345 12345"));
     let mut bad = wanted(&|rank| format!("bad {rank}"));
-    (said.sort(), bad.sort());
+    said.sort();
+    bad.sort();
     assert_eq!((shell.out.sorted(), shell.errors.sorted()), (said, bad));
 }
 
@@ -306,6 +307,7 @@ fn children_of(parent: u32) -> Vec<u32> {
 }
 
 /// A launcher with two ranks that work for long, and have begun to: they have started their threads.
+#[expect(clippy::zombie_processes, reason = "whoever asks for it waits for it")]
 fn working() -> (Child, Vec<u32>) {
     let mut command = masque("launch --nproc 2 -- measure ops --only gelu --rounds 1000000 --threads 2");
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
