@@ -12,6 +12,7 @@
 use crate::error::{Error, Result};
 use crate::{bail, ensure};
 use half::bf16;
+use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
@@ -68,10 +69,11 @@ impl Wire {
         }
     }
 
-    pub fn pack(self, numbers: &[f32]) -> Vec<u8> {
+    /// Numbers as they are sent.
+    pub fn packed(self, numbers: &[f32]) -> Cow<'_, [u8]> {
         match self {
-            Wire::F32 => bytemuck::cast_slice(numbers).to_vec(),
-            Wire::Bf16 => numbers.iter().flat_map(|&x| bf16::from_f32(x).to_bits().to_ne_bytes()).collect(),
+            Wire::F32 => Cow::Borrowed(bytemuck::cast_slice(numbers)),
+            Wire::Bf16 => Cow::Owned(numbers.iter().flat_map(|&x| bf16::from_f32(x).to_bits().to_ne_bytes()).collect()),
         }
     }
 
@@ -139,29 +141,41 @@ pub fn late(rank: usize, what: &str, patience: Duration) -> String {
     )
 }
 
-/// What comes of a call, of which every rank gets its piece.
-pub fn combine(kind: Kind, given: &[&[u8]]) -> Result<Vec<u8>> {
+/// What comes of a call, of which every rank gets its piece, in memory that may have been used before.
+pub fn combine(kind: Kind, given: &[&[u8]], whole: &mut Vec<u8>) -> Result<()> {
+    whole.clear();
     match kind {
         Kind::Gather | Kind::Collect => {
-            let mut all = Vec::with_capacity(given.iter().map(|bytes| 8 + bytes.len()).sum());
-            given.iter().for_each(|bytes| all.extend_from_slice(&(bytes.len() as u64).to_le_bytes()));
-            given.iter().for_each(|bytes| all.extend_from_slice(bytes));
-            Ok(all)
+            whole.reserve(given.iter().map(|bytes| 8 + bytes.len()).sum());
+            given.iter().for_each(|bytes| whole.extend_from_slice(&(bytes.len() as u64).to_le_bytes()));
+            given.iter().for_each(|bytes| whole.extend_from_slice(bytes));
         }
-        Kind::Broadcast => Ok(given[0].to_vec()),
-        Kind::Share => Ok(given.concat()),
+        Kind::Broadcast => whole.extend_from_slice(given[0]),
+        Kind::Share => given.iter().for_each(|bytes| whole.extend_from_slice(bytes)),
         Kind::Sum(wire) | Kind::SumParts(wire, _) => {
-            let n = given[0].len() / wire.bytes();
-            let mut sums = vec![0.0; n];
-            let mut next = vec![0.0; n];
-            for (rank, bytes) in given.iter().enumerate() {
-                wire.unpack(bytes, if rank == 0 { &mut sums } else { &mut next })?;
-                if rank > 0 {
-                    sums.iter_mut().zip(&next).for_each(|(sum, x)| *sum += x);
+            let even = given.iter().all(|bytes| bytes.len() == given[0].len() && bytes.len().is_multiple_of(wire.bytes()));
+            ensure!(even, "ranks gave other numbers of numbers to be summed");
+            whole.extend_from_slice(given[0]);
+            match wire {
+                Wire::F32 => given[1..].iter().for_each(|bytes| add(whole, bytes)),
+                Wire::Bf16 => {
+                    let (sums, _) = whole.as_chunks_mut::<2>();
+                    for (at, sum) in sums.iter_mut().enumerate() {
+                        let one = |bytes: &&[u8]| bf16::from_ne_bytes([bytes[2 * at], bytes[2 * at + 1]]).to_f32();
+                        let all = given[1..].iter().map(one).fold(bf16::from_ne_bytes(*sum).to_f32(), |sum, x| sum + x);
+                        *sum = bf16::from_f32(all).to_ne_bytes();
+                    }
                 }
             }
-            Ok(wire.pack(&sums))
         }
+    }
+    Ok(())
+}
+
+/// Adds f32 numbers to others, as bytes.
+fn add(sums: &mut [u8], bytes: &[u8]) {
+    for (sum, x) in sums.as_chunks_mut::<4>().0.iter_mut().zip(bytes.as_chunks::<4>().0) {
+        *sum = (f32::from_ne_bytes(*sum) + f32::from_ne_bytes(*x)).to_ne_bytes();
     }
 }
 

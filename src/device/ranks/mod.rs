@@ -31,8 +31,11 @@ use std::time::Duration;
 
 /// How ranks meet.
 pub trait Collective: Send {
-    /// Gives `mine` to a call and answers what comes of it for this rank, once every rank has made the call.
-    fn meet(&mut self, call: &Call, mine: &[u8]) -> Result<Vec<u8>>;
+    /// Gives `mine` to a call, which has then to be taken.
+    fn give(&mut self, call: &Call, mine: &[u8]) -> Result<()>;
+
+    /// Hands over what comes of the call for this rank, once every rank has given.
+    fn take(&mut self, call: &Call, to: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>;
 
     /// Tells the others that this rank makes no calls any more, and why.
     fn fail(&mut self, why: &str);
@@ -185,25 +188,27 @@ impl Ranks {
     /// Numbers become their sums over the ranks.
     pub fn sum(&self, what: &str, numbers: &mut [f32], wire: Wire) -> Result<()> {
         let Some(group) = &self.0 else { return Ok(()) };
-        let sums = group.meet(what, Kind::Sum(wire), &wire.pack(numbers))?;
-        wire.unpack(&sums, numbers)
+        let (mut body, call) = (group.body(), Call { what, kind: Kind::Sum(wire) });
+        body.give(&call, &wire.packed(numbers))?;
+        body.take(&call, &mut |sums| wire.unpack(sums, numbers))
     }
 
     /// Those of this rank's part become their sums over the ranks; the rest is left as it is. Parts lie one behind the other.
     pub fn sum_parts(&self, what: &str, numbers: &mut [f32], parts: &[Range<usize>], wire: Wire) -> Result<()> {
         let Some(group) = &self.0 else { return Ok(()) };
-        let sums = group.meet(what, Kind::SumParts(wire, parts), &wire.pack(numbers))?;
-        wire.unpack(&sums, &mut numbers[parts[group.rank].clone()])
+        let (mut body, call) = (group.body(), Call { what, kind: Kind::SumParts(wire, parts) });
+        body.give(&call, &wire.packed(numbers))?;
+        body.take(&call, &mut |sums| wire.unpack(sums, &mut numbers[parts[group.rank].clone()]))
     }
 
     /// Every rank's part becomes what it is on that rank. Parts lie one behind the other, and cover the numbers.
     pub fn share_parts(&self, what: &str, numbers: &mut [f32], parts: &[Range<usize>]) -> Result<()> {
         let Some(group) = &self.0 else { return Ok(()) };
-        let mine = Wire::F32.pack(&numbers[parts[group.rank].clone()]);
-        let all = group.meet(what, Kind::Share, &mine)?;
         let first = parts.first().map_or(0, |part| part.start);
         let last = parts.last().map_or(0, |part| part.end);
-        Wire::F32.unpack(&all, &mut numbers[first..last])
+        let (mut body, call) = (group.body(), Call { what, kind: Kind::Share });
+        body.give(&call, &Wire::F32.packed(&numbers[parts[group.rank].clone()]))?;
+        body.take(&call, &mut |all| Wire::F32.unpack(all, &mut numbers[first..last]))
     }
 
     /// An error if another rank is known to have ended or failed; waits for nothing.
@@ -226,7 +231,14 @@ impl Group {
     }
 
     fn meet(&self, what: &str, kind: Kind, mine: &[u8]) -> Result<Vec<u8>> {
-        self.body().meet(&Call { what, kind }, mine)
+        let (mut body, call) = (self.body(), Call { what, kind });
+        body.give(&call, mine)?;
+        let mut own = Vec::new();
+        body.take(&call, &mut |taken| {
+            own.extend_from_slice(taken);
+            Ok(())
+        })?;
+        Ok(own)
     }
 }
 

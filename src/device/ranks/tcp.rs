@@ -41,6 +41,8 @@ pub struct Tcp {
     calls: u64,
     /// Of rank 0: the others in the order of their ranks. Of any other: rank 0.
     peers: Vec<TcpStream>,
+    /// Of rank 0: what came of the last call, in memory that is used again.
+    whole: Vec<u8>,
     /// Why there are no calls any more.
     failed: Option<String>,
 }
@@ -148,7 +150,7 @@ const ENDED: &str = "look at its own output; a run goes on from its last checkpo
 impl Tcp {
     /// Waits for the other processes of a launch.
     pub fn join(launched: &Launched, patience: Duration) -> Result<Self> {
-        let mut own = Self { launched: launched.clone(), patience, calls: 0, peers: Vec::new(), failed: None };
+        let mut own = Self { launched: launched.clone(), patience, calls: 0, peers: Vec::new(), whole: Vec::new(), failed: None };
         let deadline = Instant::now() + patience;
         own.peers = if launched.rank == 0 { own.listen(deadline)? } else { vec![own.connect(deadline)?] };
         Ok(own)
@@ -317,8 +319,8 @@ impl Tcp {
         }
     }
 
-    /// Of rank 0.
-    fn lead(&self, call: &Call, announced: &Announced, mine: &[u8]) -> Result<Vec<u8>> {
+    /// Of rank 0: takes what all give, and gives each what comes of it.
+    fn lead(&mut self, call: &Call, announced: &Announced, mine: &[u8]) -> Result<()> {
         let deadline = Instant::now() + self.patience;
         let mut frames = Vec::with_capacity(self.peers.len());
         for (peer, rank) in self.peers.iter().zip(1..) {
@@ -334,24 +336,36 @@ impl Tcp {
             frames.push(frame.bytes);
         }
         let given: Vec<&[u8]> = std::iter::once(mine).chain(frames.iter().map(Vec::as_slice)).collect();
-        let whole = combine(call.kind, &given)?;
+        let mut whole = std::mem::take(&mut self.whole);
+        combine(call.kind, &given, &mut whole)?;
         let deadline = Instant::now() + self.patience;
         for (peer, rank) in self.peers.iter().zip(1..) {
             let sent = send(peer, deadline, Letter::Answer, "", piece(call.kind, rank, &whole));
             sent.map_err(|error| Error::new(self.lost(rank, &error, call)))?;
         }
-        let own = piece(call.kind, 0, &whole).len();
-        Ok(if own == whole.len() { whole } else { piece(call.kind, 0, &whole).to_vec() })
+        self.whole = whole;
+        Ok(())
     }
 
-    /// Of any other rank.
-    fn follow(&self, call: &Call, announced: &Announced, mine: &[u8]) -> Result<Vec<u8>> {
+    /// Of any other rank: gives to rank 0.
+    fn follow(&self, call: &Call, announced: &Announced, mine: &[u8]) -> Result<()> {
         let hub = &self.peers[0];
         let text = serde_json::to_string(&(announced.number, &announced.text)).context("announcing a call")?;
-        let deadline = Instant::now() + 2 * self.patience + MARGIN;
-        let sent = send(hub, deadline, Letter::Call, &text, mine);
-        // Where it could not be sent, rank 0 may have said why before.
-        let frame = receive(hub, deadline).map_err(|error| Error::new(self.lost(0, sent.as_ref().err().unwrap_or(&error), call)))?;
+        let Err(error) = send(hub, self.long_deadline(), Letter::Call, &text, mine) else { return Ok(()) };
+        // Rank 0 may have said why before.
+        match receive(hub, Instant::now() + LOOK) {
+            Ok(Frame { letter: Letter::Failed, text, .. }) => Err(Error::new(text)),
+            _ => Err(Error::new(self.lost(0, &error, call))),
+        }
+    }
+
+    fn long_deadline(&self) -> Instant {
+        Instant::now() + 2 * self.patience + MARGIN
+    }
+
+    /// Of any other rank: what rank 0 answers.
+    fn answer(&self, call: &Call) -> Result<Vec<u8>> {
+        let frame = receive(&self.peers[0], self.long_deadline()).map_err(|error| Error::new(self.lost(0, &error, call)))?;
         match frame.letter {
             Letter::Answer => Ok(frame.bytes),
             Letter::Failed => Err(Error::new(frame.text)),
@@ -361,22 +375,23 @@ impl Tcp {
 }
 
 impl Collective for Tcp {
-    fn meet(&mut self, call: &Call, mine: &[u8]) -> Result<Vec<u8>> {
+    fn give(&mut self, call: &Call, mine: &[u8]) -> Result<()> {
         if let Some(why) = &self.failed {
             bail!("{why}");
         }
         ensure!(mine.len() as u64 <= MOST_BYTES, "{} is {} bytes, more than can be sent at once", call.what, mine.len());
         let announced = Announced::of(self.calls, call, mine.len());
         self.calls += 1;
-        let met = if self.launched.rank == 0 { self.lead(call, &announced, mine) } else { self.follow(call, &announced, mine) };
-        if let Err(error) = &met {
-            let why = error.chain();
-            if self.launched.rank == 0 {
-                self.tell(&why);
-            }
-            self.failed = Some(why);
+        let given = if self.launched.rank == 0 { self.lead(call, &announced, mine) } else { self.follow(call, &announced, mine) };
+        given.inspect_err(|error| self.end(error))
+    }
+
+    fn take(&mut self, call: &Call, to: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        if self.launched.rank == 0 {
+            return to(piece(call.kind, 0, &self.whole));
         }
-        met
+        let answer = self.answer(call).inspect_err(|error| self.end(error))?;
+        to(&answer)
     }
 
     fn fail(&mut self, why: &str) {
@@ -429,6 +444,15 @@ fn ended(peer: &TcpStream) -> Option<Option<String>> {
 }
 
 impl Tcp {
+    /// There are no calls any more; rank 0 tells the others why.
+    fn end(&mut self, error: &Error) {
+        let why = error.chain();
+        if self.launched.rank == 0 {
+            self.tell(&why);
+        }
+        self.failed = Some(why);
+    }
+
     /// Tells those at the other end why there are no calls any more; who cannot be told finds the connection closed.
     fn tell(&self, why: &str) {
         let soon = Instant::now() + Duration::from_secs(2);

@@ -21,17 +21,19 @@ struct Room {
 
 #[derive(Default)]
 struct Inside {
-    given: Vec<Option<(Announced, Vec<u8>)>>,
-    /// Calls that are over, and what came of the last.
+    /// What each rank has said of the next call, and what it gives; the memory is used again.
+    announced: Vec<Option<Announced>>,
+    given: Vec<Vec<u8>>,
+    /// Calls that are over, and what came of the last: the next cannot be before every rank has taken it.
     over: u64,
-    result: Arc<Vec<u8>>,
+    result: Vec<u8>,
     /// Why there are no calls any more, and the rank that is at fault.
     failed: Option<(usize, String)>,
 }
 
 /// One end for each thread.
 pub fn group(world: usize, patience: Duration) -> Vec<Threads> {
-    let inside = Inside { given: (0..world).map(|_| None).collect(), ..Inside::default() };
+    let inside = Inside { announced: vec![None; world], given: vec![Vec::new(); world], ..Inside::default() };
     let room = Arc::new(Room { inside: Mutex::new(inside), changed: Condvar::new() });
     (0..world).map(|rank| Threads { rank, patience, calls: 0, room: room.clone() }).collect()
 }
@@ -48,30 +50,43 @@ impl Room {
     }
 }
 
+impl Inside {
+    /// Does what every rank has come for.
+    fn finish(&mut self, call: &Call) -> Result<()> {
+        let said: Vec<Announced> = self.announced.iter_mut().filter_map(Option::take).collect();
+        said.iter().enumerate().try_for_each(|(rank, announced)| announced.check(rank, &said[0]))?;
+        let given: Vec<&[u8]> = self.given.iter().map(Vec::as_slice).collect();
+        combine(call.kind, &given, &mut self.result)?;
+        self.over += 1;
+        Ok(())
+    }
+}
+
 impl Collective for Threads {
-    fn meet(&mut self, call: &Call, mine: &[u8]) -> Result<Vec<u8>> {
-        let announced = Announced::of(self.calls, call, mine.len());
-        let deadline = Instant::now() + self.patience;
+    fn give(&mut self, call: &Call, mine: &[u8]) -> Result<()> {
         let mut inside = self.room.enter();
         if let Some((_, why)) = &inside.failed {
             return Err(Error::new(why.clone()));
         }
-        inside.given[self.rank] = Some((announced, mine.to_vec()));
+        inside.announced[self.rank] = Some(Announced::of(self.calls, call, mine.len()));
+        let given = &mut inside.given[self.rank];
+        given.clear();
+        given.extend_from_slice(mine);
         self.calls += 1;
-        if inside.given.iter().all(Option::is_some) {
-            let given: Vec<(Announced, Vec<u8>)> = inside.given.iter_mut().filter_map(Option::take).collect();
-            let same = given.iter().enumerate().try_for_each(|(rank, (announced, _))| announced.check(rank, &given[0].0));
-            let parts: Vec<&[u8]> = given.iter().map(|(_, bytes)| &bytes[..]).collect();
-            match same.and_then(|()| combine(call.kind, &parts)) {
-                Ok(result) => (inside.result, inside.over) = (Arc::new(result), inside.over + 1),
-                Err(error) => inside.failed = Some((self.rank, error.chain())),
-            }
+        if inside.announced.iter().all(Option::is_some) {
+            inside.finish(call).unwrap_or_else(|error| inside.failed = Some((self.rank, error.chain())));
             self.room.changed.notify_all();
         }
+        Ok(())
+    }
+
+    fn take(&mut self, call: &Call, to: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let deadline = Instant::now() + self.patience;
+        let mut inside = self.room.enter();
         while inside.over < self.calls && inside.failed.is_none() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let missing = inside.given.iter().position(Option::is_none).unwrap_or(0);
+                let missing = inside.announced.iter().position(Option::is_none).unwrap_or(0);
                 let why = late(missing, call.what, self.patience);
                 inside.failed = Some((missing, why));
                 self.room.changed.notify_all();
@@ -81,7 +96,7 @@ impl Collective for Threads {
         }
         match &inside.failed {
             Some((_, why)) if inside.over < self.calls => Err(Error::new(why.clone())),
-            _ => Ok(piece(call.kind, self.rank, &inside.result).to_vec()),
+            _ => to(piece(call.kind, self.rank, &inside.result)),
         }
     }
 

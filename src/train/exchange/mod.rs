@@ -67,6 +67,8 @@ struct Bucket {
     ids: Vec<ParamId>,
     /// How many of them have no gradient of this update yet.
     missing: usize,
+    /// Memory for their numbers on the host, between updates.
+    numbers: Vec<f32>,
 }
 
 pub struct Exchange {
@@ -133,7 +135,7 @@ impl Exchange {
                 Some(last) if more <= self.options.bucket => last,
                 _ => {
                     filled = 0;
-                    self.buckets.push(Bucket { ids: Vec::new(), missing: 0 });
+                    self.buckets.push(Bucket { ids: Vec::new(), missing: 0, numbers: Vec::new() });
                     self.buckets.last_mut().expect("just pushed")
                 }
             };
@@ -227,7 +229,8 @@ impl Exchange {
             return gpus.send(params, at, ids, parts.as_deref());
         }
         let reached: Vec<ParamId> = ids.iter().copied().filter(|&id| params.gradient(id).is_some()).collect();
-        let numbers = packed(reached.iter().filter_map(|&id| params.gradient(id)))?;
+        let mut numbers = std::mem::take(&mut self.buckets[at].numbers);
+        pack(reached.iter().filter_map(|&id| params.gradient(id)), &mut numbers)?;
         let parts = self.options.shard.then(|| self.parts(params, &reached));
         let what = format!("the gradients of update {} (piece {})", self.updates + 1, at + 1);
         if let Road::Host(worker) = &self.road {
@@ -259,14 +262,15 @@ impl Exchange {
             self.end_pass(params)?;
         }
         if let Road::Host(worker) = &self.road {
-            for bucket in &self.buckets {
-                let sums = worker.receive()?;
-                let mut rest = &sums[..];
+            let rank = self.ranks.rank();
+            for bucket in &mut self.buckets {
+                bucket.numbers = worker.receive()?;
+                let mut rest = &bucket.numbers[..];
                 for &id in &bucket.ids {
                     let Some(own) = params.gradient(id) else { continue };
                     let (mine, others) = rest.split_at_checked(own.numel()).ok_or_else(|| Error::new("a bucket came back cut short"))?;
                     rest = others;
-                    if self.owns(id) {
+                    if self.owners.get(&id).is_none_or(|&owner| owner == rank) {
                         params.set_gradient(id, mine)?;
                     }
                 }
@@ -378,10 +382,17 @@ pub fn deal(sizes: &[(ParamId, usize)], world: usize) -> HashMap<ParamId, usize>
 /// Numbers of tensors one behind the other.
 fn packed<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Result<Vec<f32>> {
     let mut numbers = Vec::new();
+    pack(tensors, &mut numbers)?;
+    Ok(numbers)
+}
+
+/// The same in memory that was used before.
+fn pack<'a>(tensors: impl Iterator<Item = &'a Tensor>, numbers: &mut Vec<f32>) -> Result<()> {
+    numbers.clear();
     for tensor in tensors {
         numbers.extend_from_slice(tensor.on(&Device::Cpu)?.data::<f32>());
     }
-    Ok(numbers)
+    Ok(())
 }
 
 fn unpacked(bytes: &[u8], params: &mut Params, ids: &[ParamId], what: &str) -> Result<()> {
