@@ -267,7 +267,7 @@ fn what_cannot_be_meant_is_a_sentence() {
         ("--compute-scale 0", 2, "--compute-scale 0 is not from"),
         ("--step-ms 1,2", 2, "--step-ms 1,2: three times"),
         ("--step-ms 0,0,0", 2, "three times"),
-        ("--step-ms -1,2,3", 2, "three times"),
+        ("--step-ms 1,-2,3", 2, "three times"),
         ("--step-ms 1,2,3 --compute-scale 2", 2, "cannot be used with"),
         ("--wire f16", 2, "not sent in f16"),
         ("--steps 0", 2, "--steps 0 is not from 1"),

@@ -329,20 +329,26 @@ impl Scaling {
         if !self.together.is_empty() {
             page.heading("Predicted and measured on this CPU");
             let spread = |times: &Times| Some([times.median, times.min, times.max]);
-            let rows = |t: &Together| {
-                let name = format!("{}, ", ranks(t.ranks));
-                let row =
-                    |row: &together::Row| (name.clone() + row.form.name(), vec![Some([row.predicted[1].step; 3]), spread(&row.measured)]);
-                t.rows.iter().map(row).collect::<Vec<_>>()
-            };
-            let figure = Grouped {
-                title: "A step of ranks on this CPU".into(),
+            let figure = |title: &str, values: fn(&together::Row) -> (f64, &Times)| Grouped {
+                title: title.into(),
                 unit: "ms".into(),
                 names: ["predicted", "measured"].map(String::from).to_vec(),
-                rows: self.together.iter().flat_map(rows).collect(),
+                rows: self
+                    .together
+                    .iter()
+                    .flat_map(|t| t.rows.iter().map(move |row| (t.ranks, row)))
+                    .map(|(count, row)| {
+                        let (predicted, measured) = values(row);
+                        (format!("{}, {}", ranks(count), row.form.name()), vec![Some([predicted; 3]), spread(measured)])
+                    })
+                    .collect(),
                 mark: None,
             };
-            page.figures(&figure.figure().into_iter().collect::<Vec<_>>());
+            let figures = [
+                figure("A step of ranks on this CPU", |row| (row.predicted[1].step, &row.measured)).figure(),
+                figure("Exposed exchange", |row| (row.predicted[1].exposed, &row.exposed)).figure(),
+            ];
+            page.figures(&figures.into_iter().flatten().collect::<Vec<_>>());
             page.table(&self.measured_table());
             page.table(&self.calls_table());
             self.together_remarks().iter().for_each(|remark| page.text(remark));
