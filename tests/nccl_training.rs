@@ -4,6 +4,7 @@
 
 mod stand_in;
 
+use masque::device::Named;
 use masque::device::gpu::Gpu;
 use masque::device::ranks::{Ranks, Wire};
 use masque::device::real::Nccl;
@@ -14,7 +15,7 @@ use masque::nn::vit::{DropPath, VitConfig};
 use masque::optim::{adamw::AdamW, groups};
 use masque::rng::Rng;
 use masque::tensor::{Device, Dtype, Tensor};
-use masque::train::exchange::ExchangeOptions;
+use masque::train::exchange::{ExchangeOptions, Way};
 use masque::train::step::{Step, StepOptions};
 use std::time::Duration;
 
@@ -78,6 +79,7 @@ fn near(got: &[f64], want: &[f64], limit: f64, what: &str) {
 fn the_stand_in_is_used() {
     stand_in::run("two_gpus_train_as_one_rank_does", "", None);
     stand_in::run("a_group_of_one_trains_as_nobody_else_does", "", None);
+    stand_in::run("ranks_take_the_gpus_of_their_machine_in_turn_and_may_share_one_through_the_host", "", None);
     stand_in::run("what_waits_for_a_lost_rank_ends_with_its_name", "nccl-hangs", None);
 }
 
@@ -124,6 +126,40 @@ fn two_gpus_train_as_one_rank_does() {
             }
         }
     }
+}
+
+#[test]
+fn ranks_take_the_gpus_of_their_machine_in_turn_and_may_share_one_through_the_host() {
+    if !stand_in::enter() {
+        return;
+    }
+    let ranks = Ranks::threads(3, Duration::from_secs(60));
+    let taken: Vec<String> = ranks.iter().map(|ranks| ranks.device(Named::Gpu(0)).unwrap().to_string()).collect();
+    assert_eq!(taken, ["gpu:0", "gpu:1", "gpu:0"]);
+    assert!(
+        ranks[0].device(Named::Gpu(1)).unwrap_err().chain().contains("--device gpu:1: of several ranks each takes the GPU with its number")
+    );
+    let shared = |way: Way| {
+        let ranks = Ranks::threads(2, Duration::from_secs(60));
+        let gpu = Gpu::cuda(0).unwrap();
+        let run = |own: &Ranks| {
+            let mae = mae(&Device::Gpu(gpu.clone()), 0);
+            let optimizer = AdamW::new(groups::by_decay(&mae.params, 0.05, &[]), (0.9, 0.95), 1e-8).unwrap();
+            let step = Step::new(Box::new(mae), Box::new(optimizer), StepOptions::default());
+            let joined = step.with_ranks(own, ExchangeOptions { way, ..options(Wire::F32, false) });
+            joined.map(drop).map_err(|error| error.chain())
+        };
+        std::thread::scope(|scope| {
+            let both: Vec<_> = ranks.iter().map(|own| scope.spawn(|| run(own))).collect();
+            both.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        })
+    };
+    assert_eq!(shared(Way::Host), [Ok(()), Ok(())]);
+    let said = shared(Way::Nccl);
+    assert!(
+        said.iter().all(|said| said.as_ref().unwrap_err().contains("is used by ranks 0 and 1, and NCCL needs one for each rank")),
+        "{said:?}"
+    );
 }
 
 #[test]

@@ -19,7 +19,7 @@ pub mod meeting;
 pub mod tcp;
 pub mod threads;
 
-use super::{Named, parallel};
+use super::{Named, libs, parallel};
 use crate::error::{Error, Result};
 use environment::Launched;
 pub use meeting::Wire;
@@ -117,10 +117,10 @@ impl Ranks {
         }
     }
 
-    /// The device of this rank: of several GPUs, the one with its number on this machine.
+    /// The device of this rank: of several GPUs, the one with its number on this machine, counted round where there are fewer.
     pub fn device(&self, named: Named) -> Result<Named> {
         match named {
-            Named::Gpu(0) => Ok(Named::Gpu(self.local())),
+            Named::Gpu(0) if !self.is_alone() => Ok(Named::Gpu(self.local() % libs::devices()?)),
             Named::Gpu(other) if !self.is_alone() => Err(Error::usage(format!(
                 "--device gpu:{other}: of several ranks each takes the GPU with its number on its machine; give --device gpu, and name the GPUs by CUDA_VISIBLE_DEVICES"
             ))),

@@ -104,7 +104,7 @@ pub fn distinct(places: &[(String, String)]) -> Result<()> {
             let name = machine.split(' ').next().unwrap_or_default();
             return Err(Error::new(format!(
                 "the GPU {gpu} of {name} is used by ranks {other} and {rank}, and NCCL needs one for each rank; start as many ranks on a machine as it has \
-                 GPUs, each on its own"
+                 GPUs, or give --exchange host"
             )));
         }
     }
