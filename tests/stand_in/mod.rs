@@ -3,8 +3,12 @@
 
 #![allow(dead_code)] // each test program uses a part of it
 
-use masque::device::gpu::Gpu;
-use masque::device::launch::{Entry, KERNELS};
+#[cfg(feature = "emulated")]
+use masque::device::{
+    gpu::Gpu,
+    launch::{Entry, KERNELS},
+};
+#[cfg(feature = "emulated")]
 use std::ffi::{CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -53,6 +57,7 @@ pub fn run(test: &str, how: &str, variable: Option<(&str, &str)>) -> String {
     said
 }
 
+#[cfg(feature = "emulated")]
 unsafe extern "C" {
     fn masque_emulated_block(
         entry: Entry,
@@ -64,9 +69,17 @@ unsafe extern "C" {
     ) -> i32;
 }
 
+#[cfg(feature = "emulated")]
 type RunBlock = unsafe extern "C" fn(Entry, *const *mut c_void, *const c_void, u64, *mut c_char, usize) -> i32;
 
+/// A program without the emulated kernels has no stand-in.
+#[cfg(not(feature = "emulated"))]
+pub fn enter() -> bool {
+    false
+}
+
 /// Tells the stand-in the kernels, if this process is to use it.
+#[cfg(feature = "emulated")]
 pub fn enter() -> bool {
     static DONE: OnceLock<bool> = OnceLock::new();
     *DONE.get_or_init(|| {
@@ -89,6 +102,7 @@ pub fn enter() -> bool {
 }
 
 /// The emulated device, or in a process that is to use the stand-in the first of CUDA's, which is to be the same in all that tests see.
+#[cfg(feature = "emulated")]
 pub fn gpu() -> Gpu {
     if !enter() {
         return Gpu::emulated().unwrap();
