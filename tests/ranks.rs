@@ -23,7 +23,7 @@ use masque::train::step::{Step, StepOptions};
 use runs::{checkpoints, folder, last_tensors, rows};
 use std::path::Path;
 use std::time::{Duration, Instant};
-use together::{SYSTEMS, Taught, alone, apart, as_threads, checkpoint, few, losses, near, teachers, tensors, threads};
+use together::{SYSTEMS, Taught, alone, apart, as_threads, checkpoint, few, losses, near, run_as, teachers, tensors, threads};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -194,6 +194,40 @@ fn a_sharded_checkpoint_is_gone_on_with_by_any_number_of_ranks() {
         near(&format!("{world} ranks {more}"), &losses(&own), &losses(&whole), 1e-4);
         assert_eq!(last_tensors(&own) == last_tensors(&whole), world == 4, "{world} ranks {more}");
     }
+}
+
+#[test]
+fn ranks_skip_and_go_back_together_and_all_end_with_the_sentence_of_one() {
+    let base = folder("ranks-exploding");
+    let command = |batch: usize| {
+        format!(
+            "pretrain mae --model glyph_t --train-images 640 --val-images 8 --batch-size {batch} --epochs 1 --lr 1e36 --warmup-epochs 0 --max-skips 2 \
+             --save-updates 1 --num-workers 0"
+        )
+    };
+    let one = run_as(&command(4), &base.join("one"), &Ranks::alone()).unwrap_err();
+    assert!(one.1.contains("skipped because loss or gradient were not finite") && one.1.contains("try a smaller --lr"), "{one:?}");
+    for shard in ["", "--shard-optimizer"] {
+        let own = base.join(format!("two{shard}"));
+        let both = threads(2, |_| format!("{} {shard}", command(2)), &own);
+        assert!(both.iter().all(|ended| ended.as_ref().unwrap_err().1.ends_with(&one.1)), "{both:?}");
+        let notes = |folder: &Path| rows(folder.join("notes.jsonl")).iter().map(|row| row["update"].clone()).collect::<Vec<_>>();
+        assert_eq!(notes(&own), notes(&base.join("one")), "{shard}");
+    }
+}
+
+#[test]
+fn ranks_fill_one_cache_of_a_teacher_and_read_it_whoever_wrote() {
+    let base = folder("ranks-cache");
+    let teacher = teachers(&base)(Taught::ByEncoder);
+    // Each epoch is another order: what a rank asks for in the second half another may have written in the first.
+    let run = |more: &str| format!("{} --epochs 4", few(&format!("pretrain tinymim {teacher} --views 2{more}"), 2));
+    let (without, with) = (base.join("without"), base.join("with"));
+    as_threads(2, &run(""), &without);
+    as_threads(2, &run(&format!(" --teacher-cache {}", base.join("cache").display())), &with);
+    let asked: Vec<f64> = rows(with.join("log.jsonl")).iter().map(|row| row["teacher_flops_per_image"].as_f64().unwrap()).collect();
+    assert!(asked[0] > 0.0 && asked[1] > 0.0 && asked[2..] == [0.0; 2], "{asked:?}");
+    assert_eq!(losses(&with), losses(&without));
 }
 
 #[test]
