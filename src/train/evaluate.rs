@@ -9,6 +9,7 @@ use crate::data::loader::{Loader, LoaderOptions};
 use crate::device::ranks::Ranks;
 use crate::ensure;
 use crate::error::{Context, Error, Result};
+use crate::formats::extend_crc32c;
 use crate::methods::Method;
 use crate::rng::Rng;
 use clap::Args;
@@ -148,6 +149,9 @@ impl Evaluation {
     }
 }
 
+/// Names of unreadable images that are said.
+const NAMES: usize = 10;
+
 /// Says how many images could not be read, on any rank.
 pub fn say_skipped(loader: &Loader, ranks: &Ranks, say: &mut dyn FnMut(&str)) -> Result<()> {
     let skipped = loader.skipped();
@@ -158,6 +162,7 @@ pub fn say_skipped(loader: &Loader, ranks: &Ranks, say: &mut dyn FnMut(&str)) ->
         count += more;
         names.extend(others);
     }
+    names.truncate(NAMES);
     if count > 0 {
         say(&format!("{count} images could not be read and are left out, the first: {}", names.join("; ")));
     }
@@ -189,7 +194,10 @@ impl Judged {
 /// gets what one rank would have found, to the last bit.
 pub fn evaluate(method: &dyn Method, loader: &Loader, feed: &Feed, ranks: &Ranks) -> Result<Evaluation> {
     const SEED: u64 = 0;
-    let what = format!("{} images in batches of {}, {}", loader.dataset().len(), loader.batch(), loader.transform());
+    let (images, Feed { mean, std, .. }) = (loader.dataset(), feed);
+    let labels = (0..images.len()).fold(0, |sum, image| extend_crc32c(sum, &images.label(image).to_le_bytes()));
+    let (n, batch, transform) = (images.len(), loader.batch(), loader.transform());
+    let what = format!("{n} images (labels {labels:08x}) in batches of {batch}, {transform}, mean {mean:?}, deviation {std:?}");
     if let Some((rank, all)) = ranks.differing("what is evaluated", what.as_bytes())? {
         let [theirs, first] = [rank, 0].map(|rank| String::from_utf8_lossy(&all[rank]).into_owned());
         crate::bail!(

@@ -155,13 +155,7 @@ impl Run<'_> {
 
     /// Trains to the end, or until a signal asks to stop.
     pub fn run(mut self) -> Result<Ended> {
-        self.train().inspect_err(|error| {
-            // The others hear of it before anything here is taken down, which may take a while.
-            self.ranks.fail(error);
-            if let Some(exchange) = self.step.exchange() {
-                exchange.give_up(&error.chain());
-            }
-        })
+        self.train().inspect_err(|error| self.step.fail(error))
     }
 
     fn train(&mut self) -> Result<Ended> {

@@ -257,30 +257,16 @@ impl Start {
         let teacher = method.teacher().map(fingerprint).transpose()?.map(|known| ("teacher", json!(known)));
         let data = data.into_iter().chain(teacher).map(|(key, value)| (key.to_string(), value)).collect();
         // A pass that is profiled is not recorded: all ranks do the same.
-        let typed = serde_json::to_value(&run.profile).context("the settings of the profile")?;
-        let typed = typed.as_object().into_iter().flatten().map(|(name, value)| (name.clone(), value.clone()));
+        let profile = (run.profile.profile.is_some(), run.profile.profile_updates);
+        let typed = std::iter::once(("profile".to_string(), json!(profile)));
         same_everywhere(ranks, &settings.clone().into_iter().chain(typed).collect(), &data)?;
         self.check(&settings, &data, say)?;
         // Nothing in the folder is read or changed while another process writes into it.
         let _lock = ranks.is_first().then(|| record::lock(&self.folder)).transpose()?;
         let step = Step::new(method, optimizer, StepOptions { clip: run.clip_grad, accumulate: run.accum_iter });
         let mut step = step.with_ranks(ranks, run.together.options())?;
-        let mut ema = run.model_ema_decay.map(|decay| Ema::new(step.method().params(), decay)).transpose()?;
-        let mut place = self.from.as_ref().map(|(_, file)| restore(file, &mut step, ema.as_mut())).transpose()?.unwrap_or_default();
-        if let Some((_, file)) = &self.from {
-            let header = checkpoint::header(file)?;
-            let before = Batching {
-                batch: size(&header.settings, "batch-size"),
-                window: size(&header.settings, "accum-iter"),
-                ranks: size(&header.data, "ranks"),
-            };
-            let now = Batching { batch: run.batch_size, window: run.accum_iter, ranks: ranks.world() };
-            place.rebatch(before, now).into_iter().for_each(|note| say(&note));
-        }
-        let record = match ranks.is_first() {
-            true => self.record(command, &settings, &place, say)?,
-            false => Record::silent(&self.folder),
-        };
+        let begun = self.begin(run, command, &settings, &mut step, say);
+        let (ema, place, record) = begun.inspect_err(|error| step.fail(error))?;
         let threads = ("threads", json!(parallel::threads()));
         let facts = [("command", json!(command_of(command, &settings))), threads, ("ranks", json!(ranks.world()))];
         let facts = facts.into_iter().map(|(name, value)| (name.to_string(), value)).collect();
@@ -316,6 +302,35 @@ impl Start {
             say(&format!("weights: {}; report: {}", self.shelf().best_or_last().display(), self.folder.join("report.html").display()));
         }
         Ok(ended)
+    }
+
+    /// Averages, place and record, as the checkpoint has them or new.
+    fn begin(
+        &self,
+        run: &RunArgs,
+        command: &str,
+        settings: &Map<String, Value>,
+        step: &mut Step,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<(Option<Ema>, Place, Record)> {
+        let ranks = &run.ranks;
+        let mut ema = run.model_ema_decay.map(|decay| Ema::new(step.method().params(), decay)).transpose()?;
+        let mut place = self.from.as_ref().map(|(_, file)| restore(file, step, ema.as_mut())).transpose()?.unwrap_or_default();
+        if let Some((_, file)) = &self.from {
+            let header = checkpoint::header(file)?;
+            let before = Batching {
+                batch: size(&header.settings, "batch-size"),
+                window: size(&header.settings, "accum-iter"),
+                ranks: size(&header.data, "ranks"),
+            };
+            let now = Batching { batch: run.batch_size, window: run.accum_iter, ranks: ranks.world() };
+            place.rebatch(before, now).into_iter().for_each(|note| say(&note));
+        }
+        let record = match ranks.is_first() {
+            true => self.record(command, settings, &place, say)?,
+            false => Record::silent(&self.folder),
+        };
+        Ok((ema, place, record))
     }
 
     /// Refuses a checkpoint of another command, of other images, or of settings that may not change; says what else differs.

@@ -9,7 +9,7 @@ use super::exchange::{self, Exchange, ExchangeOptions};
 use crate::device::gpu::{Gpu, Graph};
 use crate::device::ranks::Ranks;
 use crate::ensure;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::methods::{Batch, Loss, Method};
 use crate::ops::batchnorm::Statistics;
 use crate::optim::{Optimizer, clip};
@@ -102,6 +102,14 @@ impl Step {
     /// What joins it to the other ranks.
     pub fn exchange(&self) -> Option<&Exchange> {
         self.exchange.as_ref()
+    }
+
+    /// Tells the other ranks that this one ends, and why, before anything of it is taken down, which may take a while.
+    pub fn fail(&self, error: &Error) {
+        if let Some(exchange) = &self.exchange {
+            exchange.ranks().fail(error);
+            exchange.give_up(&error.chain());
+        }
     }
 
     /// Compares the parameters of all ranks after so many updates.

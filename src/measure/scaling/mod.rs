@@ -104,7 +104,7 @@ const MOST_NUMBERS: usize = 64;
 /// With times from elsewhere, when buckets are complete is looked at with no more images.
 const IMAGES: usize = 8;
 /// Models that a rank which is measured has.
-const MODELS: u128 = 3;
+const MODELS: u128 = 4;
 
 /// What the model says of so many ranks.
 pub struct Row {

@@ -98,15 +98,13 @@ pub fn measure(subject: &SubjectArgs, point: &Point, ranks: usize, plan: Plan) -
     first.ok_or_else(|| Error::new("no rank answered with a measurement"))
 }
 
-/// A rank's models: one that exchanges nothing, one that does, and one whose optimiser is sharded.
+/// A rank's models: one that exchanges nothing, and one for each form.
 struct Rank {
     ranks: Ranks,
     plan: Plan,
     threads: usize,
     alone: Alone,
-    /// Taken out while it is joined to the others in another way.
-    together: Option<Step>,
-    sharded: Step,
+    forms: Vec<Step>,
     batch: Batch,
     rng: Rng,
     steps: u64,
@@ -121,16 +119,15 @@ struct Round {
 
 impl Rank {
     fn open(subject: &SubjectArgs, point: &Point, ranks: Ranks, plan: Plan, threads: usize) -> Result<Self> {
-        let step = || -> Result<(Step, Batch, Rng)> {
+        let step = |form: (bool, bool)| -> Result<Step> {
             let mut opened = subject.open(point)?;
             let optimizer = opened.optimizer()?;
-            let Subject { method, batch, rng, .. } = opened;
-            Ok((Step::new(method, Box::new(optimizer), StepOptions::default()), batch, rng))
+            Step::new(opened.method, Box::new(optimizer), StepOptions::default()).with_ranks(&ranks, options(plan, form))
         };
-        let (together, batch, rng) = step()?;
-        let sharded = step()?.0.with_ranks(&ranks, options(plan, SHARDED))?;
+        let forms = FORMS.into_iter().map(step).collect::<Result<_>>()?;
+        let Subject { batch, rng, .. } = subject.open(point)?;
         let alone = Alone::open(subject, point)?;
-        Ok(Self { ranks, plan, threads, alone, together: Some(together), sharded, batch, rng, steps: 0 })
+        Ok(Self { ranks, plan, threads, alone, forms, batch, rng, steps: 0 })
     }
 
     /// The greatest of all ranks' numbers.
@@ -188,15 +185,9 @@ impl Rank {
     }
 
     fn joined(&mut self, at: usize) -> Result<f64> {
-        let (_, sharded) = FORMS[at];
         self.steps += 1;
         let rng = self.rng.at(self.steps);
-        if !sharded {
-            let step = self.together.take().ok_or_else(|| Error::new("a rank has lost its model"))?;
-            self.together = Some(step.with_ranks(&self.ranks, options(self.plan, FORMS[at]))?);
-        }
-        let step = if sharded { Some(&mut self.sharded) } else { self.together.as_mut() };
-        let step = step.ok_or_else(|| Error::new("a rank has lost its model"))?;
+        let step = &mut self.forms[at];
         self.ranks.barrier("a step with an exchange")?;
         let (ms, outcome) = timed(|| step.run(&self.batch, &rng, LEARNING_RATE));
         let outcome = outcome?;

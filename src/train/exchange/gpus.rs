@@ -182,8 +182,10 @@ impl Watch {
                     Ok(()) if waited < patience => continue,
                     Ok(()) => format!("rank {} waited {:.0} s inside NCCL for the others", ranks.rank(), waited.as_secs_f64()),
                 };
+                ranks.fail(&Error::new(why.clone()));
                 eprintln!("masque: {why}");
-                std::process::exit(1);
+                // At once: what CUDA and NCCL do at the end of a program would wait for the call.
+                signal_hook::low_level::exit(1);
             }
         });
         watch

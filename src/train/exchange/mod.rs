@@ -347,7 +347,7 @@ pub fn compare(ranks: &Ranks, params: &Params, when: &str) -> Result<()> {
         return Ok(());
     }
     let mut sum = 0;
-    for id in params.ids().filter(|&id| params.role(id) != Role::Buffer) {
+    for id in params.ids() {
         sum = extend_crc32c(sum, params.value(id).on(&Device::Cpu)?.bytes());
     }
     let sums = ranks.gather_numbers("the checksum of the parameters", [f64::from(sum)])?;

@@ -18,14 +18,12 @@ use crate::formats;
 use crate::tensor::Device;
 use crate::trace;
 use clap::Args;
-use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 /// No setting of a run: neither its command nor its checkpoints remember it.
-#[derive(Args, Clone, Debug, Default, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Args, Clone, Debug, Default)]
 pub struct ProfileArgs {
     /// Write down when each phase, op and GPU kernel of a few updates ran, for chrome://tracing or ui.perfetto.dev, and print what took most
     #[arg(long, value_name = "FILE.json")]
