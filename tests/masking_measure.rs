@@ -1,7 +1,9 @@
 //! `masque measure masking`: a row for every point of every system, sentences for what cannot be meant, and files that can be read.
 
+mod common;
+
+use common::Scratch;
 use serde_json::Value;
-use std::path::PathBuf;
 use std::process::Command;
 
 const SMALL: &str = "--model glyph_t --image-size 32 --batch 2 --rounds 2 --warmup 1 --threads 2";
@@ -172,17 +174,9 @@ fn a_system_that_cannot_be_measured_does_not_keep_others_from_it() {
     assert!(said.contains("1 of 2 systems could not be measured: tinymim"), "{said}");
 }
 
-struct Folder(PathBuf);
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 #[test]
 fn files_hold_what_is_printed() {
-    let folder = Folder(std::env::temp_dir().join(format!("masque-masking-{}", std::process::id())));
+    let folder = Scratch::new("masking");
     let at = folder.0.join("deeper").display().to_string();
     let (code, out, said) =
         masque(&format!("--methods mae,dmae {SMALL} {DECODER} --teacher glyph_s --mask-ratio 0,0.5,3 --output-dir {at}"));

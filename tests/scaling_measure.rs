@@ -1,9 +1,11 @@
 //! `masque measure scaling`: the model against cases by hand, a command that writes what it says, and refusals that are sentences.
 
+mod common;
+
+use common::Scratch;
 use masque::device::ranks::Wire;
 use masque::measure::scaling::model::{Bucket, Fit, Form, Network, Ring, Road, Work, cost};
 use serde_json::Value;
-use std::path::PathBuf;
 use std::process::Command;
 
 const SMALL: &str = "--model glyph_t --image-size 32 --batch 2 --decoder-dim 32 --decoder-depth 1 --decoder-heads 2 --steps 2 --warmup 1";
@@ -206,17 +208,9 @@ fn ranks_of_this_machine_are_predicted_and_measured() {
     }
 }
 
-struct Folder(PathBuf);
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 #[test]
 fn files_hold_what_is_printed() {
-    let folder = Folder(std::env::temp_dir().join(format!("masque-scaling-{}", std::process::id())));
+    let folder = Scratch::new("scaling");
     let at = folder.0.join("deeper").display().to_string();
     let (code, out, said) = masque(&format!("{SMALL} --measure-ranks 2 --output-dir {at}"));
     assert!(code == Some(0) && out.contains(&format!("written: {at}/scaling.csv")), "{code:?} {out} {said}");

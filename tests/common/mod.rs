@@ -1,4 +1,5 @@
 //! What several test programs need.
+#![allow(dead_code)] // each test program uses a part of it
 
 use std::fs;
 use std::path::PathBuf;
