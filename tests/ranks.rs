@@ -6,6 +6,7 @@ mod runs;
 mod together;
 
 use clap::Parser;
+use masque::device::ranks::environment::Launched;
 use masque::device::ranks::{Ranks, Wire};
 use masque::error::{Error, Result};
 use masque::methods::{Batch, Loss, Method};
@@ -400,6 +401,54 @@ fn a_rank_that_fails_ends_or_hangs_is_named_by_the_others() {
         said.iter().all(|said| said.starts_with("rank 0 has not come to the end for 2 s; ") && said.contains("--rank-timeout")),
         "{said:?}"
     );
+}
+
+#[test]
+fn a_rank_that_looks_hears_of_others_over_tcp_without_making_a_call() {
+    let join = |rank: usize, port: u16| {
+        let launched = Launched {
+            rank,
+            world: 3,
+            local: rank,
+            local_world: Some(3),
+            address: "127.0.0.1".into(),
+            port,
+            run: String::new(),
+            by: "this test",
+        };
+        Ranks::join(&launched, PATIENCE).unwrap()
+    };
+    // Rank 1 says why it ends, or just ends.
+    for (fails, wanted) in [(true, "rank 1 failed: its disk is full"), (false, "rank 1 has ended without a word; look at its own output")] {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let ranks: Vec<Ranks> = std::thread::scope(|scope| {
+            let joining: Vec<_> = (0..3).map(|rank| scope.spawn(move || join(rank, port))).collect();
+            joining.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let mut ranks = ranks.into_iter();
+        let [first, second, third] = std::array::from_fn(|_| ranks.next().unwrap());
+        for own in [&first, &second, &third] {
+            own.look().unwrap();
+        }
+        if fails {
+            second.fail(&Error::new("its disk is full"));
+        }
+        drop(second);
+        let heard = |own: &Ranks| {
+            let started = Instant::now();
+            loop {
+                match own.look() {
+                    Err(error) => return error.chain(),
+                    Ok(()) => assert!(started.elapsed() < Duration::from_secs(10), "nothing was heard"),
+                }
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        };
+        // Rank 0 hears of it, and the third rank by rank 0.
+        for said in [heard(&first), heard(&third), first.barrier("anything").unwrap_err().chain()] {
+            assert!(said.starts_with(wanted), "{said}");
+        }
+    }
 }
 
 #[test]

@@ -79,9 +79,9 @@ impl State {
         Ok(())
     }
 
-    /// The parameters that are remembered here.
-    pub fn kept(&self) -> impl Iterator<Item = ParamId> {
-        self.slots.iter().map(|slot| slot.id)
+    /// Whether another rank remembers a parameter of these groups.
+    pub fn is_elsewhere(&self, id: ParamId) -> bool {
+        !self.slot_of.contains_key(&id) && self.groups.iter().any(|group| group.params.contains(&id))
     }
 
     /// What is remembered of each parameter, by name.

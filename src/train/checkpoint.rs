@@ -151,13 +151,7 @@ pub fn save(path: &Path, header: &Header, params: &Params, optimizer: Vec<Rememb
 }
 
 /// Puts everything back; the model must be the one that was saved. What the optimiser remembers of some parameters may be another rank's.
-pub fn restore(
-    file: &TensorFile,
-    params: &mut Params,
-    optimizer: &mut dyn Optimizer,
-    ema: Option<&mut Ema>,
-    elsewhere: impl Fn(ParamId) -> bool,
-) -> Result<()> {
+pub fn restore(file: &TensorFile, params: &mut Params, optimizer: &mut dyn Optimizer, ema: Option<&mut Ema>) -> Result<()> {
     let source = file.source().to_string();
     check(file)?;
     let model: Vec<(&str, &FileTensor)> =
@@ -169,7 +163,7 @@ pub fn restore(
     let states = optimizer.state().names();
     for (name, steps) in updates {
         let id = params.find(&name).with_context(|| source.clone())?;
-        if elsewhere(id) {
+        if optimizer.state().is_elsewhere(id) {
             continue;
         }
         let tensors = states

@@ -124,9 +124,7 @@ pub fn restore(file: &formats::TensorFile, step: &mut Step, ema: Option<&mut Ema
     let progress = checkpoint::header(file)?.progress;
     let place = serde_json::from_value(Value::Object(progress)).with_context(|| format!("{}: its place cannot be read", file.source()))?;
     let (method, optimizer) = step.method_and_optimizer();
-    let groups = optimizer.groups().iter().flat_map(|group| group.params.iter().copied()).collect::<HashSet<_>>();
-    let kept = optimizer.state().kept().collect::<HashSet<_>>();
-    checkpoint::restore(file, method.params(), optimizer, ema, |id| groups.contains(&id) && !kept.contains(&id))?;
+    checkpoint::restore(file, method.params(), optimizer, ema)?;
     Ok(place)
 }
 

@@ -42,9 +42,6 @@ pub trait Collective: Send {
 
     /// An error if another rank is known to have ended or failed; waits for nothing.
     fn look(&mut self) -> Result<()>;
-
-    /// How long a rank waits for the others in a call.
-    fn set_patience(&mut self, patience: Duration);
 }
 
 /// One rank's hold on the others; clones are the same. By default there are no others.
@@ -109,12 +106,6 @@ impl Ranks {
     /// Whether this rank speaks for all: it writes and prints.
     pub fn is_first(&self) -> bool {
         self.rank() == 0
-    }
-
-    pub fn set_patience(&self, patience: Duration) {
-        if let Some(group) = &self.0 {
-            group.body().set_patience(patience);
-        }
     }
 
     /// The device of this rank: of several GPUs, the one with its number on this machine, counted round where there are fewer.

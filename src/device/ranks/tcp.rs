@@ -415,15 +415,9 @@ impl Collective for Tcp {
             Some(text) => text,
             None => format!("rank {rank} has ended without a word; {ENDED}"),
         };
-        if self.launched.rank == 0 {
-            self.tell(&why);
-        }
-        self.failed = Some(why.clone());
-        Err(Error::new(why))
-    }
-
-    fn set_patience(&mut self, patience: Duration) {
-        self.patience = patience;
+        let error = Error::new(why);
+        self.end(&error);
+        Err(error)
     }
 }
 

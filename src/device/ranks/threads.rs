@@ -27,8 +27,8 @@ struct Inside {
     /// Calls that are over, and what came of the last: the next cannot be before every rank has taken it.
     over: u64,
     result: Vec<u8>,
-    /// Why there are no calls any more, and the rank that is at fault.
-    failed: Option<(usize, String)>,
+    /// Why there are no calls any more.
+    failed: Option<String>,
 }
 
 /// One end for each thread.
@@ -43,9 +43,9 @@ impl Room {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn fail(&self, rank: usize, why: String) {
+    fn fail(&self, why: String) {
         let mut inside = self.enter();
-        inside.failed.get_or_insert((rank, why));
+        inside.failed.get_or_insert(why);
         self.changed.notify_all();
     }
 }
@@ -65,7 +65,7 @@ impl Inside {
 impl Collective for Threads {
     fn give(&mut self, call: &Call, mine: &[u8]) -> Result<()> {
         let mut inside = self.room.enter();
-        if let Some((_, why)) = &inside.failed {
+        if let Some(why) = &inside.failed {
             return Err(Error::new(why.clone()));
         }
         inside.announced[self.rank] = Some(Announced::of(self.calls, call, mine.len()));
@@ -74,7 +74,7 @@ impl Collective for Threads {
         given.extend_from_slice(mine);
         self.calls += 1;
         if inside.announced.iter().all(Option::is_some) {
-            inside.finish(call).unwrap_or_else(|error| inside.failed = Some((self.rank, error.chain())));
+            inside.finish(call).unwrap_or_else(|error| inside.failed = Some(error.chain()));
             self.room.changed.notify_all();
         }
         Ok(())
@@ -87,35 +87,30 @@ impl Collective for Threads {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let missing = inside.announced.iter().position(Option::is_none).unwrap_or(0);
-                let why = late(missing, call.what, self.patience);
-                inside.failed = Some((missing, why));
+                inside.failed = Some(late(missing, call.what, self.patience));
                 self.room.changed.notify_all();
                 break;
             }
             inside = self.room.changed.wait_timeout(inside, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         match &inside.failed {
-            Some((_, why)) if inside.over < self.calls => Err(Error::new(why.clone())),
+            Some(why) if inside.over < self.calls => Err(Error::new(why.clone())),
             _ => to(piece(call.kind, self.rank, &inside.result)),
         }
     }
 
     fn fail(&mut self, why: &str) {
-        self.room.fail(self.rank, format!("rank {} failed: {why}", self.rank));
+        self.room.fail(format!("rank {} failed: {why}", self.rank));
     }
 
     fn look(&mut self) -> Result<()> {
-        self.room.enter().failed.as_ref().map_or(Ok(()), |(_, why)| Err(Error::new(why.clone())))
-    }
-
-    fn set_patience(&mut self, patience: Duration) {
-        self.patience = patience;
+        self.room.enter().failed.as_ref().map_or(Ok(()), |why| Err(Error::new(why.clone())))
     }
 }
 
 impl Drop for Threads {
     /// Whoever still waits for this rank waits in vain.
     fn drop(&mut self) {
-        self.room.fail(self.rank, format!("rank {} has ended", self.rank));
+        self.room.fail(format!("rank {} has ended", self.rank));
     }
 }

@@ -3,7 +3,7 @@
 //! A bucket is a range of the buffer in which all gradients lie, with what lies between them. In bf16 it is rounded into memory of its own, summed there, and
 //! brought back when the pass is over.
 
-use super::ExchangeOptions;
+use super::{ExchangeOptions, dealt};
 use crate::device::gpu::Gpu;
 use crate::device::launch::{Args, Launch};
 use crate::device::ranks::{Ranks, Wire};
@@ -39,23 +39,6 @@ pub fn parts(params: &Params, ids: &[ParamId], owners: &HashMap<ParamId, usize>,
     let starts = |id: ParamId| params.gradient_span(ids[0], id).map_or(0, |span| span.len - params.value(id).numel());
     let end = ids.last().and_then(|&last| params.gradient_span(ids[0], last)).map_or(0, |span| span.len);
     dealt(ids.iter().map(|&id| (owners[&id], starts(id))), end, world)
-}
-
-/// From the owner of each parameter and where it starts: a range for each rank, which together go from 0 to the end.
-fn dealt(starts: impl Iterator<Item = (usize, usize)>, end: usize, world: usize) -> Vec<Range<usize>> {
-    let mut bounds = vec![0; world + 1];
-    let mut before = None;
-    for (owner, start) in starts {
-        if before != Some(owner) {
-            // Ranks between two owners have nothing.
-            let first = before.map_or(0, |before| before + 1);
-            bounds[first..=owner].fill(if before.is_none() { 0 } else { start });
-            before = Some(owner);
-        }
-    }
-    let first = before.map_or(0, |before| before + 1);
-    bounds[first..].fill(end);
-    bounds.windows(2).map(|pair| pair[0]..pair[1]).collect()
 }
 
 impl Gpus {
@@ -203,18 +186,5 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_are_dealt_out_without_gaps() {
-        assert_eq!(dealt([(0, 0), (0, 5), (1, 8), (2, 12)].into_iter(), 20, 3), [0..8, 8..12, 12..20]);
-        assert_eq!(dealt([(1, 0), (3, 7)].into_iter(), 9, 5), [0..0, 0..7, 7..7, 7..9, 9..9]);
-        assert_eq!(dealt([(2, 4)].into_iter(), 9, 3), [0..0, 0..0, 0..9]);
-        assert_eq!(dealt(std::iter::empty(), 0, 2), [0..0, 0..0]);
     }
 }

@@ -242,18 +242,13 @@ impl Exchange {
     /// Which of the numbers of some parameters, one behind the other, belong to each rank.
     fn parts(&self, params: &Params, ids: &[ParamId]) -> Vec<Range<usize>> {
         let mut end = 0;
-        let mut ends = vec![0; self.ranks.world()];
-        for id in ids {
+        let start = |id: &ParamId| {
+            let start = end;
             end += params.value(*id).numel();
-            ends[self.owners[id]] = end;
-        }
-        let mut start = 0;
-        let part = |end: usize| {
-            let part = start..end.max(start);
-            start = part.end;
-            part
+            (self.owners[id], start)
         };
-        ends.into_iter().map(part).collect()
+        let starts: Vec<_> = ids.iter().map(start).collect();
+        dealt(starts.into_iter(), end, self.ranks.world())
     }
 
     /// Waits until all gradients are those of the whole batch; of a sharded optimiser, those that this rank owns, and it has no others then.
@@ -379,6 +374,23 @@ pub fn deal(sizes: &[(ParamId, usize)], world: usize) -> HashMap<ParamId, usize>
     sizes.iter().map(owner).collect()
 }
 
+/// From the owner of each parameter and where it starts: a range for each rank, which together go from 0 to the end.
+fn dealt(starts: impl Iterator<Item = (usize, usize)>, end: usize, world: usize) -> Vec<Range<usize>> {
+    let mut bounds = vec![0; world + 1];
+    let mut before = None;
+    for (owner, start) in starts {
+        if before != Some(owner) {
+            // Ranks between two owners have nothing.
+            let first = before.map_or(0, |before| before + 1);
+            bounds[first..=owner].fill(if before.is_none() { 0 } else { start });
+            before = Some(owner);
+        }
+    }
+    let first = before.map_or(0, |before| before + 1);
+    bounds[first..].fill(end);
+    bounds.windows(2).map(|pair| pair[0]..pair[1]).collect()
+}
+
 /// Numbers of tensors one behind the other.
 fn packed<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Result<Vec<f32>> {
     let mut numbers = Vec::new();
@@ -421,5 +433,13 @@ mod tests {
         assert_eq!(odd_one(&[9, 7, 7]), Some((0, 9, 7)));
         assert_eq!(odd_one(&[7, 9]), Some((1, 9, 7)));
         assert_eq!(odd_one(&[9, 7]), Some((1, 7, 9)));
+    }
+
+    #[test]
+    fn numbers_are_dealt_out_without_gaps() {
+        assert_eq!(dealt([(0, 0), (0, 5), (1, 8), (2, 12)].into_iter(), 20, 3), [0..8, 8..12, 12..20]);
+        assert_eq!(dealt([(1, 0), (3, 7)].into_iter(), 9, 5), [0..0, 0..7, 7..7, 7..9, 9..9]);
+        assert_eq!(dealt([(2, 4)].into_iter(), 9, 3), [0..0, 0..0, 0..9]);
+        assert_eq!(dealt(std::iter::empty(), 0, 2), [0..0, 0..0]);
     }
 }
