@@ -241,6 +241,8 @@ fn every_rank_sees_as_many_images_where_they_do_not_divide() {
         let log = rows(run.join("log.jsonl"));
         assert_eq!([0, 1].map(|epoch| log[epoch]["update"].as_u64().unwrap()), [updates, 2 * updates], "{command}");
         assert_eq!(losses(&run).len() as u64, 2 * updates);
+        let page = std::fs::read_to_string(run.join("report.html")).unwrap();
+        assert!(page.contains(&format!("{} updates of 6 images by 3 ranks", 2 * updates)), "{command}");
     }
 }
 

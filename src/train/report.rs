@@ -150,7 +150,10 @@ impl Facts {
         let mut text = format!("{}{planned} epochs, {updates} updates", short(done));
         let count = |name: &str| self.setting(name)?.parse::<u64>().ok();
         if let Some(images) = count("batch-size") {
-            let _ = write!(text, " of {} images", images.saturating_mul(count("accum-iter").unwrap_or(1)));
+            let ranks = self.epochs.last().and_then(|row| row.get("ranks")?.as_u64());
+            let _ =
+                write!(text, " of {} images", images.saturating_mul(count("accum-iter").unwrap_or(1)).saturating_mul(ranks.unwrap_or(1)));
+            let _ = ranks.map_or(Ok(()), |ranks| write!(text, " by {ranks} ranks"));
         }
         if let Some(data) = self.setting("data-path") {
             let _ = write!(text, ", data: {data}");

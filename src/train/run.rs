@@ -517,6 +517,9 @@ impl Run<'_> {
         line.extend(self.step.method().facts().into_iter().map(|(name, value)| (name.to_string(), json!(value))));
         line.insert("epoch".into(), json!(number));
         line.insert("n_parameters".into(), json!(self.step.method().params().count_trained()));
+        if !self.ranks.is_alone() {
+            line.insert("ranks".into(), json!(self.ranks.world()));
+        }
         line.insert("update".into(), json!(self.place.update));
         self.record.epoch(&line)?;
         progress.line(&summary(number, epochs, loss.value(), evaluation.as_ref()));
